@@ -1,0 +1,42 @@
+# make demo   trains on an embedded data set and shows that it learned (CPU or GPU)
+# make test   lint, type check and all CPU tests
+# ARGS="..."  goes to the program:  make demo ARGS="--seed 1"
+# PIP_ARGS    goes to pip, e.g. an index with CPU builds of torch
+
+PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null \
+	&& { echo $$p; break; }; done)
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
+
+.PHONY: demo test check test-gpu clean
+
+demo: $(VENV)/.ready
+	$(RUN) train/main.py --config configs/demo.yaml $(ARGS)
+
+test: check
+	$(RUN) -m pytest $(ARGS)
+
+check: $(VENV)/.ready-dev
+	$(VENV)/bin/ruff format --check --quiet .
+	$(VENV)/bin/ruff check --quiet .
+	$(VENV)/bin/codespell README.md CONTRIBUTING.md pipeline kernels train profiling tests configs
+	$(VENV)/bin/basedpyright --pythonpath $(RUN)
+
+test-gpu: $(VENV)/.ready-dev
+	$(RUN) -m pytest -m gpu $(ARGS)
+
+$(VENV)/.ready: requirements.txt
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 found: install one, or make PYTHON=/path/to/python3.12" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -r requirements.txt
+	touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready requirements-dev.txt requirements-peers.txt
+	$(PIP) -r requirements-dev.txt
+	$(PIP) --no-deps -r requirements-peers.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs .ruff_cache

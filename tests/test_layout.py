@@ -1,0 +1,62 @@
+"""The rules that keep imports working and files readable."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCES = [
+    path
+    for folder in ("pipeline", "kernels", "train", "profiling", "tests")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+]
+
+
+def test_no_file_is_named_like_a_standard_module():
+    names = {path.stem for path in SOURCES} - {"__init__"}
+    assert not names & set(sys.stdlib_module_names)
+
+
+def test_profiling_and_tests_are_not_packages():
+    assert not (ROOT / "profiling" / "__init__.py").exists()
+    assert not (ROOT / "tests" / "__init__.py").exists()
+
+
+def test_imports_are_absolute_and_only_the_pipeline_knows_dali():
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                assert node.level == 0, path
+                module = node.module or ""
+                if module.startswith("nvidia.dali"):
+                    assert path.parent.name in ("pipeline", "tests", "profiling"), path
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_file_says_what_it_is_and_is_ascii(path):
+    text = path.read_text()
+    assert text.isascii()
+    assert ast.get_docstring(ast.parse(text))
+
+
+@pytest.mark.parametrize("script", ["train/main.py", "train/export.py"])
+def test_entry_scripts_run_from_any_folder(script, tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / script), "--help"], cwd=tmp_path, capture_output=True,
+        text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0 and "usage" in done.stdout
+
+
+def test_importing_the_training_script_needs_no_tensorboard_matplotlib_or_sklearn():
+    code = (
+        "import sys, train.main; "
+        "print([m for m in ('tensorboard', 'matplotlib', 'sklearn') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
