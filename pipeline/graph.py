@@ -1,0 +1,201 @@
+"""The DALI graphs: encoded images -> two uint8 NHWC views, or one centre crop for evaluation.
+
+One function, two placements: "cpu" runs everything on the CPU; "gpu" decodes "mixed" and does all
+else on the GPU. An image is decoded once and cropped twice; flip is the crop's window turned over;
+colour is one linear map. Nothing here is random (see pipeline/augment.py).
+A newcomer's mistake: fp32 or NCHW output. uint8 NHWC is a quarter of the bytes, and normalise +
+cast is the first op of the training step.
+"""
+
+# DALI makes its types and operators at import, where pyright cannot see them:
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false
+
+from dataclasses import dataclass, fields
+
+from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali.pipeline import Pipeline
+
+from pipeline.augment import NUM_VIEWS, ViewDraws
+
+DRAWS = [field.name for field in fields(ViewDraws)]
+NDIM = {"roi_start": 1, "roi_end": 1, "color": 2, "color_mean": 2, "sigma": 0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeOptions:
+    """How DALI runs; what is marked GPU has no effect on the CPU placement."""
+
+    threads: int = 0
+    """CPU threads of the graph; 0 takes this machine's cores divided by its ranks."""
+    prefetch: int = 2
+    """Batches that DALI prepares ahead."""
+    hw_decoder_load: float = 0.9
+    """GPU: share of the JPEGs given to the hardware decoder. NVIDIA's MLPerf runs on H200 took
+    0.99 with 6 threads; DALI's own sweep found 0.90 +1.8 % over 0.65 at a longer tail."""
+    device_memory_padding: int = 256 << 20
+    """GPU: bytes of device memory that each decoder thread reserves (MLPerf's value)."""
+    host_memory_padding: int = 128 << 20
+    """GPU: bytes of pinned memory that each decoder thread reserves."""
+    preallocate_width: int = 0
+    """GPU: width of the largest image for the hardware decoder; 5980 for ImageNet, 0 to grow."""
+    preallocate_height: int = 0
+    """GPU: height of the largest image for the hardware decoder; 6430 for ImageNet, 0 to grow."""
+
+    def __post_init__(self) -> None:
+        """Refuse what DALI would refuse later, with the flag's name."""
+        if not 0 <= self.hw_decoder_load <= 1:
+            raise ValueError(f"dali.hw_decoder_load is a share 0 .. 1, got {self.hw_decoder_load}")
+        if self.threads < 0 or self.prefetch < 1:
+            raise ValueError(
+                f"dali.threads must be >= 0 and dali.prefetch >= 1, "
+                f"got {self.threads} and {self.prefetch}"
+            )
+
+
+def decode_arguments(options: DecodeOptions, *, placement: str) -> dict:
+    """The decoder's keyword arguments. EXIF orientation is not applied, as in torchvision."""
+    common = {"output_type": types.RGB, "adjust_orientation": False}
+    if placement == "cpu":
+        return {"device": "cpu", **common}
+    return {
+        "device": "mixed",
+        **common,
+        "hw_decoder_load": options.hw_decoder_load,
+        "device_memory_padding": options.device_memory_padding,
+        "host_memory_padding": options.host_memory_padding,
+        "preallocate_width_hint": options.preallocate_width,
+        "preallocate_height_hint": options.preallocate_height,
+        "jpeg_fancy_upsampling": True,  # the same chroma upsampling as libjpeg on the CPU
+    }
+
+
+def build_view_pipeline(
+    options: DecodeOptions,
+    *,
+    size: int,
+    blur: bool,
+    batch_size: int,
+    prefetch: int,
+    num_threads: int,
+    device_id: int | None,
+) -> Pipeline:
+    """The training graph. Inputs: "encoded" and, for each view v, "<name of a draw>_<v>".
+
+    Shapes: outputs NUM_VIEWS times (N, size, size, 3) uint8. device_id None places all on the CPU.
+    """
+    placement = "cpu" if device_id is None else "gpu"
+    decode = decode_arguments(options, placement=placement)
+
+    @pipeline_def(
+        batch_size=batch_size,
+        num_threads=num_threads,
+        device_id=device_id,
+        prefetch_queue_depth=prefetch,
+        enable_conditionals=True,
+    )
+    def graph():
+        encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
+        image = fn.decoders.image(encoded, **decode)
+        views = []
+        for number in range(NUM_VIEWS):
+            draw = {
+                name: fn.external_source(name=f"{name}_{number}", dtype=types.FLOAT, ndim=ndim)
+                for name, ndim in NDIM.items()
+                if blur or name != "sigma"
+            }
+            view = window(image, draw["roi_start"], draw["roi_end"], size=size)
+            view = color_map(view, draw["color"], draw["color_mean"], placement=placement)
+            if blur:
+                sigma = draw["sigma"]
+                if sigma > 0:  # DALI's conditional: only the samples with a sigma are blurred
+                    view = fn.gaussian_blur(view, sigma=sigma)
+            views.append(view)
+        return tuple(views)
+
+    pipeline = graph()
+    pipeline.build()
+    return pipeline
+
+
+def window(image, start, end, *, size: int):
+    """The window start .. end of an image, resized to (size, size) with antialiasing.
+
+    Relative coordinates: a window outside the image would crash DALI 2.4 (SIGSEGV), and a header
+    that disagrees with the decoder about the size must not.
+    """
+    return fn.resize(
+        image,
+        size=(size, size),
+        roi_start=start,
+        roi_end=end,
+        roi_relative=True,
+        interp_type=types.INTERP_LINEAR,
+        antialias=True,
+    )
+
+
+def color_map(view, color, color_mean, *, placement: str):
+    """out = A rgb + B mu with mu the view's mean colour, rounded and clamped to uint8."""
+    mean = fn.reductions.mean(view, axes=(0, 1), keep_dims=True)
+    shift = fn.coord_transform(mean, M=color_mean)
+    if placement == "cpu":
+        shift = fn.reshape(shift, shape=[3])
+        return fn.coord_transform(view, M=color, T=shift, dtype=types.UINT8)
+    # argument inputs must lie in host memory: on the GPU the shift is added instead
+    return fn.cast(fn.coord_transform(view, M=color) + shift, dtype=types.UINT8)
+
+
+def build_eval_pipeline(
+    options: DecodeOptions,
+    *,
+    size: int,
+    batch_size: int,
+    prefetch: int,
+    num_threads: int,
+    device_id: int | None,
+) -> Pipeline:
+    """The evaluation graph: a window of each image, antialiased. Inputs: encoded and its window.
+
+    Shapes: output (N, size, size, 3) uint8.
+    """
+    decode = decode_arguments(options, placement="cpu" if device_id is None else "gpu")
+
+    @pipeline_def(
+        batch_size=batch_size,
+        num_threads=num_threads,
+        device_id=device_id,
+        prefetch_queue_depth=prefetch,
+    )
+    def graph():
+        encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
+        image = fn.decoders.image(encoded, **decode)
+        start, end = (
+            fn.external_source(name=name, dtype=types.FLOAT, ndim=1)
+            for name in ("roi_start", "roi_end")
+        )
+        return window(image, start, end, size=size)
+
+    pipeline = graph()
+    pipeline.build()
+    return pipeline
+
+
+def decodes(encoded, options: DecodeOptions, *, device_id: int | None) -> str | None:
+    """None if DALI decodes this one image, else the first line of its complaint."""
+    decode = decode_arguments(options, placement="cpu" if device_id is None else "gpu")
+
+    @pipeline_def(batch_size=1, num_threads=1, device_id=device_id, prefetch_queue_depth=1)
+    def graph():
+        data = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
+        return fn.decoders.image(data, **decode)
+
+    pipeline = graph()
+    pipeline.build()
+    pipeline.feed_input("encoded", [encoded])
+    try:
+        pipeline.run()
+    except (RuntimeError, UnicodeDecodeError) as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        return next((line for line in lines if "ailed" in line or "ailure" in line), lines[0])
+    return None

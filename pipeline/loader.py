@@ -1,0 +1,155 @@
+"""What each step feeds into DALI: this rank's images of the global batch, read, guarded, drawn.
+
+view_loader gives two random views for training, eval_loader centre crops for evaluation.
+A newcomer's mistake: dropping a bad image. The ranks would no longer take the same steps: it is
+replaced by another sample, the same one on every run.
+"""
+
+import os
+
+import numpy as np
+import torch
+from nvidia.dali.pipeline import Pipeline
+
+from pipeline import graph
+from pipeline.augment import AugmentConfig, draw_views
+from pipeline.graph import DecodeOptions
+from pipeline.keyed import Purpose, keyed_rng
+from pipeline.order import SampleOrder
+from pipeline.runner import DaliLoader, ImageReader, Placed, Work
+
+MAX_ATTEMPTS = 100
+
+
+def num_threads(options: DecodeOptions, *, local_world: int) -> int:
+    """DALI's threads: what was asked for, else this process's share of the cores."""
+    return options.threads or max(1, len(os.sched_getaffinity(0)) // local_world)
+
+
+def view_loader(
+    reader: ImageReader,
+    order: SampleOrder,
+    steps: range,
+    *,
+    augment: AugmentConfig,
+    options: DecodeOptions,
+    device: torch.device,
+    rank: int = 0,
+    world: int = 1,
+    local_world: int = 1,
+) -> DaliLoader:
+    """This rank's part of the global batches of `steps`: two views of each image.
+
+    Raises: ValueError if the ranks do not divide the global batch.
+    """
+    if order.batch_size % world:
+        raise ValueError(
+            f"{world} processes do not divide the global batch of {order.batch_size}: "
+            "change --data.batch_size or the number of processes"
+        )
+    per_rank = order.batch_size // world
+    rows = slice(rank * per_rank, (rank + 1) * per_rank)
+
+    def prepare(step: int) -> Work:
+        ids = order.global_batch(step)[rows].copy()
+        placed = reader.read_all(ids)
+        for row, image in enumerate(placed):
+            if image is None:
+                ids[row], placed[row] = _replace(reader, order, step, rows.start + row)
+        encoded, sizes = zip(*(image for image in placed if image is not None), strict=True)
+        rng = keyed_rng(order.seed, Purpose.VIEWS, step)
+        views = draw_views(augment, rng, np.array(sizes), rows, order.batch_size)
+        draws = {
+            f"{name}_{number}": getattr(view, name)
+            for number, view in enumerate(views)
+            for name in graph.DRAWS
+            if augment.blur or name != "sigma"
+        }
+        return Work(step, ids, {"encoded": list(encoded), **draws})
+
+    def build(prefetch: int) -> Pipeline:
+        return graph.build_view_pipeline(
+            options,
+            size=augment.size,
+            blur=augment.blur > 0,
+            batch_size=per_rank,
+            prefetch=prefetch,
+            num_threads=num_threads(options, local_world=local_world),
+            device_id=None if device.type == "cpu" else device.index,
+        )
+
+    return DaliLoader(
+        steps, prepare=prepare, build=build, reader=reader, options=options, device=device
+    )
+
+
+def _replace(reader: ImageReader, order: SampleOrder, step: int, row: int) -> tuple[int, Placed]:
+    for attempt in range(MAX_ATTEMPTS):
+        index = order.replacement(step, row, attempt)
+        if (image := reader.read(index)) is not None:
+            return index, image
+    name, reason = next((reader.source.name(i), why) for i, why in reader.bad.items())
+    raise ValueError(
+        f"{MAX_ATTEMPTS} images drawn as replacements were bad too, for example {name}: {reason}"
+    )
+
+
+def eval_loader(
+    reader: ImageReader,
+    ids: np.ndarray,
+    *,
+    resize: int,
+    size: int,
+    batch_size: int,
+    options: DecodeOptions,
+    device: torch.device,
+    local_world: int = 1,
+) -> DaliLoader:
+    """Deterministic centre crops of the samples `ids`, in order; a bad image has the id -1.
+
+    Shapes: batches of (batch_size, size, size, 3), the last one shorter.
+    """
+    blank = np.frombuffer(BLANK_PNG, dtype=np.uint8)
+
+    def prepare(step: int) -> Work:
+        chosen = ids[step * batch_size : (step + 1) * batch_size].astype(np.int64)
+        placed = reader.read_all(chosen)
+        good = np.array([image is not None for image in placed])
+        encoded = [blank if image is None else image[0] for image in placed]
+        sizes = np.array([(1, 1) if image is None else image[1] for image in placed])
+        start, end = center_windows(sizes, resize=resize, size=size)
+        inputs = {"encoded": encoded, "roi_start": start, "roi_end": end}
+        return Work(step, np.where(good, chosen, -1), inputs)
+
+    def build(prefetch: int) -> Pipeline:
+        return graph.build_eval_pipeline(
+            options,
+            size=size,
+            batch_size=batch_size,
+            prefetch=prefetch,
+            num_threads=num_threads(options, local_world=local_world),
+            device_id=None if device.type == "cpu" else device.index,
+        )
+
+    steps = range(-(-len(ids) // batch_size))
+    return DaliLoader(
+        steps, prepare=prepare, build=build, reader=reader, options=options, device=device
+    )
+
+
+def center_windows(sizes: np.ndarray, *, resize: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where torchvision's Resize(resize) and CenterCrop(size) look: (N, 2) relative start and end.
+
+    Shapes: sizes (N, 2) heights and widths in pixels.
+    """
+    shorter = sizes.min(1, keepdims=True)
+    resized = np.where(sizes == shorter, resize, resize * sizes // shorter)
+    start = np.round((resized - size) / 2)
+    return (start / resized).astype(np.float32), ((start + size) / resized).astype(np.float32)
+
+
+# a gray PNG of one pixel: stands in for a bad image in evaluation, where its row is left out
+BLANK_PNG = bytes.fromhex(
+    "89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b55"
+    "0000000a49444154789c636800000082008177cd72b60000000049454e44ae426082"
+)

@@ -1,0 +1,195 @@
+"""Runs a DALI graph over prepared work, in order, and survives images that DALI cannot decode.
+
+A thread prepares the coming steps (pipeline/loader.py says how); DALI decodes and augments; the
+caller gets torch tensors. A bad image is kept from DALI by its header; if one gets through and DALI
+fails, it is found, marked, and its step is prepared and run again.
+A newcomer's mistake: DALI's own iterator. After an error it ends early, and every later epoch has
+no batch (DALI 2.4, seen by hand).
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from queue import Full, Queue
+
+import numpy as np
+import torch
+from nvidia.dali.pipeline import Pipeline
+from nvidia.dali.plugin.pytorch import feed_ndarray
+from torch import Tensor
+
+from pipeline import graph
+from pipeline.graph import DecodeOptions
+from pipeline.header import BadImage, image_size
+from pipeline.sources import ImageFolder
+
+READERS = 8  # threads that read files: hides the latency of network storage
+
+Placed = tuple[np.ndarray, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's images.
+
+    Shapes: images (2, N, S, S, 3) for training, view first; (N, S, S, 3) for evaluation; uint8 on
+    the training device. ids (N,) int64 on the CPU: the sample of each row, -1 for one left out.
+    """
+
+    step: int
+    images: Tensor
+    ids: Tensor
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one step feeds into DALI: inputs by name, one entry a row."""
+
+    step: int
+    ids: np.ndarray
+    inputs: dict[str, list | np.ndarray]
+
+
+@dataclass
+class ImageReader:
+    """Reads and guards the images of a folder, and remembers which were bad, with the reason."""
+
+    source: ImageFolder
+    max_pixels: int = 1 << 27
+    bad: dict[int, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Start the reading threads."""
+        self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="image reader")
+
+    def read(self, index: int) -> Placed | None:
+        """The file's bytes and its (height, width) in pixels; None for a bad image."""
+        if index in self.bad:
+            return None
+        try:
+            data = self.source.read(index)
+            return data, image_size(data, max_pixels=self.max_pixels)
+        except BadImage as error:
+            self.bad[index] = str(error)
+            return None
+
+    def read_all(self, ids: np.ndarray) -> list[Placed | None]:
+        """`read` for each id, in order."""
+        parts = np.array_split(ids, min(READERS, len(ids)))
+        done = self._pool.map(lambda part: [self.read(int(index)) for index in part], parts)
+        return [placed for part in done for placed in part]
+
+
+class DaliLoader:
+    """Runs a DALI pipeline over the work of `steps`, in order.
+
+    `prepare` gives the Work of a step and may be called from two threads; `build` makes a pipeline
+    for a number of batches under way; `reader` is told of images that DALI could not decode.
+    """
+
+    def __init__(
+        self,
+        steps: range,
+        *,
+        prepare: Callable[[int], Work],
+        build: Callable[[int], Pipeline],
+        reader: ImageReader,
+        options: DecodeOptions,
+        device: torch.device,
+    ):
+        self.steps, self.device, self.options, self.reader = steps, device, options, reader
+        self._prepare, self._build = prepare, build
+
+    def __len__(self) -> int:
+        """Batches that an iteration yields."""
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield a Batch for each step. Leaving the loop early ends the reading thread."""
+        queue: Queue = Queue(maxsize=self.options.prefetch)
+        stop = threading.Event()
+        thread = threading.Thread(target=self._produce, args=(queue, stop), daemon=True)
+        thread.start()
+        try:
+            yield from self._run(queue)
+        finally:
+            stop.set()
+            thread.join()
+
+    def _produce(self, queue: Queue, stop: threading.Event) -> None:
+        for step in self.steps:
+            try:
+                item: Work | Exception = self._prepare(step)
+            except Exception as error:  # raised again in the caller's thread
+                item = error
+            while not stop.is_set():
+                try:
+                    queue.put(item, timeout=0.1)
+                    break
+                except Full:
+                    continue
+            if stop.is_set() or isinstance(item, Exception):
+                return
+
+    def _run(self, queue: Queue) -> Iterator[Batch]:
+        pipeline, under_way, to_take = None, deque(), len(self.steps)
+        depth = min(self.options.prefetch, len(self.steps))
+
+        def take() -> None:
+            nonlocal to_take
+            item = queue.get()
+            if isinstance(item, Exception):
+                raise item
+            under_way.append(item)
+            to_take -= 1
+
+        while under_way or to_take:
+            if pipeline is None:  # at the start, and after an error: DALI's object is not trusted
+                while len(under_way) < depth and to_take:
+                    take()
+                pipeline = self._build(len(under_way))
+                for work in under_way:
+                    self._feed(pipeline, work)
+                pipeline.schedule_run()  # the first call runs as many batches as were built for
+            try:
+                outputs = pipeline.share_outputs()
+            except (RuntimeError, UnicodeDecodeError):
+                pipeline = None
+                if not self._mark_bad(under_way[0]):
+                    raise
+                under_way[0] = self._prepare(under_way[0].step)
+                continue
+            work = under_way.popleft()
+            images = self._to_torch(outputs)
+            pipeline.release_outputs()
+            if to_take:
+                take()
+                self._feed(pipeline, under_way[-1])
+                pipeline.schedule_run()
+            yield Batch(work.step, images, torch.from_numpy(work.ids))
+
+    def _mark_bad(self, work: Work) -> bool:
+        """Find the images of a failed batch that DALI cannot decode; False if there is none."""
+        found = False
+        device_id = None if self.device.type == "cpu" else self.device.index
+        for index, encoded in zip(work.ids, work.inputs["encoded"], strict=True):
+            if index >= 0 and (reason := graph.decodes(encoded, self.options, device_id=device_id)):
+                self.reader.bad[int(index)] = reason
+                found = True
+        return found
+
+    @staticmethod
+    def _feed(pipeline: Pipeline, work: Work) -> None:
+        for name, value in work.inputs.items():
+            pipeline.feed_input(name, value)
+
+    def _to_torch(self, outputs: tuple) -> Tensor:
+        tensors = [output.as_tensor() for output in outputs]
+        shape = (len(tensors), *tensors[0].shape())
+        images = torch.empty(shape, dtype=torch.uint8, device=self.device)
+        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+        for tensor, destination in zip(tensors, images, strict=True):
+            feed_ndarray(tensor, destination, cuda_stream=stream)
+        return images if len(tensors) > 1 else images[0]

@@ -1,0 +1,233 @@
+"""From a folder to batches: order, coverage, ranks, replacement, resume, evaluation crops."""
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline import graph, runner
+from pipeline.augment import AugmentConfig
+from pipeline.graph import DecodeOptions, decode_arguments
+from pipeline.loader import eval_loader, view_loader
+from pipeline.order import SampleOrder
+from pipeline.runner import ImageReader
+from pipeline.sources import list_images
+
+CPU = torch.device("cpu")
+SMALL = AugmentConfig(size=24)
+
+
+@pytest.fixture
+def folder(tmp_path, photos) -> Path:
+    """40 small real pictures of differing sizes in one folder."""
+    rng = np.random.default_rng(0)
+    for number in range(40):
+        photo = photos[number % 2]
+        h, w = rng.integers(40, 90, 2)
+        y, x = rng.integers(photo.shape[0] - h), rng.integers(photo.shape[1] - w)
+        Image.fromarray(photo[y : y + h, x : x + w]).save(tmp_path / f"{number:03d}.jpg")
+    return tmp_path
+
+
+def batches(folder, steps, *, batch_size=8, rank=0, world=1, seed=0, augment=SMALL, reader=None):
+    reader = reader or ImageReader(list_images(str(folder)))
+    order = SampleOrder(len(reader.source), batch_size=batch_size, seed=seed)
+    loader = view_loader(
+        reader, order, steps, augment=augment, options=DecodeOptions(), device=CPU, rank=rank,
+        world=world,
+    )  # fmt: skip
+    return list(loader)
+
+
+def test_two_uint8_nhwc_views_and_ids_come_out(folder):
+    batch = batches(folder, range(1))[0]
+    assert batch.images.shape == (2, 8, 24, 24, 3) and batch.images.dtype == torch.uint8
+    order = SampleOrder(40, batch_size=8, seed=0)
+    np.testing.assert_array_equal(batch.ids, order.global_batch(0))
+    assert (batch.images[0] != batch.images[1]).float().mean() > 0.5
+
+
+def test_an_epoch_covers_every_sample_once_and_epochs_differ():
+    order = SampleOrder(103, batch_size=10, seed=1)
+    assert order.steps_per_epoch == 10
+    for epoch in range(3):
+        assert sorted(order.permutation(epoch)) == list(range(103))
+        seen = np.concatenate([order.global_batch(epoch * 10 + i) for i in range(10)])
+        assert len(set(seen)) == 100
+    assert (order.permutation(0) != order.permutation(1)).mean() > 0.9
+    assert (order.permutation(0) != SampleOrder(103, batch_size=10, seed=2).permutation(0)).any()
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_are_disjoint_and_together_the_one_ranks_batches_bit_for_bit(folder, world):
+    whole = batches(folder, range(3))
+    parts = [batches(folder, range(3), rank=rank, world=world) for rank in range(world)]
+    for step, batch in enumerate(whole):
+        assert torch.equal(torch.cat([part[step].ids for part in parts]), batch.ids)
+        assert torch.equal(torch.cat([part[step].images for part in parts], dim=1), batch.images)
+        assert len(set(batch.ids.tolist())) == 8
+
+
+def test_entering_at_any_step_gives_the_same_batches(folder):
+    whole = batches(folder, range(12))
+    for start in (1, 4, 5, 11):
+        for batch in batches(folder, range(start, 12)):
+            assert torch.equal(batch.images, whole[batch.step].images)
+            assert torch.equal(batch.ids, whole[batch.step].ids)
+
+
+BAD = {
+    "zero bytes": lambda path: path.write_bytes(b""),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:600]),
+    "html": lambda path: path.write_bytes(b"<html><body>404 not found</body></html>"),
+    "vanished": lambda path: path.unlink(),
+    "bomb": lambda path: path.write_bytes(bomb(path.read_bytes())),
+}
+
+
+def bomb(jpeg: bytes) -> bytes:
+    """The JPEG with a header that claims 65500 x 65500 pixels."""
+    at = jpeg.index(b"\xff\xc0") + 5
+    return jpeg[:at] + (65500).to_bytes(2, "big") * 2 + jpeg[at + 4 :]
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_image_is_replaced_and_named_and_the_rest_is_untouched(folder, kind):
+    clean = batches(folder, range(5))
+    source = list_images(str(folder))
+    victim = int(clean[0].ids[3])
+    BAD[kind](folder / os.fsdecode(source.paths[victim]))
+    reader = ImageReader(source)
+    found = batches(folder, range(5), reader=reader)
+    assert set(reader.bad) == {victim}
+    assert len(found) == 5
+    replaced = found[0].ids != clean[0].ids
+    assert replaced.tolist() == [row == 3 for row in range(8)]
+    keep = [row for row in range(8) if row != 3]
+    assert torch.equal(found[0].images[:, keep], clean[0].images[:, keep])
+    again = batches(folder, range(5), reader=ImageReader(source))
+    assert all(torch.equal(a.images, b.images) for a, b in zip(found, again, strict=True))
+
+
+def test_an_image_that_only_dali_refuses_is_found_and_its_step_run_again(folder, monkeypatch):
+    clean = batches(folder, range(5))
+    source = list_images(str(folder))
+    victim = int(clean[2].ids[5])
+    path = folder / os.fsdecode(source.paths[victim])
+    path.write_bytes(path.read_bytes()[:700])
+    monkeypatch.setattr(runner, "image_size", lambda data, max_pixels: (50, 50))  # a blind guard
+    reader = ImageReader(source)
+    found = batches(folder, range(5), reader=reader)
+    assert set(reader.bad) == {victim}
+    assert [batch.step for batch in found] == [0, 1, 2, 3, 4]
+    assert (found[2].ids != clean[2].ids).tolist() == [row == 5 for row in range(8)]
+
+
+def test_only_bad_images_end_in_an_error_not_a_hang(folder):
+    source = list_images(str(folder))
+    for path in folder.iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match="100 images drawn as replacements"):
+        batches(folder, range(2), reader=ImageReader(source))
+
+
+def test_fewer_images_than_a_batch_are_refused_with_the_arithmetic():
+    with pytest.raises(ValueError, match="5 images are fewer than one global batch of 8"):
+        SampleOrder(5, batch_size=8, seed=0)
+
+
+def test_ranks_that_do_not_divide_the_batch_are_refused(folder):
+    with pytest.raises(ValueError, match="3 processes do not divide the global batch of 8"):
+        batches(folder, range(1), world=3)
+
+
+def test_leaving_the_loop_early_ends_the_reading_thread(folder):
+    import threading
+
+    before = threading.active_count()
+    reader = ImageReader(list_images(str(folder)))
+    order = SampleOrder(40, batch_size=8, seed=0)
+    loader = view_loader(
+        reader, order, range(100), augment=SMALL, options=DecodeOptions(), device=CPU
+    )
+    iterator = iter(loader)
+    next(iterator)
+    iterator.close()
+    assert threading.active_count() <= before + runner.READERS  # the pool stays, the thread ends
+
+
+def test_evaluation_crops_equal_torchvisions(torchvision, tmp_path, photos):
+    from torchvision.transforms import CenterCrop, Resize
+
+    for number, photo in enumerate(photos):
+        Image.fromarray(photo).save(tmp_path / f"{number}.png")
+    (tmp_path / "5.png").write_bytes(b"")
+    reader = ImageReader(list_images(str(tmp_path)))
+    loader = eval_loader(
+        reader, np.arange(len(photos)), resize=128, size=112, batch_size=4,
+        options=DecodeOptions(), device=CPU,
+    )  # fmt: skip
+    found = list(loader)
+    ids = torch.cat([batch.ids for batch in found]).tolist()
+    assert ids == [index if index != 5 else -1 for index in range(len(photos))]
+    ours = torch.cat([batch.images for batch in found]).float().numpy()
+    for index, photo in enumerate(photos):
+        if index != 5:
+            reference = CenterCrop(112)(Resize(128)(Image.fromarray(photo)))
+            assert np.abs(ours[index] - np.asarray(reference)).mean() < 2.0
+
+
+def test_exif_orientation_is_not_applied_as_in_torchvision(tmp_path):
+    pixels = np.zeros((20, 40, 3), np.uint8)
+    pixels[:, :20] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", exif=exif, quality=95)
+    (tmp_path / "a.jpg").write_bytes(buffer.getvalue())
+    loader = eval_loader(
+        ImageReader(list_images(str(tmp_path))), np.arange(1), resize=20, size=20, batch_size=1,
+        options=DecodeOptions(), device=CPU,
+    )  # fmt: skip
+    image = next(iter(loader)).images[0].float()
+    assert image[:, :8].mean() > 240 and image[:, 12:].mean() < 15
+
+
+def test_gpu_placement_asks_for_the_hardware_decoder_with_the_given_options():
+    options = DecodeOptions(hw_decoder_load=0.7, preallocate_width=5980, preallocate_height=6430)
+    gpu = decode_arguments(options, placement="gpu")
+    assert gpu["device"] == "mixed"
+    assert gpu["hw_decoder_load"] == 0.7
+    assert (gpu["preallocate_width_hint"], gpu["preallocate_height_hint"]) == (5980, 6430)
+    cpu = decode_arguments(options, placement="cpu")
+    assert cpu["device"] == "cpu" and "hw_decoder_load" not in cpu
+    assert gpu["adjust_orientation"] is cpu["adjust_orientation"] is False
+
+
+def test_colour_map_of_the_gpu_placement_equals_the_cpu_ones(jpegs):
+    """The two formulas, both run on the CPU: the GPU one cannot be built here."""
+    from nvidia.dali import fn, pipeline_def, types
+
+    rng = np.random.default_rng(0)
+    color = rng.uniform(-0.2, 1.0, (len(jpegs), 3, 3)).astype(np.float32)
+    color_mean = rng.uniform(-0.2, 0.4, (len(jpegs), 3, 3)).astype(np.float32)
+
+    @pipeline_def(batch_size=len(jpegs), num_threads=2, device_id=None, prefetch_queue_depth=1)
+    def both():
+        encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
+        image = fn.resize(fn.decoders.image(encoded, device="cpu"), size=(64, 64))
+        a = fn.external_source(name="color", dtype=types.FLOAT, ndim=2)
+        b = fn.external_source(name="color_mean", dtype=types.FLOAT, ndim=2)
+        return tuple(graph.color_map(image, a, b, placement=place) for place in ("cpu", "gpu"))
+
+    pipeline = both()
+    pipeline.build()
+    for name, value in (("encoded", jpegs), ("color", color), ("color_mean", color_mean)):
+        pipeline.feed_input(name, value)
+    cpu, gpu = (np.array(output.as_array()).astype(int) for output in pipeline.run())
+    assert np.abs(cpu - gpu).max() <= 1
+    assert cpu.min() + 1 > 0 and cpu.std() > 10
