@@ -1,0 +1,34 @@
+"""SimSiam's loss: the symmetric negative cosine with its stop-gradient inside.
+
+    D(p, z) = - p/|p| . z/|z|        L = D(p1, sg(z2)) / 2 + D(p2, sg(z1)) / 2
+
+Stands at the end of the forward pass; also measures the collapse meter, since z is read here.
+A newcomer's mistake: detaching z again outside, or pairing p1 with z1.
+Source: Chen & He, CVPR 2021, equations 1 to 4.
+"""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def symmetric_neg_cosine(
+    p: Tensor, z: Tensor, *, stop_gradient: bool = True
+) -> tuple[Tensor, Tensor]:
+    """The paper's loss and the collapse meter z_std, both fp32 scalars.
+
+    Shapes: p and z (2, N, D), view first; any floating dtype, computed in fp32.
+    z_std is the mean over views and channels of std over N of z/|z|: 1/sqrt(D) for features spread
+    evenly over the sphere, 0 after collapse. It carries no gradient.
+    stop_gradient=False is the paper's figure 2 ablation: the target gets a gradient too.
+    Raises: ValueError for other shapes.
+    """
+    if p.shape != z.shape or p.dim() != 3 or p.shape[0] != 2:
+        raise ValueError(
+            f"symmetric_neg_cosine takes p and z of one shape (2, N, D), "
+            f"got {tuple(p.shape)} and {tuple(z.shape)}"
+        )
+    target = F.normalize((z.detach() if stop_gradient else z).float(), dim=-1)
+    online = F.normalize(p.float(), dim=-1)
+    loss = -(online * target.flip(0)).sum(-1).mean()
+    z_std = target.detach().std(dim=1, correction=0).mean()
+    return loss, z_std

@@ -1,0 +1,34 @@
+"""uint8 views -> normalised channels-last activations: the first op on the training device.
+
+Stands between the loader (uint8 NHWC, so that a quarter of the bytes of fp32 moves) and the stem.
+A newcomer's mistake: calling .contiguous() on the result. permute(0, 3, 1, 2) of NHWC memory *is*
+a channels-last NCHW tensor; no copy is made.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def normalize_views(
+    views_NHWC: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
+) -> Tensor:
+    """Scale uint8 images to [0, 1], subtract mean, divide by std, per channel.
+
+    Shapes: (N, H, W, 3) uint8 contiguous -> (N, 3, H, W) channels_last of `dtype`.
+    Units: mean and std are of images in [0, 1], as torchvision's.
+    Raises: ValueError for another dtype, shape or layout.
+    """
+    if views_NHWC.dtype != torch.uint8 or views_NHWC.dim() != 4 or views_NHWC.shape[3] != 3:
+        raise ValueError(
+            "normalize_views takes uint8 (N, H, W, 3), "
+            f"got {views_NHWC.dtype} {tuple(views_NHWC.shape)}"
+        )
+    if not views_NHWC.is_contiguous():
+        raise ValueError(f"normalize_views takes contiguous NHWC, got {views_NHWC.stride()}")
+    if not dtype.is_floating_point:
+        raise ValueError(f"normalize_views writes a floating dtype, got {dtype}")
+    scale = torch.tensor([1 / (255 * s) for s in std], device=views_NHWC.device)
+    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=views_NHWC.device)
+    return torch.addcmul(shift, views_NHWC.float(), scale).to(dtype).permute(0, 3, 1, 2)

@@ -1,0 +1,111 @@
+"""The schedule, the parameter groups, and the guard against gradients that are not finite."""
+
+import copy
+import sys
+import types
+
+import pytest
+import torch
+
+from train.config import MethodConfig, ModelConfig, OptimConfig
+from train.methods.simsiam import SimSiam
+from train.optim import GuardedStep, build_optimizer, find_apex_sgd, lr_at, set_lr
+
+CPU = torch.device("cpu")
+SMALL = ModelConfig(
+    arch="resnet18", stem="cifar", width=4, projector_dim=8, projector_hidden=8, predictor_hidden=4
+)
+
+
+def small_model() -> SimSiam:
+    torch.manual_seed(0)
+    return SimSiam(SMALL, MethodConfig()).to(memory_format=torch.channels_last)
+
+
+def test_schedule_is_the_papers_cosine_with_optional_linear_warm_up():
+    assert lr_at(0, base=0.1, total=100) == pytest.approx(0.1)
+    assert lr_at(50, base=0.1, total=100) == pytest.approx(0.05)
+    assert lr_at(100, base=0.1, total=100) == pytest.approx(0)
+    assert lr_at(0, base=0.1, total=110, warmup=10) == pytest.approx(0.01)
+    assert lr_at(9, base=0.1, total=110, warmup=10) == pytest.approx(0.1)
+    assert lr_at(60, base=0.1, total=110, warmup=10) == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("constant", [True, False])
+def test_the_predictor_keeps_its_learning_rate_if_asked_to(constant):
+    config = OptimConfig(constant_predictor_lr=constant)
+    optimizer = build_optimizer(small_model(), config, lr=0.1, device=CPU)
+    set_lr(optimizer, config, 50, lr=0.1, total=100, steps_per_epoch=10)
+    by_name = {group["name"]: group["lr"] for group in optimizer.param_groups}
+    assert by_name["encoder"] == pytest.approx(0.05)
+    assert by_name["predictor"] == pytest.approx(0.1 if constant else 0.05)
+
+
+def test_every_parameter_is_in_one_group_with_weight_decay():
+    model = small_model()
+    optimizer = build_optimizer(model, OptimConfig(weight_decay=1e-4), lr=0.1, device=CPU)
+    found = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(found) == sorted(id(p) for p in model.parameters())
+    assert all(group["weight_decay"] == 1e-4 for group in optimizer.param_groups)
+
+
+def step_once(model, guard, scale: float) -> None:
+    x = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    loss, _ = model(x.to(memory_format=torch.channels_last))
+    guard(loss * scale)
+
+
+def guarded(model, *, fp16: bool = False) -> GuardedStep:
+    optimizer = build_optimizer(model, OptimConfig(), lr=0.1, device=CPU)
+    return GuardedStep(optimizer, torch.amp.GradScaler("cpu", enabled=fp16), CPU)
+
+
+@pytest.mark.parametrize("fp16", [False, True])
+def test_a_step_whose_gradient_is_not_finite_changes_no_weight(fp16):
+    model = small_model()
+    guard = guarded(model, fp16=fp16)
+    step_once(model, guard, 1.0)
+    before = copy.deepcopy([p.detach() for p in model.parameters()])
+    step_once(model, guard, float("inf"))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert guard.check(2) == 1
+    step_once(model, guard, 1.0)
+    assert any((a != b).any() for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_three_bad_steps_in_a_row_end_the_run_and_two_do_not():
+    model = small_model()
+    guard = guarded(model)
+    for scale in (float("nan"), float("nan"), 1.0, float("nan"), float("nan")):
+        step_once(model, guard, scale)
+    assert guard.check(5) == 4
+    step_once(model, guard, float("nan"))
+    with pytest.raises(FloatingPointError, match="3 steps in a row"):
+        guard.check(6)
+
+
+def test_a_loss_scale_that_collapses_is_an_error_not_a_silent_zero():
+    guard = guarded(small_model(), fp16=True)
+    guard.scaler.load_state_dict(guard.scaler.state_dict() | {"scale": 2.0**-5})
+    with pytest.raises(FloatingPointError, match="loss scale"):
+        guard.check(1)
+
+
+def test_a_missing_apex_and_pypis_apex_are_told_apart(monkeypatch):
+    monkeypatch.setitem(sys.modules, "apex", None)
+    with pytest.raises(ValueError, match="apex is not installed"):
+        find_apex_sgd(CPU)
+    monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))  # a web toolkit
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.9.10.dev0")
+    with pytest.raises(ValueError, match="is not NVIDIA's .* pip uninstall apex"):
+        find_apex_sgd(CPU)
+
+
+def test_nvidias_apex_is_used_where_it_is_and_needs_a_gpu(monkeypatch):
+    optimizers = types.ModuleType("apex.optimizers")
+    optimizers.FusedSGD = torch.optim.SGD
+    monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
+    monkeypatch.setitem(sys.modules, "apex.optimizers", optimizers)
+    assert find_apex_sgd(torch.device("cuda")) is torch.optim.SGD
+    with pytest.raises(ValueError, match="needs a CUDA device"):
+        find_apex_sgd(CPU)

@@ -1,0 +1,1 @@
+"""Training: configuration, network, method, loop, checkpoint, evaluation of the encoder."""

@@ -1,0 +1,180 @@
+"""The configuration of a run: frozen dataclasses, read from YAML files and flags by jsonargparse.
+
+`--config configs/cifar10.yaml --optim.lr 0.1` reads the file, then the flag. What can be derived is
+a property; nothing is changed after reading. A newcomer's mistake: a learning rate for the batch in
+use. optim.lr is for 256 images and is scaled with the *global* batch.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pipeline.augment import AugmentConfig
+from pipeline.graph import DecodeOptions
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which images, and how many a step."""
+
+    root: str
+    """Folder of images, with or without class folders; one with train/ and val/ (or test/) inside;
+    or "digits", the handwritten digits that scikit-learn carries, written as JPEG files."""
+    val: str | None = None
+    """Folder of labelled images for the kNN check, with the same class folders as root."""
+    batch_size: int = 512
+    """Images a step over all processes and nodes (the paper's batch size); two views of each."""
+    max_bad_fraction: float = 0.02
+    """Stop when more than this share of the images turned out unreadable."""
+    max_pixels: int = 1 << 27
+    """An image with more pixels counts as bad: decoding it would take more than 400 MB."""
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    """Channel means of images in 0 .. 1."""
+    std: tuple[float, float, float] = IMAGENET_STD
+    """Channel standard deviations of images in 0 .. 1."""
+
+    def __post_init__(self) -> None:
+        """Refuse impossible values."""
+        at_least("data.batch_size", self.batch_size, 2)
+        at_least("data.max_pixels", self.max_pixels, 1)
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ValueError(f"data.max_bad_fraction is a share, got {self.max_bad_fraction}")
+        if min(self.std) <= 0:
+            raise ValueError(f"data.std must be positive, got {self.std}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The encoder f (backbone and projection MLP) and the prediction MLP h."""
+
+    arch: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"
+    """The backbone, with torchvision's parameter names."""
+    stem: Literal["imagenet", "cifar"] = "imagenet"
+    """cifar: 3x3 convolution of stride 1 and no max-pool, for images of about 32 pixels."""
+    width: int = 64
+    """Channels of the stem; another value than 64 makes a network that no other tool has."""
+    zero_init_residual: bool = True
+    """The last batch norm of each block starts at weight 0 (as the official code)."""
+    projector_layers: int = 3
+    """3 for ImageNet, 2 for CIFAR (appendix D)."""
+    projector_hidden: int = 0
+    """Width of the projector's hidden layers; 0 takes the backbone's feature dimension."""
+    projector_dim: int = 2048
+    """Dimension d of z and p."""
+    predictor_hidden: int = 512
+    """Width of the predictor's bottleneck; d / 4 in the paper."""
+
+    def __post_init__(self) -> None:
+        """Refuse impossible values."""
+        for name in ("width", "projector_layers", "projector_dim", "predictor_hidden"):
+            at_least(f"model.{name}", getattr(self, name), 1)
+        at_least("model.projector_hidden", self.projector_hidden, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """SimSiam and what the paper takes out of it."""
+
+    stop_gradient: bool = True
+    """false is figure 2 of the paper: the representation collapses."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """SGD on all parameters and a cosine schedule over the whole run, set at every step."""
+
+    lr: float = 0.05
+    """Learning rate for a global batch of 256 images; scaled linearly with the global batch."""
+    momentum: float = 0.9
+    """SGD momentum."""
+    weight_decay: float = 1e-4
+    """On all parameters, batch norm and biases too (as the official code)."""
+    warmup_epochs: float = 0.0
+    """Epochs of linear warm-up; the paper has 10 for batches of 1024 and more."""
+    constant_predictor_lr: bool = True
+    """The predictor keeps the starting learning rate: 68.1 against 67.7 % (table 1)."""
+    implementation: Literal["torch", "apex"] = "torch"
+    """apex: FusedSGD of NVIDIA's apex where that is installed; torch: torch's fused SGD."""
+
+    def __post_init__(self) -> None:
+        """Refuse impossible values."""
+        for name in ("lr", "momentum", "weight_decay", "warmup_epochs"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"optim.{name} must be >= 0, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """The kNN check on clean features (backbone output, centre crop)."""
+
+    every_epochs: int = 1
+    """Epochs between two checks; one before the first and one after the last step always run."""
+    k: int = 200
+    """Neighbours."""
+    temperature: float = 0.1
+    """A neighbour of cosine similarity s votes with weight exp(s / temperature)."""
+    resize: int = 256
+    """Shorter side before the centre crop, pixels."""
+    size: int = 224
+    """Side of the centre crop, pixels."""
+    batch_size: int = 256
+    """Images a forward pass and process."""
+
+    def __post_init__(self) -> None:
+        """Refuse impossible values."""
+        for name in ("every_epochs", "k", "resize", "size", "batch_size"):
+            at_least(f"eval.{name}", getattr(self, name), 1)
+        if self.temperature <= 0:
+            raise ValueError(f"eval.temperature must be > 0, got {self.temperature}")
+        if self.size > self.resize:
+            raise ValueError(f"eval.size {self.size} exceeds eval.resize {self.resize}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One training run. The paper's ImageNet recipe by default, except for the data."""
+
+    data: DataConfig
+    out: str = ""
+    """Run folder; the same command continues the run in it. Empty: runs/<time of start>."""
+    seed: int = 0
+    """Of weights, order and views. The same seed gives the same run, on CPU bit for bit."""
+    epochs: int = 100
+    """Passes over the images; the cosine schedule ends there."""
+    max_steps: int = 0
+    """End after this many steps, schedule unchanged; 0: after the last epoch."""
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Autocast of the forward pass; weights, statistics and losses stay fp32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a CUDA device where there is one."""
+    compile: Literal["auto", "true", "false"] = "auto"
+    """torch.compile of the model; auto: on a CUDA device."""
+    log_every: int = 10
+    """Steps between two lines of metrics; only then does the program wait for the device."""
+    checkpoint_every: int = 0
+    """Steps between two checkpoints; 0: one an epoch. SIGTERM and Ctrl-C save one too."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    dali: DecodeOptions = field(default_factory=DecodeOptions)
+
+    def __post_init__(self) -> None:
+        """Refuse impossible values."""
+        at_least("epochs", self.epochs, 1)
+        at_least("log_every", self.log_every, 1)
+        for name in ("seed", "max_steps", "checkpoint_every"):
+            at_least(name, getattr(self, name), 0)
+
+    @property
+    def lr(self) -> float:
+        """The learning rate at the start: optim.lr scaled with the global batch."""
+        return self.optim.lr * self.data.batch_size / 256
+
+
+def at_least(name: str, value: int, low: int) -> None:
+    """Raise ValueError if a flag's value is below its least one."""
+    if value < low:
+        raise ValueError(f"{name} must be at least {low}, got {value}")

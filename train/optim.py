@@ -1,0 +1,139 @@
+"""The optimizer, its schedule, and the guard that keeps a bad gradient from the weights.
+
+SGD on all parameters; the predictor has a parameter group of its own, whose learning rate does not
+decay. A newcomer's mistake: leaving batch norm and biases out of weight decay. The paper does not.
+"""
+
+import importlib.metadata
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from train.config import OptimConfig
+
+BAD_STEPS_IN_A_ROW = 3
+MIN_SCALE = 2.0**-4
+
+
+def lr_at(step: int, *, base: float, total: int, warmup: int = 0) -> float:
+    """The learning rate of a step counted from 0: linear warm-up, then a cosine to 0 at `total`."""
+    if step < warmup:
+        return base * (step + 1) / warmup
+    return base * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def build_optimizer(
+    model: nn.Module, config: OptimConfig, *, lr: float, device: torch.device
+) -> torch.optim.Optimizer:
+    """SGD with two groups: "encoder", and "predictor" (submodule `predictor`)."""
+    predictor = list(model.get_submodule("predictor").parameters())
+    own = {id(parameter) for parameter in predictor}
+    groups = [
+        {"name": "encoder", "params": [p for p in model.parameters() if id(p) not in own]},
+        {"name": "predictor", "params": predictor},
+    ]
+    options: dict = {
+        "lr": lr,
+        "momentum": config.momentum,
+        "weight_decay": config.weight_decay,
+    }
+    if config.implementation == "apex":
+        return find_apex_sgd(device)(groups, **options)
+    return torch.optim.SGD(groups, fused=True, **options)
+
+
+def find_apex_sgd(device: torch.device) -> Callable[..., torch.optim.Optimizer]:
+    """NVIDIA apex's FusedSGD. Raises: ValueError that says what is missing."""
+    try:
+        from apex.optimizers import FusedSGD
+    except ImportError as error:
+        try:
+            version = importlib.metadata.version("apex")
+        except importlib.metadata.PackageNotFoundError:
+            version = None
+        if version is None:
+            why = "apex is not installed"
+        else:
+            why = (
+                f"the installed apex {version} is not NVIDIA's (PyPI's package of that name is "
+                "another, unrelated one; remove it with: pip uninstall apex)"
+            )
+        raise ValueError(
+            f"--optim.implementation apex: {why}. Build NVIDIA's from "
+            "https://github.com/NVIDIA/apex, or use --optim.implementation torch"
+        ) from error
+    if device.type != "cuda":
+        raise ValueError("--optim.implementation apex needs a CUDA device: use torch on the CPU")
+    return FusedSGD
+
+
+def set_lr(
+    optimizer: torch.optim.Optimizer, config: OptimConfig, step: int, *, lr: float, total: int,
+    steps_per_epoch: int,
+) -> float:  # fmt: skip
+    """Set the learning rate of both groups for a step; returns the encoder's."""
+    warmup = round(config.warmup_epochs * steps_per_epoch)
+    now = lr_at(step, base=lr, total=total, warmup=warmup)
+    for group in optimizer.param_groups:
+        is_constant = group["name"] == "predictor" and config.constant_predictor_lr
+        group["lr"] = lr if is_constant else now
+    return now
+
+
+@dataclass
+class GuardedStep:
+    """optimizer.step() that changes nothing when a gradient is not finite, without a host sync.
+
+    Owns the fp16 scaler and the counters, which stay on the device until `check`.
+    """
+
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        """Counters start at 0."""
+        self.in_a_row = torch.zeros((), device=self.device)
+        self.worst = torch.zeros((), device=self.device)
+        self.skipped = torch.zeros((), device=self.device)
+
+    def __call__(self, loss: Tensor) -> Tensor:
+        """Backward pass and update; returns the gradient norm (unscaled)."""
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        grads = [
+            p.grad for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None
+        ]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+        bad = (~torch.isfinite(norm)).float()
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        elif isinstance(self.optimizer, torch.optim.SGD):
+            # torch's fused optimizers read this flag on the device, as GradScaler sets it
+            self.optimizer.found_inf = bad.reshape(1)  # type: ignore[attr-defined]
+            self.optimizer.grad_scale = None  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif not bad:  # apex has no such flag: this reads the device once a step
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.in_a_row = (self.in_a_row + 1) * bad
+        self.worst = torch.maximum(self.worst, self.in_a_row)
+        self.skipped += bad
+        return norm
+
+    def check(self, step: int) -> int:
+        """Steps skipped so far. Raises: FloatingPointError when training cannot go on."""
+        if self.worst.item() >= BAD_STEPS_IN_A_ROW:
+            raise FloatingPointError(
+                f"gradients were not finite {BAD_STEPS_IN_A_ROW} steps in a row before step {step}:"
+                " lower --optim.lr, or use --precision bf16 or fp32; the weights are those before"
+            )
+        if self.scaler.is_enabled() and self.scaler.get_scale() < MIN_SCALE:
+            raise FloatingPointError(
+                f"the fp16 loss scale fell below {MIN_SCALE}: use --precision bf16"
+            )
+        return int(self.skipped.item())

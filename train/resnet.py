@@ -1,0 +1,122 @@
+"""ResNet-18/34/50/101: the backbone, with torchvision's parameter names.
+
+Takes normalised channels-last views, gives pooled features. A newcomer's mistake: looking for bn +
+relu + add as separate modules. They are one call (train/norm.py), so there is no relu module; the
+names of all parameters and buffers still are torchvision's, and a test loads both ways.
+
+Source: He et al., CVPR 2016; stride on the 3x3 convolution as torchvision ("v1.5").
+CIFAR stem: SimSiam appendix D (3x3 convolution, stride 1, no max-pool).
+"""
+
+import torch
+from torch import Tensor, nn
+
+from train.norm import BatchNorm
+
+LAYERS = {
+    "resnet18": ("basic", (2, 2, 2, 2)),
+    "resnet34": ("basic", (3, 4, 6, 3)),
+    "resnet50": ("bottleneck", (3, 4, 6, 3)),
+    "resnet101": ("bottleneck", (3, 4, 23, 3)),
+}
+
+
+def conv(inputs: int, outputs: int, kernel: int, *, stride: int = 1) -> nn.Conv2d:
+    """A convolution without bias that keeps the size at stride 1."""
+    return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and the shortcut."""
+
+    expansion = 1
+
+    def __init__(self, inputs: int, planes: int, stride: int):
+        super().__init__()
+        self.conv1, self.bn1 = conv(inputs, planes, 3, stride=stride), BatchNorm(planes)
+        self.conv2, self.bn2 = conv(planes, planes, 3), BatchNorm(planes)
+        self.downsample = shortcut(inputs, planes, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shapes: (N, inputs, H, W) -> (N, planes, H/stride, W/stride)."""
+        out = self.bn1(self.conv1(x), relu=True)
+        residual = self.downsample(x) if self.downsample is not None else x
+        return self.bn2(self.conv2(out), residual=residual, relu=True)
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3, 1x1 convolutions and the shortcut; the stride is on the 3x3."""
+
+    expansion = 4
+
+    def __init__(self, inputs: int, planes: int, stride: int):
+        super().__init__()
+        outputs = planes * self.expansion
+        self.conv1, self.bn1 = conv(inputs, planes, 1), BatchNorm(planes)
+        self.conv2, self.bn2 = conv(planes, planes, 3, stride=stride), BatchNorm(planes)
+        self.conv3, self.bn3 = conv(planes, outputs, 1), BatchNorm(outputs)
+        self.downsample = shortcut(inputs, outputs, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shapes: (N, inputs, H, W) -> (N, 4 planes, H/stride, W/stride)."""
+        out = self.bn1(self.conv1(x), relu=True)
+        out = self.bn2(self.conv2(out), relu=True)
+        residual = self.downsample(x) if self.downsample is not None else x
+        return self.bn3(self.conv3(out), residual=residual, relu=True)
+
+
+def shortcut(inputs: int, outputs: int, stride: int) -> nn.Sequential | None:
+    """The projection of a shortcut whose shape changes, else None."""
+    if stride == 1 and inputs == outputs:
+        return None
+    return nn.Sequential(conv(inputs, outputs, 1, stride=stride), BatchNorm(outputs))
+
+
+def stage(
+    block: type[BasicBlock] | type[Bottleneck], inputs: int, planes: int, depth: int, *, stride: int
+) -> nn.Sequential:
+    """`depth` blocks, the first of which has the stride and changes the channels."""
+    first = block(inputs, planes, stride)
+    outputs = planes * block.expansion
+    return nn.Sequential(first, *(block(outputs, planes, 1) for _ in range(depth - 1)))
+
+
+class ResNet(nn.Module):
+    """The backbone without its classifier: features are the global average pool.
+
+    `width` is the number of channels of the stem (64 in every published network).
+    """
+
+    def __init__(self, arch: str, *, stem: str, width: int = 64, zero_init_residual: bool = True):
+        super().__init__()
+        kind, depths = LAYERS[arch]
+        block = BasicBlock if kind == "basic" else Bottleneck
+        self.has_pool = stem == "imagenet"
+        self.conv1 = conv(3, width, 7, stride=2) if self.has_pool else conv(3, width, 3)
+        self.bn1 = BatchNorm(width)
+        widths = [width << index for index in range(4)]
+        ends = [planes * block.expansion for planes in widths]
+        self.layer1 = stage(block, width, widths[0], depths[0], stride=1)
+        self.layer2 = stage(block, ends[0], widths[1], depths[1], stride=2)
+        self.layer3 = stage(block, ends[1], widths[2], depths[2], stride=2)
+        self.layer4 = stage(block, ends[2], widths[3], depths[3], stride=2)
+        self.num_features = ends[3]
+        self._init(zero_init_residual)
+
+    def _init(self, zero_init_residual: bool) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif zero_init_residual and isinstance(module, BasicBlock | Bottleneck):
+                last = module.bn3 if isinstance(module, Bottleneck) else module.bn2
+                assert last.weight is not None
+                nn.init.zeros_(last.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shapes: (N, 3, H, W) channels_last -> (N, num_features)."""
+        x = self.bn1(self.conv1(x), relu=True)
+        if self.has_pool:
+            x = nn.functional.max_pool2d(x, 3, stride=2, padding=1)
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = layer(x)
+        return torch.flatten(nn.functional.adaptive_avg_pool2d(x, 1), 1)
