@@ -1,0 +1,59 @@
+"""kNN against scikit-learn's neighbours and a vote written out."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.neighbors import KNeighborsClassifier
+from torch.nn import functional as F
+
+from train import knn
+from train.distributed import World
+
+ALONE = World(0, 1, 0, 1, torch.device("cpu"), None)
+
+
+def problem(seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    centers = torch.randn(5, 16, generator=generator)
+    labels = torch.randint(5, (400,), generator=generator)
+    x = centers[labels] + 1.5 * torch.randn(400, 16, generator=generator)
+    x = F.normalize(x, dim=1)
+    return x[:300], labels[:300], x[300:], labels[300:]
+
+
+@pytest.mark.parametrize("k", [1, 20, 200])
+def test_accuracy_equals_sklearn_with_the_same_weights(k):
+    bank, bank_labels, queries, query_labels = problem()
+    reference = KNeighborsClassifier(
+        k, metric="euclidean", weights=lambda d: np.exp((1 - d**2 / 2) / 0.1)
+    )  # |a - b|^2 = 2 - 2 cos
+    reference.fit(bank.numpy(), bank_labels.numpy())
+    expected = 100 * reference.score(queries.numpy(), query_labels.numpy())
+    found = knn.knn_top1(
+        queries, query_labels, bank, bank_labels, k=k, temperature=0.1, num_classes=5, world=ALONE
+    )
+    assert found == pytest.approx(expected, abs=1e-4)
+    assert 50 < found < 100
+
+
+def test_chunking_does_not_change_neighbours(monkeypatch):
+    bank, _, queries, _ = problem()
+    whole = knn.nearest(queries, bank, 7)
+    monkeypatch.setattr(knn, "QUERY_CHUNK", 9)
+    for a, b in zip(whole, knn.nearest(queries, bank, 7), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_bank_smaller_than_k_votes_with_what_there_is():
+    bank, bank_labels, queries, query_labels = problem()
+    args = (queries, query_labels, bank[:50], bank_labels[:50])
+    options = {"temperature": 0.1, "num_classes": 5, "world": ALONE}
+    assert knn.knn_top1(*args, k=200, **options) == knn.knn_top1(*args, k=50, **options)
+
+
+def test_split_of_one_folder_is_disjoint_complete_and_repeatable():
+    labels = np.arange(1000) % 7
+    bank, queries = knn.split_bank(labels, seed=3)
+    assert len(queries) == 100
+    assert sorted([*bank, *queries]) == list(range(1000))
+    np.testing.assert_array_equal(queries, knn.split_bank(labels, seed=3)[1])

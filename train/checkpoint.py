@@ -1,0 +1,299 @@
+"""Checkpoints, the end of the data's way: write, verify and read back; no model is known here.
+
+    <run>/checkpoints/step-00000120/
+        model.safetensors, optimizer.safetensors, ...   one file for each name in `tensors`
+        state.json      plain values
+        manifest.json   format version, step, size and SHA-256 of each file, `about`, own SHA-256
+
+What a newcomer gets wrong: a folder that exists is not yet a checkpoint. safetensors and torch.load
+load a flipped bit without a word, so a checkpoint is valid only if every byte hashes to what the
+manifest says. Nothing is ever unpickled: a file is JSON or safetensors, or it is rejected.
+A kill may leave .tmp-step-N, half written, or .del-step-N, half deleted: both are never read. Or
+.old-step-N, whole, put aside while a new step-N took its place: it is read where that is missing.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+
+FORMAT_VERSION = 1
+MANIFEST, STATE = "manifest.json", "state.json"
+MAX_JSON_BYTES = 16 * 2**20  # more is damage or malice: SGD over 170 parameters takes 40 kB
+
+Tensors = dict[str, torch.Tensor]
+Plain = dict[str, Any]  # values that JSON gives back as they were
+Names = dict[Any, str]  # parameter -> its name
+
+
+class CheckpointError(OSError):
+    """No checkpoint could be written, or none of those there can be used; the text says why."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose every byte was verified; its tensors are contiguous, on the CPU."""
+
+    path: Path
+    step: int
+    tensors: dict[str, Tensors]
+    state: Plain
+    about: Plain
+
+
+@torch.no_grad()
+def save(
+    folder: Path, step: int, tensors: dict[str, Tensors], state: Plain, *,
+    about: Plain, keep: int = 2,
+) -> Path:  # fmt: skip
+    """Write the checkpoint of `step`, make it live by a rename, prune old ones; return its path.
+
+    Tensors of any device and layout are stored as contiguous copies: values, dtypes and shapes
+    stay, channels-last strides and shared storage do not; load by `copy_` into the live tensors.
+    The newest `keep` valid checkpoints stay, and never fewer than 2: one may be damaged later.
+    One writer at a time. Disk: keep + 1 checkpoints. Host memory: up to twice the checkpoint.
+    Raises   CheckpointError when the disk is full or refuses; those before it are as they were.
+             ValueError when JSON would change a value of `state` or `about`.
+    """
+    live, unfinished = folder / f"step-{step:08d}", folder / f".tmp-step-{step:08d}"
+    num_bytes = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _clear_leftovers(folder)
+        free_mb, needed_mb = shutil.disk_usage(folder).free / 1e6, 1.2 * num_bytes / 1e6
+        if free_mb < needed_mb:
+            raise OSError(f"{free_mb:.1f} MB free, {needed_mb:.1f} MB needed")
+        unfinished.mkdir()
+        files = {STATE: _write(unfinished / STATE, _encode(STATE, state))}
+        for name, group in tensors.items():
+            file = f"{name}.safetensors"
+            copies = {k: torch.empty(t.shape, dtype=t.dtype).copy_(t) for k, t in group.items()}
+            files[file] = _write(unfinished / file, safetensors.torch.save(copies))
+        manifest = {"version": FORMAT_VERSION, "step": step, "files": files, "about": about}
+        manifest["sha256"] = hashlib.sha256(_encode(MANIFEST, manifest)).hexdigest()
+        _write(unfinished / MANIFEST, _encode(MANIFEST, manifest))
+        _sync(unfinished)
+        if live.exists():
+            os.rename(live, folder / f".old-{live.name}")
+        os.rename(unfinished, live)
+        _sync(folder)
+        _clear_leftovers(folder)
+        _prune(folder, max(keep, 2), live)
+    except OSError as error:
+        raise CheckpointError(
+            f"Checkpoint {live} was not written: {error}. Free space, or choose another --out"
+        ) from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)  # renamed away when all went well
+    return live
+
+
+def load_newest(folder: Path, *, log: Callable[[str], None]) -> Checkpoint | None:
+    """Return the valid checkpoint of the highest step; None only where there is none of any kind.
+
+    `log` gets one line for each rejected checkpoint. The step counts, never the time of the file.
+    Raises   CheckpointError when some exist and none is valid: a run never starts over in silence.
+    """
+    candidates = _newest_first(folder) if folder.exists() else []
+    reasons: list[str] = []
+    for step, path in candidates:
+        try:
+            return _open(path, step)
+        except ValueError as error:
+            reasons.append(f"\n  {path.name}: {error}")
+            then = "Trying the one before." if candidates[len(reasons) :] else "No older is left."
+            log(f"Checkpoint {path.name} rejected: {error}. {then}")
+    if not reasons:
+        return None
+    raise CheckpointError(
+        f"No checkpoint in {folder} can be used:{''.join(reasons)}\n"
+        f"Choose another --out, or delete the folder {folder} to start over."
+    )
+
+
+def flatten_optimizer(optimizer: torch.optim.Optimizer, names: Names) -> tuple[Tensors, Plain]:
+    """Return an optimizer's state as named tensors (not copied) and values that JSON keeps exactly.
+
+    Keyed by parameter name. A value may be a tensor (an lr, too), a number, text, None or a tuple
+    of these but tensors; `save` refuses the lists of tensors of LBFGS.
+    """
+    tensors: Tensors = {}
+
+    def pack(owner: str, values: Plain) -> Plain:
+        packed = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        for key, value in values.items():
+            assert not isinstance(value, dict), f"{owner}/{key} is a dict: it would not come back"
+            if isinstance(value, torch.Tensor):
+                tensors[f"{owner}/{key}"] = value.detach()
+                packed[key] = {"tensor": f"{owner}/{key}"}
+        return packed
+
+    groups = []
+    for index, group in enumerate(optimizer.param_groups):
+        params = [names[param] for param in group["params"]]
+        groups.append(pack(f"group/{index}", group | {"params": params}))
+    state = {names[p]: pack(f"state/{names[p]}", values) for p, values in optimizer.state.items()}
+    return tensors, {"class": type(optimizer).__name__, "groups": groups, "state": state}
+
+
+@torch.no_grad()
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, names: Names, tensors: Tensors, scalars: Plain
+) -> None:
+    """Put back what `flatten_optimizer` returned: the next step is bitwise what it would have been.
+
+    Not through load_state_dict: that leaves the momentum of a channels-last weight contiguous,
+    which the fused optimizers misread in silence, and casts state to the parameter's dtype.
+    Raises   ValueError when class, groups or names differ: resume with the run's own options.
+    """
+    groups, saved_groups = optimizer.param_groups, scalars["groups"]
+    here = [f"{names[p]} in group {i}" for i, g in enumerate(groups) for p in g["params"]]
+    there = [f"{name} in group {i}" for i, g in enumerate(saved_groups) for name in g["params"]]
+    for ours, theirs in zip_longest([type(optimizer).__name__, *here], [scalars["class"], *there]):
+        if ours != theirs:
+            raise ValueError(
+                f"The checkpoint's optimizer has {theirs} where this run has {ours}. Resume with "
+                "the model and optimizer options of that run, or choose another --out."
+            )
+    optimizer.state.clear()
+    for group, packed in zip(groups, saved_groups, strict=True):
+        for key, value in packed.items():
+            live = group.get(key)
+            if isinstance(value, dict):  # in place: a compiled step holds this very tensor
+                saved = tensors[value["tensor"]]
+                group[key] = live.copy_(saved) if isinstance(live, torch.Tensor) else saved.clone()
+            elif key != "params":
+                group[key] = tuple(value) if isinstance(live, tuple) else value
+        is_step_on_host = not (group.get("capturable") or group.get("fused"))  # as torch has it
+        for param in group["params"]:
+            for key, value in scalars["state"].get(names[param], {}).items():
+                if isinstance(value, dict):
+                    saved, on_host = tensors[value["tensor"]], key == "step" and is_step_on_host
+                    value = saved.clone() if on_host else _placed(saved, param)
+                optimizer.state[param][key] = value
+
+
+def rng_state() -> Tensors:
+    """Return the state of this process's torch generators: CPU and, where there is one, GPU."""
+    cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+    return {"cpu": torch.get_rng_state()} | cuda
+
+
+def restore_rng(states: Tensors) -> None:
+    """Put back `rng_state`; the GPU's only where then and now have one: its draws are its own."""
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def _placed(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    if value.shape == like.shape:
+        return torch.empty_like(like, dtype=value.dtype).copy_(value)
+    return value.to(like.device, copy=True)
+
+
+def _encode(name: str, value: Plain) -> bytes:
+    data = json.dumps(value, indent=1).encode()
+    if repr(json.loads(data)) != repr(value):  # repr: True is not 1, and nan is nan
+        raise ValueError(f"{name}: JSON would change it; no tuples, number keys or numpy numbers")
+    if len(data) > MAX_JSON_BYTES:
+        raise ValueError(f"{name}: {len(data)} bytes, over {MAX_JSON_BYTES}; store it as a tensor")
+    return data
+
+
+def _write(path: Path, data: bytes) -> Plain:
+    path.write_bytes(data)
+    _sync(path)
+    return {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)  # of a folder: without it a power cut can undo the rename
+    finally:
+        os.close(descriptor)
+
+
+def _clear_leftovers(folder: Path) -> None:
+    for kind in (".del-", ".tmp-", ".old-"):  # .del- first: _discard needs its name free
+        for path in folder.glob(f"{kind}step-*"):
+            live = path.with_name(path.name.removeprefix(".old-"))
+            if live.exists():  # the path itself when it is no .old-
+                _discard(path)
+            else:
+                os.rename(path, live)
+
+
+def _discard(path: Path) -> None:
+    """Delete a folder under a name that is never read, so that a kill leaves no half checkpoint."""
+    doomed = path.with_name(".del-" + path.name[path.name.index("step-") :])
+    try:
+        os.rename(path, doomed)
+        shutil.rmtree(doomed)
+    except OSError as error:
+        warnings.warn(f"Delete {path} by hand, it only takes space: {error}", stacklevel=2)
+
+
+def _prune(folder: Path, keep: int, written: Path) -> None:
+    num_valid = 0
+    for step, path in _newest_first(folder):
+        if num_valid < keep:
+            with contextlib.suppress(ValueError):
+                _open(path, step)
+                num_valid += 1
+        elif path != written:
+            _discard(path)
+
+
+def _newest_first(folder: Path) -> list[tuple[int, Path]]:
+    names = (re.fullmatch(r"(\.old-)?step-([0-9]{8,})", path.name) for path in folder.iterdir())
+    found = sorted(((int(name[2]), not name[1], name[0]) for name in names if name), reverse=True)
+    return [(step, folder / name) for step, _, name in found]
+
+
+def _read(path: Path, size: int | None = None) -> bytes:
+    if not path.is_file():  # to open a FIFO would be to wait for ever
+        raise ValueError("is missing")
+    found = path.stat().st_size
+    if size not in (None, found):
+        raise ValueError(f"has {found} bytes, not {size} (cut off or edited)")
+    if path.suffix == ".json" and found > MAX_JSON_BYTES:
+        raise ValueError(f"has {found} bytes, more than {MAX_JSON_BYTES}")
+    return path.read_bytes()
+
+
+def _open(path: Path, step: int) -> Checkpoint:
+    """Read a checkpoint whole; ValueError names the file that is not as it was written, and why."""
+    file, contents = MANIFEST, {}
+    try:
+        manifest = json.loads(_read(path / file))
+        if manifest.pop("sha256") != hashlib.sha256(_encode(file, manifest)).hexdigest():
+            raise ValueError("sha256 differs (disk damage or edit)")
+        if (manifest["version"], manifest["step"]) != (FORMAT_VERSION, step):
+            raise ValueError(f"is of format {manifest['version']}, step {manifest['step']}")
+        for file, entry in manifest["files"].items():
+            data = _read(path / file, entry["size"])
+            if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+                raise ValueError("sha256 differs (disk damage or edit)")
+            parse = json.loads if file == STATE else safetensors.torch.load
+            contents[file.removesuffix(".safetensors")] = parse(data)
+        state = contents.pop(STATE)
+        return Checkpoint(path, step, contents, state, manifest["about"])
+    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, RecursionError,
+            KeyError, TypeError, AttributeError) as error:  # fmt: skip
+        raise ValueError(f"{file} cannot be parsed ({error!r})") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} {error}") from error

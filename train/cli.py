@@ -1,0 +1,80 @@
+"""Reads flags and YAML files into a Config; an unknown name is answered with the nearest one.
+
+A newcomer's mistake: adding a flag here. A flag is a field in train/config.py.
+"""
+
+import dataclasses
+import difflib
+import re
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+from train.config import Config
+
+USAGE_ERROR = 2
+
+
+def flags(config: type = Config, prefix: str = "") -> list[str]:
+    """Every flag's dotted name, groups included."""
+    names = []
+    for part in dataclasses.fields(config):
+        names.append(prefix + part.name)
+        if dataclasses.is_dataclass(part.type) and isinstance(part.type, type):
+            names += flags(part.type, f"{prefix}{part.name}.")
+    return names
+
+
+def build_parser() -> ArgumentParser:
+    """The parser of train/main.py: --config FILE, a flag for each field, --print_config."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        prog="train/main.py",
+        description="Train a SimSiam encoder on a folder of images.",
+        exit_on_error=False,
+        allow_abbrev=False,  # --epoch for --epochs would work until --epoch_s is added
+    )
+    parser.add_argument("--config", action="config", help="YAML file with any of the flags below.")
+    parser.add_class_arguments(Config, as_group=True)
+    return parser
+
+
+def read_config(arguments: Sequence[str] | None = None) -> Config:
+    """The Config of a command line. Exits with 2 and one line for a mistake in it."""
+    parser = build_parser()
+    try:
+        namespace = parser.parse_args(arguments)
+        return Config(
+            **{
+                key: value
+                for key, value in vars(parser.instantiate(namespace)).items()
+                if key != "config"
+            }
+        )
+    except (ArgumentError, ValueError, TypeError, OSError) as error:
+        refuse(explain(str(error)))
+
+
+def explain(message: str) -> str:
+    """The first line of a parser's message, with the nearest name if one is unknown."""
+    known = flags()
+    unknown = re.findall(r"--([\w.]+)", message) if "nrecognized" in message else []
+    keys = re.findall(r"(?:[Kk]ey|[Oo]ption) [\"']([\w.]+)[\"']", message)
+    groups = re.findall(r"Group [\"']([\w.]+)[\"']", message)
+    unknown += [".".join([*groups[:1], key]) for key in keys]
+    line = " ".join(part.strip() for part in message.splitlines() if part.strip())
+    hints = []
+    for name in unknown:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        near = near or [full for full in known if full.split(".")[-1] == name.split(".")[-1]][:1]
+        if near and name not in known:
+            hints.append(f"{name} is unknown: perhaps you meant --{near[0]}")
+    return "; ".join(hints) or line
+
+
+def refuse(message: str, *, code: int = USAGE_ERROR) -> NoReturn:
+    """One line on stderr, then the exit code."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(code)

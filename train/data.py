@@ -1,0 +1,93 @@
+"""The images of a run: what to train on, and the labelled bank and queries of the kNN check.
+
+A newcomer's mistake: listing on every rank. Rank 0 lists, the others receive the list: on network
+storage a million stat calls a rank are what hurts.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.digits import write_digits
+from pipeline.runner import ImageReader
+from pipeline.sources import ImageFolder, list_images, split_root
+from train.config import DataConfig
+from train.distributed import World, from_main
+from train.knn import split_bank
+
+DIGITS = "digits"
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """Images with labels, all of them or some.
+
+    ids (N,) rows of the folder; labels (N,) int64, of the same classes in bank and queries.
+    """
+
+    reader: ImageReader
+    ids: np.ndarray
+    labels: np.ndarray
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The training images, and bank and queries where there are labels."""
+
+    train: ImageReader
+    bank: EvalSet | None
+    queries: EvalSet | None
+    class_names: list[str]
+    note: str
+    """Where the labels come from, or why there is no kNN check."""
+
+
+def open_data(config: DataConfig, *, out: Path, seed: int, world: World) -> RunData:
+    """List the folders on rank 0 and share the lists.
+
+    Raises: ValueError for a folder without images, or with other classes than the training one.
+    """
+    lists: tuple | Exception | None = None
+    if world.is_main:
+        try:
+            lists = _list(config, out)
+        except (ValueError, OSError) as error:
+            lists = error
+    lists = from_main(world, lists)
+    if isinstance(lists, Exception):
+        raise lists
+    assert lists is not None
+    train, val = lists
+    reader = ImageReader(train, config.max_pixels)
+    if train.labels is None:
+        return RunData(reader, None, None, [], f"no class folders in {train.root}: no kNN check")
+    labels, ids = train.labels, np.arange(len(train))
+    if val is None:
+        bank, queries = split_bank(labels, seed=seed)
+        note = f"kNN: {len(bank)} training images vote on {len(queries)} others of them"
+        held = EvalSet(reader, queries, labels[queries])
+        return RunData(reader, EvalSet(reader, bank, labels[bank]), held, train.class_names, note)
+    if unknown := sorted(set(val.class_names) - set(train.class_names)):
+        raise ValueError(
+            f"{val.root} has class folders that {train.root} lacks, such as {unknown[0]}: "
+            "give --data.val a folder with the same classes"
+        )
+    assert val.labels is not None
+    index = np.array([train.class_names.index(name) for name in val.class_names])
+    held = EvalSet(ImageReader(val, config.max_pixels), np.arange(len(val)), index[val.labels])
+    note = f"kNN: {len(train)} training images vote on {len(val)} of {val.root}"
+    return RunData(reader, EvalSet(reader, ids, labels), held, train.class_names, note)
+
+
+def _list(config: DataConfig, out: Path) -> tuple[ImageFolder, ImageFolder | None]:
+    root = config.root
+    if root == DIGITS:
+        root = str(write_digits(out.parent / "digits-jpeg"))
+    train_root, val_root = split_root(root)
+    val_root = config.val or val_root
+    val = list_images(val_root) if val_root is not None else None
+    train = list_images(train_root)
+    if config.val is not None and (val is None or val.labels is None):
+        raise ValueError(f"--data.val {config.val} has no class folders: kNN needs labels")
+    return train, val if val is not None and val.labels is not None else None

@@ -1,0 +1,85 @@
+"""Backbone features of clean images, and the kNN accuracy of the encoder as it stands.
+
+A newcomer's mistake: features in training mode. Batch norm would take its statistics from the
+images looked at, and update them.
+"""
+
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kernels.normalize import normalize_views
+from pipeline.loader import eval_loader
+from train.config import Config
+from train.data import EvalSet, RunData
+from train.distributed import World
+from train.knn import knn_top1
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@contextmanager
+def autocast(config: Config, device: torch.device):
+    """The forward pass in the run's precision; nothing for fp32."""
+    dtype = DTYPES[config.precision]
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+        yield
+
+
+@torch.no_grad()
+def embed(
+    backbone: nn.Module, images: EvalSet, config: Config, world: World
+) -> tuple[Tensor, Tensor, Tensor]:
+    """This rank's share of the set: features of length 1, their labels and ids.
+
+    Shapes: (M, D) fp32, (M,), (M,) int64, on the training device. Unreadable images are left out.
+    """
+    share = slice(world.rank, None, world.size)
+    labels = torch.full((int(images.ids.max()) + 1,), -1)
+    labels[torch.from_numpy(images.ids)] = torch.from_numpy(images.labels)
+    loader = eval_loader(
+        images.reader,
+        images.ids[share],
+        resize=config.eval.resize,
+        size=config.eval.size,
+        batch_size=config.eval.batch_size,
+        options=config.dali,
+        device=world.device,
+        local_world=world.local_size,
+    )
+    was_training = backbone.training
+    backbone.eval()
+    features, ids = [], []
+    for batch in loader:
+        x = normalize_views(
+            batch.images, config.data.mean, config.data.std, DTYPES[config.precision]
+        )
+        with autocast(config, world.device):
+            out = backbone(x)
+        features.append(F.normalize(out.float(), dim=1))
+        ids.append(batch.ids)
+    backbone.train(was_training)
+    found = torch.cat(ids)
+    good = found >= 0
+    chosen = torch.cat(features)[good.to(world.device)]
+    return chosen, labels[found[good]].to(world.device), found[good].to(world.device)
+
+
+def knn_accuracy(backbone: nn.Module, data: RunData, config: Config, world: World) -> float | None:
+    """kNN top-1 in percent, or None where there are no labels."""
+    if data.bank is None or data.queries is None:
+        return None
+    bank, bank_labels, _ = embed(backbone, data.bank, config, world)
+    queries, query_labels, _ = embed(backbone, data.queries, config, world)
+    return knn_top1(
+        queries,
+        query_labels,
+        bank,
+        bank_labels,
+        k=config.eval.k,
+        temperature=config.eval.temperature,
+        num_classes=len(data.class_names),
+        world=world,
+    )

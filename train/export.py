@@ -1,0 +1,141 @@
+"""Write the trained backbone for other tools: `python train/export.py RUN --to torchvision|timm`.
+
+Takes the newest valid checkpoint of a run folder. torchvision: one safetensors file with the names
+of torchvision.models (without fc); timm: a folder for timm.create_model("local-dir:FOLDER").
+A newcomer's mistake: loading with strict=True into a network that has a classifier. There is none:
+build it with num_classes=0 (timm) or ignore fc.* (torchvision).
+"""
+
+import os
+import sys
+
+if not __package__:  # run as a script: the repo root, not this folder, heads sys.path
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import yaml
+from safetensors.torch import save_file
+from torch import Tensor
+
+from train import checkpoint
+from train.cli import refuse
+from train.resnet import LAYERS
+
+PREFIX = "backbone."
+
+
+def backbone_weights(run: Path) -> tuple[dict[str, Tensor], dict]:
+    """The backbone's tensors under torchvision's names, and the run's configuration.
+
+    Raises: ValueError if `run` is no run folder; CheckpointError if no checkpoint is valid.
+    """
+    if not (run / "config.yaml").is_file():
+        raise ValueError(
+            f"{run} is not a run folder (no config.yaml): give the --out of a training"
+        )
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    found = checkpoint.load_newest(
+        run / "checkpoints", log=lambda line: print(line, file=sys.stderr)
+    )
+    if found is None:
+        raise ValueError(f"{run} holds no checkpoint yet: let the training save one")
+    tensors = {
+        name.removeprefix(PREFIX): tensor
+        for name, tensor in found.tensors["model"].items()
+        if name.startswith(PREFIX)
+    }
+    return tensors, config | {"step": found.step}
+
+
+def check_exchangeable(config: dict) -> None:
+    """Raise ValueError if no other tool has this network."""
+    if config["model"]["width"] != 64:
+        raise ValueError(
+            f"this run has --model.width {config['model']['width']}: torchvision and timm have "
+            f"{', '.join(LAYERS)} of width 64 only"
+        )
+
+
+def export_torchvision(run: Path, target: Path) -> dict:
+    """Write target/<arch>.safetensors, complete or not at all."""
+    tensors, config = backbone_weights(run)
+    check_exchangeable(config)
+    path = target / f"{config['model']['arch']}.safetensors"
+    about = {"format": "pt", "arch": config["model"]["arch"], "stem": config["model"]["stem"]}
+    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata=about))
+    return {"file": str(path), "tensors": len(tensors), "step": config["step"]}
+
+
+def export_timm(run: Path, target: Path) -> dict:
+    """Write target/{config.json,model.safetensors} in the layout of timm's save_for_hf."""
+    tensors, config = backbone_weights(run)
+    check_exchangeable(config)
+    arch, stem, size = config["model"]["arch"], config["model"]["stem"], config["eval"]["size"]
+    last = "conv3" if "layer4.0.conv3.weight" in tensors else "conv2"
+    num_features = tensors[f"layer4.0.{last}.weight"].shape[0]
+    settings = {
+        "architecture": arch,
+        "num_classes": 0,
+        "num_features": num_features,
+        "pretrained_cfg": {
+            "tag": "twinturbo",
+            "custom_load": False,
+            "input_size": [3, size, size],
+            "interpolation": "bilinear",
+            "crop_pct": size / config["eval"]["resize"],
+            "mean": config["data"]["mean"],
+            "std": config["data"]["std"],
+            "num_classes": 0,
+            "pool_size": [7, 7],
+            "first_conv": "conv1",
+            "classifier": "fc",
+        },
+    }
+    if stem == "cifar":
+        raise ValueError(
+            f"timm's {arch} has no CIFAR stem: export --to torchvision, and replace conv1 and "
+            "maxpool"
+        )
+    write_whole(
+        target / "model.safetensors",
+        lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}),
+    )
+    write_whole(
+        target / "config.json",
+        lambda temporary: temporary.write_text(json.dumps(settings, indent=2) + "\n"),
+    )
+    return {"folder": str(target), "tensors": len(tensors), "step": config["step"]}
+
+
+def write_whole(path: Path, write) -> None:
+    """Write beside `path` and rename, so that a kill leaves the file absent or complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        shutil.move(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def main() -> None:
+    """Read the flags, export, print what was written as one JSON line."""
+    parser = argparse.ArgumentParser(description="Export the backbone of a run.")
+    parser.add_argument("run", type=Path, help="the --out folder of a training")
+    parser.add_argument("--to", choices=("torchvision", "timm"), required=True)
+    parser.add_argument("--out", type=Path, help="folder to write into; default RUN/export-<to>")
+    arguments = parser.parse_args()
+    target = arguments.out or arguments.run / f"export-{arguments.to}"
+    export = {"torchvision": export_torchvision, "timm": export_timm}[arguments.to]
+    try:
+        print(json.dumps(export(arguments.run, target)))
+    except (ValueError, OSError) as error:
+        refuse(str(error), code=1)
+
+
+if __name__ == "__main__":
+    main()

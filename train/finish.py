@@ -1,0 +1,87 @@
+"""What a run leaves behind: curves.png, result.json, the projector's features, the table.
+
+A newcomer's mistake: averaging images/s over wall time. Only training steps count.
+"""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from pipeline.loader import eval_loader
+from train.embed import embed
+from train.loop import Session
+from train.report import draw_curves, print_table
+
+EMBEDDED = 1000  # images in TensorBoard's projector
+
+
+def finish(session: Session, *, ended: str) -> dict:
+    """Write the end of a run on rank 0, say how to go on; returns the result."""
+    current, config = session.state, session.config
+    images = current.step * session.order.batch_size
+    steps = sorted(int(step) for step in current.knn)
+    z_std = current.last.get("train/z_std")
+    result = {
+        "knn_top1": current.knn[str(steps[-1])] if steps else None,
+        "knn_top1_untrained": current.knn.get("0"),
+        "loss": current.last.get("train/loss"),
+        "z_std": z_std,
+        "collapsed": z_std is not None and z_std < session.collapse_threshold,
+        "collapse_threshold": session.collapse_threshold,
+        "stop_gradient": config.method.stop_gradient,
+        "images_per_s": images / current.train_s if current.train_s else None,
+        "data_wait_pct": 100 * current.wait_s / current.train_s if current.train_s else None,
+        "train_s": current.train_s,
+        "steps": current.step,
+        "batch_size": session.order.batch_size,
+        "bad_images": int(current.last.get("data/bad_samples", 0)),
+        "knn_by_step": {step: current.knn[str(step)] for step in steps},
+        "state": ended,
+        "run": str(session.run.path) if session.run is not None else "",
+    }
+    if ended == "finished":
+        write_features(session)
+    if session.run is None or session.metrics is None:
+        return result
+    session.metrics.text("result", str(result))
+    session.metrics.close()
+    draw_curves(
+        session.metrics.path,
+        session.run.path / "curves.png",
+        threshold=session.collapse_threshold,
+    )
+    session.run.write("result.json", result)
+    session.run.status(ended, current.step)
+    if ended == "preempted":
+        session.log(
+            f"stopped at step {current.step} of {session.last_step}; the checkpoint is in "
+            f"{session.run.checkpoints}. The same command goes on from there: "
+            f"{(session.run.path / 'command.txt').read_text().strip()}"
+        )
+    print_table(result)
+    return result
+
+
+def write_features(session: Session) -> None:
+    """Features of some held-out images, thumbnails and classes for TensorBoard's projector."""
+    data, metrics = session.data, session.metrics
+    if data.queries is None or metrics is None:
+        return
+    alone = dataclasses.replace(session.world, rank=0, size=1)
+    some = dataclasses.replace(
+        data.queries, ids=data.queries.ids[:EMBEDDED], labels=data.queries.labels[:EMBEDDED]
+    )
+    features, labels, ids = embed(session.state.model.backbone, some, session.config, alone)
+    pictures = thumbnails(session, some.reader, ids)
+    names = [data.class_names[label] for label in labels.tolist()]
+    metrics.embedding(session.state.step, features, names, pictures)
+
+
+def thumbnails(session: Session, reader, ids: Tensor) -> Tensor:
+    """(N, 32, 32, 3) uint8 pictures of the samples."""
+    loader = eval_loader(
+        reader, ids.cpu().numpy(), resize=32, size=32, batch_size=256,
+        options=session.config.dali, device=session.world.device,
+    )  # fmt: skip
+    return torch.cat([batch.images for batch in loader])

@@ -1,0 +1,113 @@
+"""Train a SimSiam encoder: `python train/main.py --data.root DIR`, or under torchrun.
+
+The table of contents, in the order in which a batch of images meets it:
+pipeline/ (list, order, read, decode, augment) -> kernels/normalize -> train/methods/simsiam
+(resnet, heads, loss) -> train/optim -> train/loop (log, kNN) -> train/state (checkpoint).
+A newcomer's mistake: looking for --resume. The same command continues the run in its --out folder.
+"""
+
+import os
+import sys
+
+if not __package__:  # run as a script: the repo root, not this folder, heads sys.path
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+import dataclasses
+import json
+import time
+import traceback
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from pipeline.order import SampleOrder
+from train import checkpoint, distributed, state
+from train.cli import read_config, refuse
+from train.config import Config
+from train.data import open_data
+from train.distributed import World, from_main
+from train.finish import finish
+from train.loop import Session, train
+from train.methods.simsiam import SimSiam
+from train.metrics import Log, Metrics
+from train.optim import GuardedStep, build_optimizer
+from train.run_folder import RunFolder, environment
+from train.state import TrainState
+
+
+def build_state(config: Config, world: World) -> tuple[TrainState, nn.Module]:
+    """The model from the seed, the same on all ranks, its optimizer, and the model as called."""
+    torch.manual_seed(config.seed)
+    model = SimSiam(config.model, config.method)
+    model = model.to(device=world.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload] - missing in torch's stub
+    model.sync_over(world.group)
+    optimizer = build_optimizer(model, config.optim, lr=config.lr, device=world.device)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "fp16")
+    compiled = {"auto": world.device.type == "cuda", "true": True, "false": False}
+    if compiled[config.compile]:
+        model.compile(dynamic=False)
+    ddp: nn.Module = model
+    if world.size > 1:
+        ddp = nn.parallel.DistributedDataParallel(
+            model,
+            device_ids=[world.local_rank] if world.device.type == "cuda" else None,
+            broadcast_buffers=False,  # synchronised batch norm keeps them equal
+            gradient_as_bucket_view=True,
+        )
+    return TrainState(model, optimizer, GuardedStep(optimizer, scaler, world.device)), ddp
+
+
+def run(config: Config, world: World, out: Path, folder: RunFolder | None, log: Log) -> dict:
+    """Train in the folder `out`, from its newest checkpoint if it has one; the run's result."""
+    data = open_data(config.data, out=out, seed=config.seed, world=world)
+    source = data.train.source
+    order = SampleOrder(len(source), batch_size=config.data.batch_size, seed=config.seed)
+    current, ddp = build_state(config, world)
+    facts = state.about(config, source.fingerprint, world)
+    found = checkpoint.load_newest(out / "checkpoints", log=log.warn)
+    if found is not None:
+        state.check_same_run(found.about, facts, out)
+        state.restore(current, found)
+        log(f"continuing {out} at step {current.step}")
+    metrics = None
+    if folder is not None:
+        folder.describe(dataclasses.asdict(config), environment(world.size, world.device))
+        folder.status("running", current.step)
+        metrics = Metrics(out, step=current.step, log=log)
+    log(
+        f"{len(source)} images, {order.steps_per_epoch} steps an epoch, {world.size} x "
+        f"{world.device}, global batch {order.batch_size}, learning rate {config.lr:.4g}"
+    )
+    log(data.note)
+    session = Session(config, world, data, order, current, ddp, facts, log, folder, metrics)
+    return finish(session, ended=train(session))
+
+
+@record
+def main() -> None:
+    """Read the flags, train, print the result as the last line of stdout."""
+    config = read_config()
+    folder, log = None, Log(None)
+    try:
+        with distributed.start(config.device) as world:
+            out = Path(config.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
+            out = Path(from_main(world, str(out)))
+            if world.is_main:
+                folder = RunFolder(str(out))
+                log = Log(folder.path / "log.txt")
+            result = run(config, world, out, folder, log)
+        if folder is not None:
+            print(json.dumps(result))
+    except (ValueError, OSError, FloatingPointError) as error:
+        if folder is not None:
+            folder.fail(traceback.format_exc())
+        refuse(str(error), code=1)
+    finally:
+        if folder is not None:
+            folder.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""What a run shows: metrics.jsonl, TensorBoard, log lines, a progress bar.
+
+All of it is written by rank 0. Progress and log go to stderr; stdout is left for the result.
+A newcomer's mistake: logging every step. A logged number has to be read from the device, which
+makes the program wait: the loop logs every log_every steps.
+"""
+
+import json
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+
+class Log:
+    """Lines to stderr and log.txt, above a progress bar where stderr is a terminal."""
+
+    def __init__(self, path: Path | None):
+        """path None: neither file nor terminal (every rank but 0)."""
+        self.path = path
+        self.console = Console(file=sys.stderr)
+        self.bar: Progress | None = None
+        self._task = None
+
+    def __call__(self, line: str) -> None:
+        """Write one line."""
+        if self.path is None:
+            return
+        with self.path.open("a") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+        if self.bar is not None:
+            self.bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def warn(self, line: str) -> None:
+        """Write one line that asks for attention."""
+        self(f"warning: {line}")
+
+    def start_bar(self, total: int, step: int) -> None:
+        """Show progress with an ETA on a terminal; plain lines elsewhere need none of it."""
+        if self.path is None or not self.console.is_terminal:
+            return
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+        )
+        self._task = self.bar.add_task("training", total=total, completed=step)
+        self.bar.start()
+
+    def advance(self, step: int, text: str = "training") -> None:
+        """Move the bar."""
+        if self.bar is not None and self._task is not None:
+            self.bar.update(self._task, completed=step, description=text)
+
+    def stop_bar(self) -> None:
+        """Take the bar away."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+
+class Metrics:
+    """metrics.jsonl and TensorBoard from `step` on; what a resumed run will repeat is cut off."""
+
+    def __init__(self, folder: Path, *, step: int, log: Log):
+        self.path, self.log = folder / "metrics.jsonl", log
+        if self.path.exists():
+            kept = [row for row in read_metrics(self.path) if row["step"] <= step]
+            self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        from torch.utils.tensorboard import SummaryWriter  # imports slowly; only rank 0 needs it
+
+        self.writer: SummaryWriter | None = SummaryWriter(
+            str(folder / "tb"), purge_step=step + 1 if step else None
+        )
+
+    def scalars(self, step: int, values: dict[str, float], **other: float) -> None:
+        """Append one row and the TensorBoard scalars of `values`; `other` is in the row only."""
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **other, **values}) + "\n")
+        self._board(lambda board: [board.add_scalar(tag, v, step) for tag, v in values.items()])
+
+    def view_pairs(self, step: int, views: Tensor) -> None:
+        """Some images' two views, one above the other. views: (2, N, S, S, 3) uint8."""
+        grid = np.concatenate([np.concatenate(list(view), axis=1) for view in views.cpu().numpy()])
+        self._board(lambda board: board.add_image("views", grid, step, dataformats="HWC"))
+
+    def embedding(self, step: int, features: Tensor, names: list[str], images: Tensor) -> None:
+        """Features for the projector, with thumbnails. (N, D), names, (N, S, S, 3) uint8."""
+        pictures = images.cpu().permute(0, 3, 1, 2).float() / 255
+        self._board(
+            lambda board: board.add_embedding(
+                features.cpu(), names, pictures, global_step=step, tag="features"
+            )
+        )
+
+    def text(self, tag: str, value: str) -> None:
+        """A text, indented so that it shows as it is."""
+        self._board(lambda board: board.add_text(tag, "    " + value.replace("\n", "\n    ")))
+
+    def _board(self, write) -> None:
+        if self.writer is None:
+            return
+        try:
+            with warnings.catch_warnings():
+                # numpy and protobuf deprecations inside tensorboard are not the user's business
+                warnings.simplefilter("ignore", DeprecationWarning)
+                write(self.writer)
+                self.writer.flush()
+        except (OSError, RuntimeError) as error:
+            self.writer = None
+            self.log.warn(f"TensorBoard stopped: {error}. Training goes on; metrics.jsonl is kept")
+
+    def close(self) -> None:
+        """Finish the event file."""
+        self._board(lambda board: board.close())
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The rows of a metrics.jsonl; a last line cut off by a kill is left out."""
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows

@@ -1,0 +1,94 @@
+"""The end of a run: curves as a PNG, and the table of results.
+
+A newcomer's mistake: expecting the loss curve to tell whether training works. A collapsed run has
+the best loss; that is why the collapse meter and kNN stand beside it.
+"""
+
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from train.metrics import read_metrics
+
+
+def collapse_threshold(batch_per_rank: int) -> float:
+    """The value of std(z/|z|) * sqrt(d) below which a run counts as collapsed.
+
+    1 is features spread over the sphere. 0 cannot be reached: batch norm at the end of the
+    projector keeps the mean over the batch at 0, so that in a collapsed batch of N images all but k
+    outliers share one direction and the meter reads 2 sqrt(k / N). Seen on the digits without
+    stop-gradient, N = 64: 0.250 = 2 / sqrt(64) at the end, 0.25 to 0.45 on the way; with it 0.98.
+    """
+    return min(0.5, max(0.1, 4 / batch_per_rank**0.5))
+
+
+def draw_curves(metrics: Path, picture: Path, *, threshold: float) -> None:
+    """Loss, collapse meter and kNN over steps, one above the other."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = read_metrics(metrics)
+    figure = Figure(figsize=(7, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = (
+        ("train/loss", "loss (-1 is the least)"),
+        ("train/z_std", "std(z/|z|) * sqrt(d)"),
+        ("eval/knn_top1", "kNN top-1 [%]"),
+    )
+    rows_of_axes = figure.subplots(len(panels), sharex=True)
+    for axes, (tag, label) in zip(rows_of_axes, panels, strict=True):
+        points = [(row["step"], row[tag]) for row in rows if tag in row]
+        steps, values = zip(*points, strict=True) if points else ((), ())
+        axes.plot(steps, values, marker="o" if len(points) < 30 else None, markersize=3)
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+        if tag == "train/z_std":
+            axes.axhline(threshold, linestyle=":", color="tab:red")
+            axes.set_ylim(bottom=0)
+    rows_of_axes[-1].set_xlabel("step")
+    figure.savefig(picture, dpi=120)
+
+
+def print_table(result: dict) -> None:
+    """The results for people, on stderr; the JSON line on stdout is for programs."""
+    table = Table(title="SimSiam run")
+    table.add_column("")
+    table.add_column("result", justify="right")
+    for key, label, form in (
+        ("knn_top1_untrained", "kNN top-1, untrained encoder", "{:.1f} %"),
+        ("knn_top1", "kNN top-1, trained encoder", "{:.1f} %"),
+        ("loss", "loss", "{:.4f}"),
+        ("z_std", "std(z/|z|) * sqrt(d)", "{:.3f}"),
+        ("images_per_s", "images/s (two views each)", "{:.1f}"),
+        ("data_wait_pct", "waiting for data", "{:.1f} %"),
+        ("steps", "steps", "{}"),
+        ("bad_images", "unreadable images, replaced", "{}"),
+        ("run", "run folder", "{}"),
+    ):
+        value = result[key]
+        table.add_row(label, "none (no labels)" if value is None else form.format(value))
+    console = Console(file=sys.stderr, width=None if sys.stderr.isatty() else 100)
+    console.print(table)
+    if result["collapsed"]:
+        advice = collapse_advice(
+            result["z_std"],
+            threshold=result["collapse_threshold"],
+            stop_gradient=result["stop_gradient"],
+        )
+        console.print(advice, soft_wrap=True)
+
+
+def collapse_advice(z_std: float, *, threshold: float, stop_gradient: bool) -> str:
+    """One line that says what happened and what to change."""
+    cause = (
+        "lower --optim.lr for this batch size, check the augmentations, keep batch norm in the "
+        "projector"
+        if stop_gradient
+        else "expected with --method.stop_gradient false; set it to true"
+    )
+    return (
+        f"COLLAPSED: std(z/|z|) * sqrt(d) is {z_std:.3f}, below {threshold:.2f}: nearly all images "
+        f"get one representation, and a loss near -1 is not good here. Remedy: {cause}."
+    )

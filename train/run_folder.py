@@ -1,0 +1,125 @@
+"""The run folder: who owns it, what ran in it, how far it got. Written by rank 0 alone.
+
+    config.yaml env.json command.txt log.txt metrics.jsonl tb/ checkpoints/ bad_files.jsonl
+    status.json curves.png result.json
+
+A newcomer's mistake: reading status.json as progress. It is for scripts that decide whether to
+start the command again: "running", "preempted", "failed" or "finished".
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from filelock import FileLock, Timeout
+
+PACKAGES = ("torch", "triton", "numpy", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "apex",
+            "tensorboard", "safetensors")  # fmt: skip
+
+
+class RunFolder:
+    """Owns the folder's lock from open to close."""
+
+    def __init__(self, path: str):
+        """Make the folder and take it. Raises: ValueError if it cannot be written or is in use."""
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True, mode=0o750)
+            self._lock = FileLock(self.path / ".lock")
+            self._lock.acquire(timeout=0)
+            (self.path / "log.txt").open("a").close()
+        except Timeout as error:
+            owner = self._read("owner.json")
+            raise ValueError(
+                f"--out {path} is in use by process {owner.get('pid')} on {owner.get('host')} "
+                f"since {owner.get('since')}: choose another --out, or stop that process"
+            ) from error
+        except OSError as error:
+            raise ValueError(
+                f"--out {path} cannot be written by user {os.getuid()}: {error.strerror}. "
+                "Choose a folder of your own with --out"
+            ) from error
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        self.write("owner.json", {"pid": os.getpid(), "host": socket.gethostname(), "since": since})
+
+    def write(self, name: str, value: Any) -> None:
+        """Write a JSON file so that a reader sees the old or the new one, never half of it."""
+        temporary = self.path / f".{name}.tmp"
+        temporary.write_text(json.dumps(value, indent=1) + "\n")
+        temporary.replace(self.path / name)
+
+    def _read(self, name: str) -> dict:
+        try:
+            return json.loads((self.path / name).read_text())
+        except (OSError, ValueError):
+            return {}
+
+    def describe(self, config: dict, environment: dict) -> None:
+        """Keep what is needed to run this again."""
+        (self.path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+        (self.path / "command.txt").write_text(shlex.join([sys.executable, *sys.argv]) + "\n")
+        self.write("env.json", environment)
+
+    def status(self, state: str, step: int) -> None:
+        """running, preempted, failed or finished."""
+        self.write("status.json", {"state": state, "step": step})
+
+    def add_bad_files(self, entries: list[dict]) -> None:
+        """Append images that were replaced: name and reason."""
+        with (self.path / "bad_files.jsonl").open("a") as file:
+            file.writelines(json.dumps(entry) + "\n" for entry in entries)
+
+    def fail(self, trace: str) -> None:
+        """Keep where it went wrong in log.txt, and say so in status.json."""
+        with (self.path / "log.txt").open("a") as file:
+            file.write(trace)
+        step = self._read("status.json").get("step", 0)
+        self.status("failed", step)
+
+    def close(self) -> None:
+        """Let another process have the folder."""
+        self._lock.release()
+
+
+def environment(world_size: int, device: torch.device) -> dict:
+    """Versions, machine and revision; no environment variables, which may hold secrets."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    is_cuda = device.type == "cuda"
+    root = Path(__file__).parent.parent
+    head = subprocess.run(
+        ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return {
+        "host": socket.gethostname(),
+        "device": torch.cuda.get_device_name(device) if is_cuda else cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "world": world_size,
+        "python": platform.python_version(),
+        "versions": versions,
+        "cuda": torch.version.cuda if is_cuda else None,
+        "revision": head.stdout.strip() or None,
+    }
+
+
+def cpu_name() -> str:
+    """The processor's name as the kernel gives it."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.machine()
