@@ -29,7 +29,7 @@ class BatchNorm(nn.Module):
     def forward(self, x: Tensor, *, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         """Shapes: (N, C, H, W) channels_last or (N, C), views as equal slices of N."""
         if self.training:
-            self.num_batches_tracked += self.num_views
+            self.num_batches_tracked.add_(self.num_views)
         return batch_norm_act(
             x,
             self.weight,
