@@ -6,6 +6,7 @@ a channels-last NCHW tensor; no copy is made.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -29,6 +30,15 @@ def normalize_views(
         raise ValueError(f"normalize_views takes contiguous NHWC, got {views_NHWC.stride()}")
     if not dtype.is_floating_point:
         raise ValueError(f"normalize_views writes a floating dtype, got {dtype}")
-    scale = torch.tensor([1 / (255 * s) for s in std], device=views_NHWC.device)
-    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=views_NHWC.device)
+    scale, shift = _scale_and_shift(tuple(mean), tuple(std), views_NHWC.device)
     return torch.addcmul(shift, views_NHWC.float(), scale).to(dtype).permute(0, 3, 1, 2)
+
+
+@lru_cache(maxsize=16)
+def _scale_and_shift(
+    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """out = scale * uint8 + shift. Kept on the device: making them anew would wait for the GPU."""
+    scale = torch.tensor([1 / (255 * s) for s in std], device=device)
+    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device)
+    return scale, shift

@@ -108,7 +108,7 @@ class DaliLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield a Batch for each step. Leaving the loop early ends the reading thread."""
-        queue: Queue = Queue(maxsize=self.options.prefetch)
+        queue: Queue = Queue(maxsize=self.options.depth(self.device.type))
         stop = threading.Event()
         thread = threading.Thread(target=self._produce, args=(queue, stop), daemon=True)
         thread.start()
@@ -135,7 +135,7 @@ class DaliLoader:
 
     def _run(self, queue: Queue) -> Iterator[Batch]:
         pipeline, under_way, to_take = None, deque(), len(self.steps)
-        depth = min(self.options.prefetch, len(self.steps))
+        depth = min(self.options.depth(self.device.type), len(self.steps))
 
         def take() -> None:
             nonlocal to_take

@@ -42,7 +42,7 @@ def test_every_file_says_what_it_is_and_is_ascii(path):
     assert ast.get_docstring(ast.parse(text))
 
 
-@pytest.mark.parametrize("script", ["train/main.py", "train/export.py"])
+@pytest.mark.parametrize("script", ["train/main.py", "train/export.py", "profiling/record.py"])
 def test_entry_scripts_run_from_any_folder(script, tmp_path):
     done = subprocess.run(
         [sys.executable, str(ROOT / script), "--help"], cwd=tmp_path, capture_output=True,

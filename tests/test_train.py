@@ -113,6 +113,15 @@ def test_tensorboard_holds_scalars_pictures_and_features(straight):
     assert (out / "tb" / "projector_config.pbtxt").exists()
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_lower_precisions_train_to_nearly_the_same_loss(straight, images, tmp_path, precision):
+    found = result(run(images, tmp_path / "run", f"--precision={precision}"))
+    assert found["loss"] == pytest.approx(straight[1]["loss"], abs=0.05)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row["train/skipped_steps"] for row in rows if "train/loss" in row][-1] <= 1
+
+
 def test_two_identical_runs_are_equal_bit_for_bit(straight, images, tmp_path):
     run(images, tmp_path / "run")
     assert same(weights(tmp_path / "run"), weights(straight[0]))
@@ -153,6 +162,9 @@ def test_a_signal_saves_and_says_how_to_go_on(straight, images, tmp_path, number
     assert "The same command goes on from there" in stderr
     assert json.loads(stdout.splitlines()[-1])["state"] == "preempted"
     run(images, out, "--log_every=1")
+    assert same(weights(out), weights(straight[0]))
+    again = result(run(images, out, "--log_every=1"))  # a finished run: nothing is left to do
+    assert (again["steps"], again["loss"]) == (12, pytest.approx(straight[1]["loss"], abs=0.1))
     assert same(weights(out), weights(straight[0]))
 
 

@@ -134,3 +134,22 @@ def test_statistics_are_per_view_not_over_the_concatenated_batch():
 def test_wrong_layout_or_shape_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         batch_norm_act(make(), None, None, None, None, num_views=2)
+
+
+def test_torch_compile_sees_one_graph_and_computes_the_same():
+    torch.manual_seed(0)
+    model = SimSiam(SMALL, MethodConfig()).to(memory_format=torch.channels_last)
+    plain = copy.deepcopy(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = torch.randn(16, 3, 16, 16).to(memory_format=torch.channels_last)
+    for _ in range(2):
+        loss, scalars = compiled(x)
+        expected, _ = plain(x)
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    loss.backward()
+    expected.backward()
+    for (name, a), b in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-6, msg=name)
+    for (name, a), b in zip(model.named_buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+    assert scalars["z_std"] > 0

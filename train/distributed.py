@@ -65,6 +65,7 @@ def start(device: str) -> Iterator[World]:
                 "lower --nproc-per-node"
             )
         torch.cuda.set_device(where)
+        torch.backends.cudnn.benchmark = True  # shapes never change: the search is paid once
     else:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     if size == 1:

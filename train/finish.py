@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipeline.loader import eval_loader
 from train.embed import embed
-from train.loop import Session
+from train.session import Session
 from train.report import draw_curves, print_table
 
 EMBEDDED = 1000  # images in TensorBoard's projector
@@ -57,7 +57,7 @@ def finish(session: Session, *, ended: str) -> dict:
         session.log(
             f"stopped at step {current.step} of {session.last_step}; the checkpoint is in "
             f"{session.run.checkpoints}. The same command goes on from there: "
-            f"{(session.run.path / 'command.txt').read_text().strip()}"
+            f"{session.run.command()}"
         )
     print_table(result)
     return result

@@ -29,11 +29,12 @@ from train.config import Config
 from train.data import open_data
 from train.distributed import World, from_main
 from train.finish import finish
-from train.loop import Session, train
+from train.loop import train
 from train.methods.simsiam import SimSiam
 from train.metrics import Log, Metrics
 from train.optim import GuardedStep, build_optimizer
 from train.run_folder import RunFolder, environment
+from train.session import Session
 from train.state import TrainState
 
 
@@ -80,6 +81,8 @@ def run(config: Config, world: World, out: Path, folder: RunFolder | None, log: 
         f"{len(source)} images, {order.steps_per_epoch} steps an epoch, {world.size} x "
         f"{world.device}, global batch {order.batch_size}, learning rate {config.lr:.4g}"
     )
+    for kind, count in source.skipped.items():
+        log(f"left out under {source.root}: {count} x {kind}")
     log(data.note)
     session = Session(config, world, data, order, current, ddp, facts, log, folder, metrics)
     return finish(session, ended=train(session))
@@ -104,6 +107,14 @@ def main() -> None:
         if folder is not None:
             folder.fail(traceback.format_exc())
         refuse(str(error), code=1)
+    except torch.OutOfMemoryError as error:
+        if folder is not None:
+            folder.fail(traceback.format_exc())
+        refuse(f"{error}. Lower --data.batch_size, or use more GPUs for the same one", code=1)
+    except BaseException:
+        if folder is not None:
+            folder.fail(traceback.format_exc())
+        raise
     finally:
         if folder is not None:
             folder.close()

@@ -77,7 +77,9 @@ class Metrics:
         self.path, self.log = folder / "metrics.jsonl", log
         if self.path.exists():
             kept = [row for row in read_metrics(self.path) if row["step"] <= step]
-            self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            whole = self.path.with_suffix(".tmp")
+            whole.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            whole.replace(self.path)
         from torch.utils.tensorboard import SummaryWriter  # imports slowly; only rank 0 needs it
 
         self.writer: SummaryWriter | None = SummaryWriter(

@@ -68,8 +68,18 @@ class RunFolder:
     def describe(self, config: dict, environment: dict) -> None:
         """Keep what is needed to run this again."""
         (self.path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-        (self.path / "command.txt").write_text(shlex.join([sys.executable, *sys.argv]) + "\n")
+        (self.path / "command.txt").write_text(self.command() + "\n")
         self.write("env.json", environment)
+
+    def command(self) -> str:
+        """What starts this run again, its folder named; under torchrun with the same number."""
+        words = [sys.executable, *sys.argv]
+        if (ranks := os.environ.get("LOCAL_WORLD_SIZE", "1")) != "1":
+            nodes = int(os.environ["WORLD_SIZE"]) // int(ranks)
+            words = ["torchrun", "--nnodes", str(nodes), "--nproc-per-node", ranks, *sys.argv]
+        if not any(word.startswith("--out") for word in sys.argv):
+            words += ["--out", str(self.path)]
+        return shlex.join(words)
 
     def status(self, state: str, step: int) -> None:
         """running, preempted, failed or finished."""

@@ -1,0 +1,63 @@
+"""Session: what the training loop works with, put together once by train/main.py.
+
+A newcomer's mistake: reading the position here. It is TrainState's, which is all that a checkpoint
+holds; this is everything around it.
+"""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from pipeline.order import SampleOrder
+from train import state
+from train.checkpoint import CheckpointError
+from train.config import Config
+from train.data import RunData
+from train.distributed import World
+from train.metrics import Log, Metrics
+from train.report import collapse_threshold
+from train.run_folder import RunFolder
+from train.state import TrainState
+
+
+@dataclass
+class Session:
+    """What the loop works with; `metrics` and `run` write on rank 0 only."""
+
+    config: Config
+    world: World
+    data: RunData
+    order: SampleOrder
+    state: TrainState
+    ddp: nn.Module
+    """The model as it is called: DDP around it where there are several ranks."""
+    facts: dict
+    log: Log
+    run: RunFolder | None
+    metrics: Metrics | None
+
+    @property
+    def schedule_steps(self) -> int:
+        """Steps of the whole schedule."""
+        return self.order.steps_per_epoch * self.config.epochs
+
+    @property
+    def last_step(self) -> int:
+        """Where this run ends."""
+        return min(self.config.max_steps or self.schedule_steps, self.schedule_steps)
+
+    @property
+    def collapse_threshold(self) -> float:
+        """Below it the collapse meter warns."""
+        return collapse_threshold(self.order.batch_size // self.world.size)
+
+
+def save(session: Session) -> None:
+    """Checkpoint on rank 0; a full disk is a warning, the run goes on from memory."""
+    if session.run is None:
+        return
+    try:
+        state.save(session.state, session.run.checkpoints, session.facts)
+        session.run.status("running", session.state.step)
+    except CheckpointError as error:
+        session.log.warn(f"{error}. Training goes on; the checkpoint before is kept")
