@@ -341,3 +341,30 @@ def test_a_flat_folder_trains_without_knn(images, tmp_path):
     done = run(root, tmp_path / "run", "--max_steps=2")
     assert result(done)["knn_top1"] is None and result(done)["knn_top1_untrained"] is None
     assert "no kNN check" in done.stderr
+
+
+def test_evaluation_and_checkpoints_are_off_the_clock(images, tmp_path, monkeypatch):
+    from train import window
+
+    class Session:  # what the clock reads of it
+        class world:
+            device = type("device", (), {"type": "cpu"})
+
+        class state:
+            train_s = wait_s = 0.0
+
+    now = [0.0]
+    monkeypatch.setattr(window.time, "perf_counter", lambda: now[0])
+    clock = window.Window(Session())
+    now[0] += 1  # waiting for data
+    clock.data_arrived()
+    now[0] += 2  # the step
+    clock.step_done(0.0, {}, 0.0)
+    clock.pause()
+    now[0] += 100  # kNN
+    clock.pause()
+    now[0] += 100  # checkpoint
+    clock.resume()
+    now[0] += 4
+    clock.data_arrived()
+    assert (Session.state.train_s, Session.state.wait_s) == (7.0, 5.0)

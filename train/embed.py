@@ -4,6 +4,8 @@ A newcomer's mistake: features in training mode. Batch norm would take its stati
 images looked at, and update them.
 """
 
+import time
+from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
@@ -17,6 +19,7 @@ from train.data import EvalSet, RunData
 from train.distributed import World
 from train.knn import knn_top1
 
+TELL_S = 15  # seconds between two lines about a long evaluation
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -30,11 +33,17 @@ def autocast(config: Config, device: torch.device):
 
 @torch.no_grad()
 def embed(
-    backbone: nn.Module, images: EvalSet, config: Config, world: World
+    backbone: nn.Module,
+    images: EvalSet,
+    config: Config,
+    world: World,
+    *,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """This rank's share of the set: features of length 1, their labels and ids.
 
     Shapes: (M, D) fp32, (M,), (M,) int64, on the training device. Unreadable images are left out.
+    `tell` hears how far it is, now and then.
     """
     share = slice(world.rank, None, world.size)
     labels = torch.full((int(images.ids.max()) + 1,), -1)
@@ -52,6 +61,7 @@ def embed(
     was_training = backbone.training
     backbone.eval()
     features, ids = [], []
+    told = time.monotonic()
     for batch in loader:
         x = normalize_views(
             batch.images, config.data.mean, config.data.std, DTYPES[config.precision]
@@ -60,6 +70,9 @@ def embed(
             out = backbone(x)
         features.append(F.normalize(out.float(), dim=1))
         ids.append(batch.ids)
+        if time.monotonic() - told > TELL_S:
+            told = time.monotonic()
+            tell(f"kNN: features of {len(ids)} of {len(loader)} batches")
     backbone.train(was_training)
     found = torch.cat(ids)
     good = found >= 0
@@ -67,12 +80,19 @@ def embed(
     return chosen, labels[found[good]].to(world.device), found[good].to(world.device)
 
 
-def knn_accuracy(backbone: nn.Module, data: RunData, config: Config, world: World) -> float | None:
+def knn_accuracy(
+    backbone: nn.Module,
+    data: RunData,
+    config: Config,
+    world: World,
+    *,
+    tell: Callable[[str], None] = lambda line: None,
+) -> float | None:
     """kNN top-1 in percent, or None where there are no labels."""
     if data.bank is None or data.queries is None:
         return None
-    bank, bank_labels, _ = embed(backbone, data.bank, config, world)
-    queries, query_labels, _ = embed(backbone, data.queries, config, world)
+    bank, bank_labels, _ = embed(backbone, data.bank, config, world, tell=tell)
+    queries, query_labels, _ = embed(backbone, data.queries, config, world, tell=tell)
     return knn_top1(
         queries,
         query_labels,

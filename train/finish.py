@@ -9,9 +9,13 @@ import torch
 from torch import Tensor
 
 from pipeline.loader import eval_loader
+from train.distributed import from_main
 from train.embed import embed
-from train.session import Session
+from train.metrics import Metrics
 from train.report import draw_curves, print_table
+from train.run_folder import RunFolder
+from train.session import Session
+from train.state import comparable
 
 EMBEDDED = 1000  # images in TensorBoard's projector
 
@@ -42,25 +46,25 @@ def finish(session: Session, *, ended: str) -> dict:
     }
     if ended == "finished":
         write_features(session)
-    if session.run is None or session.metrics is None:
-        return result
-    session.metrics.text("result", str(result))
-    session.metrics.close()
-    draw_curves(
-        session.metrics.path,
-        session.run.path / "curves.png",
-        threshold=session.collapse_threshold,
-    )
-    session.run.write("result.json", result)
-    session.run.status(ended, current.step)
+    if session.run is not None and session.metrics is not None:
+        write_end(session, session.run, session.metrics, result)
+    return from_main(session.world, result)  # the others wait until all is written
+
+
+def write_end(session: Session, run: RunFolder, metrics: Metrics, result: dict) -> None:
+    """What rank 0 leaves in the run folder and tells the user."""
+    ended, current = result["state"], session.state
+    metrics.hyper_parameters(comparable(session.config), result)
+    metrics.close()
+    draw_curves(metrics.path, run.path / "curves.png", threshold=session.collapse_threshold)
+    run.write("result.json", result)
+    run.status(ended, current.step)
     if ended == "preempted":
         session.log(
             f"stopped at step {current.step} of {session.last_step}; the checkpoint is in "
-            f"{session.run.checkpoints}. The same command goes on from there: "
-            f"{session.run.command()}"
+            f"{run.checkpoints}. The same command goes on from there: {run.command()}"
         )
     print_table(result)
-    return result
 
 
 def write_features(session: Session) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from pipeline.keyed import Purpose, keyed_rng
 from train.distributed import World
 
-QUERY_CHUNK = 1024
+SIMILARITIES = 1 << 27  # held at once: 512 MiB of fp32
 
 
 def nearest(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -24,7 +24,8 @@ def nearest(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
     Shapes: queries (Q, D), bank (M, D), both of length 1; returns (Q, min(k, M)) twice.
     """
     k = min(k, len(bank))
-    parts = [torch.topk(chunk @ bank.T, k, dim=1) for chunk in queries.split(QUERY_CHUNK)]
+    chunks = queries.split(max(1, SIMILARITIES // len(bank)))
+    parts = [torch.topk(chunk @ bank.T, k, dim=1) for chunk in chunks]
     return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
 
 

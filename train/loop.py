@@ -94,7 +94,9 @@ def train_step(session: Session, images: Tensor) -> tuple[Tensor, dict[str, Tens
 def check_knn(session: Session) -> None:
     """Measure kNN now and write it down."""
     current = session.state
-    top1 = knn_accuracy(current.model.backbone, session.data, session.config, session.world)
+    top1 = knn_accuracy(
+        current.model.backbone, session.data, session.config, session.world, tell=session.log
+    )
     if top1 is None:
         return
     current.knn[str(current.step)] = top1

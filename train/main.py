@@ -77,6 +77,7 @@ def run(config: Config, world: World, out: Path, folder: RunFolder | None, log: 
         folder.describe(dataclasses.asdict(config), environment(world.size, world.device))
         folder.status("running", current.step)
         metrics = Metrics(out, step=current.step, log=log)
+        metrics.text("config", (out / "config.yaml").read_text())
     log(
         f"{len(source)} images, {order.steps_per_epoch} steps an epoch, {world.size} x "
         f"{world.device}, global batch {order.batch_size}, learning rate {config.lr:.4g}"

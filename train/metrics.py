@@ -110,6 +110,15 @@ class Metrics:
         """A text, indented so that it shows as it is."""
         self._board(lambda board: board.add_text(tag, "    " + value.replace("\n", "\n    ")))
 
+    def hyper_parameters(self, settings: dict[str, str], result: dict) -> None:
+        """The run's settings beside what came of them, for TensorBoard's HParams tab."""
+        figures = {
+            f"result/{name}": float(result[name])
+            for name in ("knn_top1", "loss", "z_std", "images_per_s")
+            if result[name] is not None
+        }
+        self._board(lambda board: board.add_hparams(dict(settings), figures, run_name="."))
+
     def _board(self, write) -> None:
         if self.writer is None:
             return

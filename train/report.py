@@ -68,7 +68,7 @@ def print_table(result: dict) -> None:
         ("run", "run folder", "{}"),
     ):
         value = result[key]
-        table.add_row(label, "none (no labels)" if value is None else form.format(value))
+        table.add_row(label, "none" if value is None else form.format(value))
     console = Console(file=sys.stderr, width=None if sys.stderr.isatty() else 100)
     console.print(table)
     if result["collapsed"]:

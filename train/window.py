@@ -31,28 +31,41 @@ class Window:
         """Begin a window now."""
         self.steps, self.train_s, self.wait_s = 0, 0.0, 0.0
         self.loss: Tensor | None = None
-        self.mark = time.perf_counter()
+        self.resume()
 
     def resume(self) -> None:
-        """Go on after what is not training."""
-        self.mark = time.perf_counter()
+        """Start the clock, after what is not training."""
+        self.mark: float | None = time.perf_counter()
+
+    def pause(self) -> None:
+        """Stop the clock, the work that the device still has included."""
+        if self.session.world.device.type == "cuda":
+            torch.cuda.synchronize(self.session.world.device)
+        self.count()
+        self.mark = None
+
+    def count(self) -> float:
+        """Count the time since the mark as training, if the clock runs; returns it."""
+        if self.mark is None:
+            return 0.0
+        now = time.perf_counter()
+        passed, self.mark = now - self.mark, now
+        self.train_s += passed
+        self.session.state.train_s += passed
+        return passed
 
     def data_arrived(self) -> None:
-        """The loader has given a batch."""
-        self.wait_s += time.perf_counter() - self.mark
+        """The loader has given a batch: the time since the step before was spent waiting."""
+        waited = self.count()
+        self.wait_s += waited
+        self.session.state.wait_s += waited
 
     def step_done(self, loss: Tensor, scalars: dict[str, Tensor], norm: Tensor) -> None:
         """Keep the step's numbers, on the device."""
         self.loss = loss if self.loss is None else self.loss + loss
         self.scalars, self.norm = scalars, norm
         self.steps += 1
-        self.pause()
-
-    def pause(self) -> None:
-        """Count the time since the mark as training."""
-        now = time.perf_counter()
-        self.train_s += now - self.mark
-        self.mark = now
+        self.count()
 
     def log(self, lr: float) -> None:
         """Read the device, write a row and a line; look for collapse, bad steps and bad images."""
@@ -62,9 +75,7 @@ class Window:
         stack = [self.loss / self.steps, *(self.scalars[name] for name in names)]
         values = distributed.mean(session.world, torch.stack(stack).float()).tolist()
         skipped = current.guard.check(current.step)
-        self.pause()  # reading waited for the device: that was training
-        current.train_s += self.train_s
-        current.wait_s += self.wait_s
+        self.count()  # reading waited for the device: that was training
         self.count_bad()
         images = self.steps * session.order.batch_size
         rate = images / self.train_s
