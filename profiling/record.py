@@ -41,7 +41,7 @@ def read_run(run: Path) -> dict:
     return {
         **parts,
         "config": yaml.safe_load((run / "config.yaml").read_text()),
-        "command": (run / "command.txt").read_text().strip(),
+        "command": re.sub(r"^\S*/", "", (run / "command.txt").read_text().strip()),
         "images_per_s_p50": statistics.median(row["throughput/images_per_sec"] for row in rows),
         "curve": [{key: row[key] for key in ("step", "train/loss", "train/z_std")} for row in rows],
     }

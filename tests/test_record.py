@@ -1,0 +1,58 @@
+"""Results are recorded from finished runs of one revision; README's figures are in those files."""
+
+import json
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+record = runpy.run_path(str(ROOT / "profiling" / "record.py"))
+
+
+def make_run(folder: Path, *, state: str = "finished", revision: str = "abc") -> Path:
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text(json.dumps({"state": state, "knn_top1": 50.0}))
+    (folder / "env.json").write_text(json.dumps({"revision": revision, "device": "A CPU"}))
+    (folder / "config.yaml").write_text("seed: 0\n")
+    (folder / "command.txt").write_text("/some/where/bin/python train/main.py --seed 0\n")
+    row = {"step": 1, "train/loss": -0.5, "train/z_std": 1.0, "throughput/images_per_sec": 7.0}
+    (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    return folder
+
+
+def test_a_finished_run_is_kept_whole_without_this_machines_paths(tmp_path, monkeypatch):
+    monkeypatch.setitem(record["record"].__globals__, "RESULTS", tmp_path / "results")
+    path = record["record"]("name", [make_run(tmp_path / "a")])
+    assert re.fullmatch(r"name_a-cpu_\d{6}\.json", path.name)
+    kept = json.loads(path.read_text())
+    assert kept["n"] == 1 and kept["runs"][0]["images_per_s_p50"] == 7.0
+    assert kept["runs"][0]["command"] == "python train/main.py --seed 0"
+
+
+def test_unfinished_or_unlike_runs_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"has no result\.json"):
+        record["read_run"](tmp_path)
+    with pytest.raises(ValueError, match="preempted, not finished"):
+        record["read_run"](make_run(tmp_path / "a", state="preempted"))
+    runs = [make_run(tmp_path / "b"), make_run(tmp_path / "c", revision="def")]
+    with pytest.raises(ValueError, match="differ in revision: abc, def"):
+        record["record"]("name", runs)
+
+
+def test_every_result_that_readme_links_to_exists_and_every_result_is_json():
+    links = re.findall(r"\((profiling/results/[^)]+)\)", (ROOT / "README.md").read_text())
+    assert links
+    assert all((ROOT / link).is_file() for link in links)
+    for path in (ROOT / "profiling" / "results").glob("*.json"):
+        assert json.loads(path.read_text())["n"] >= 1
+
+
+def test_readmes_knn_figures_are_those_of_the_recorded_runs():
+    kept = json.loads(next((ROOT / "profiling/results").glob("demo-digits_*.json")).read_text())
+    text = (ROOT / "README.md").read_text()
+    for run in kept["runs"]:
+        found = run["result"]
+        assert f"{found['knn_top1_untrained']:.1f} -> {found['knn_top1']:.1f}" in text
+        assert found["knn_top1"] - found["knn_top1_untrained"] >= 20
