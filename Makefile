@@ -16,7 +16,7 @@ demo: $(VENV)/.ready
 	$(RUN) train/main.py --config configs/demo.yaml $(ARGS)
 
 test: check
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
 
 check: $(VENV)/.ready-dev
 	$(VENV)/bin/ruff format --check --quiet .

@@ -7,13 +7,24 @@ a channels-last NCHW tensor; no copy is made.
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from kernels.launch import HAS_TRITON, Kernels, use_triton
+
+if HAS_TRITON or TYPE_CHECKING:
+    from kernels.normalize_triton import normalize
+
 
 def normalize_views(
-    views_NHWC: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
+    views_NHWC: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+    *,
+    kernels: Kernels = "auto",
 ) -> Tensor:
     """Scale uint8 images to [0, 1], subtract mean, divide by std, per channel.
 
@@ -31,6 +42,8 @@ def normalize_views(
     if not dtype.is_floating_point:
         raise ValueError(f"normalize_views writes a floating dtype, got {dtype}")
     scale, shift = _scale_and_shift(tuple(mean), tuple(std), views_NHWC.device)
+    if use_triton(kernels, views_NHWC):
+        return normalize(views_NHWC, scale, shift, dtype).permute(0, 3, 1, 2)
     return torch.addcmul(shift, views_NHWC.float(), scale).to(dtype).permute(0, 3, 1, 2)
 
 

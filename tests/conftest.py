@@ -1,12 +1,38 @@
-"""Fixtures only."""
+"""Fixtures, and the switch that runs Triton kernels in its interpreter where there is no GPU."""
 
 import io
+import os
 
 import numpy as np
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, so before any kernel
+
 from PIL import Image
 from sklearn.datasets import load_sample_images
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreter_that_rounds():
+    """Triton's interpreter (3.9) cuts fp32 off to bf16; every GPU rounds to nearest."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        yield
+        return
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def rounded(value, source, target, mode):
+        if str(source) == "fp32" and str(target) == "bf16":
+            as_torch = torch.from_numpy(np.ascontiguousarray(value)).bfloat16()
+            return as_torch.view(torch.int16).numpy().view(np.uint16)
+        return convert(value, source, target, mode)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_convert_float", rounded)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch.nn.modules._functions import SyncBatchNorm
 
 from kernels.batch_norm import batch_norm_act
 
@@ -20,7 +21,7 @@ def inputs(dims: int, offset: float):
     return x + offset, residual, weighting
 
 
-def forward_backward(x, residual, weighting, *, group):
+def forward_backward(x, residual, weighting, *, group, kernels="plain"):
     """One call and its gradients. All (V, rows, C, ...); y in the same shape."""
 
     def flat(t):
@@ -31,7 +32,9 @@ def forward_backward(x, residual, weighting, *, group):
     weight = torch.linspace(0.5, 1.5, CHANNELS).requires_grad_()
     bias = torch.linspace(-0.1, 0.1, CHANNELS).requires_grad_()
     mean, var = torch.zeros(CHANNELS), torch.ones(CHANNELS)
-    y = batch_norm_act(x, weight, bias, mean, var, residual=residual, num_views=VIEWS, group=group)
+    y = batch_norm_act(
+        x, weight, bias, mean, var, residual=residual, num_views=VIEWS, group=group, kernels=kernels
+    )
     (y * flat(weighting)).sum().backward()
     shape = (VIEWS, -1, *y.shape[1:])
     return {
@@ -41,32 +44,93 @@ def forward_backward(x, residual, weighting, *, group):
     }  # fmt: skip
 
 
-def on_rank(rank: int, port: int, dims: int, offset: float, queue) -> None:
+def torch_sync_batch_norm(x, residual, weighting) -> dict:
+    """forward_backward by nn.SyncBatchNorm's own function, one pass for each view.
+
+    Its five primitives exist for CUDA alone: their formulas stand in for them here.
+    """
+
+    def rows(t):
+        return t.transpose(0, 1).flatten(1)
+
+    def of_channels(t, x):
+        return t.view(1, -1, *[1] * (x.dim() - 2))
+
+    def stats(x, eps):
+        return rows(x).mean(1), (rows(x).var(1, correction=0) + eps).rsqrt()
+
+    def gather_stats(x, means, invstds, mean, var, momentum, eps, counts):
+        total, counts = counts.sum(), counts[:, None]
+        all_mean = (means * counts).sum(0) / total
+        square = ((invstds**-2 - eps + means**2) * counts).sum(0) / total - all_mean**2
+        mean.lerp_(all_mean, momentum)
+        var.lerp_(square * total / (total - 1), momentum)
+        return all_mean, (square + eps).rsqrt()
+
+    def elemt(x, weight, bias, mean, invstd, eps):
+        scale = of_channels(weight * invstd, x)
+        return (x - of_channels(mean, x)) * scale + of_channels(bias, x)
+
+    def backward_reduce(dy, x, mean, invstd, weight, *_):
+        sum_dy, centred = rows(dy).sum(1), rows(x) - mean[:, None]
+        sum_dy_x = (rows(dy) * centred).sum(1)
+        return sum_dy, sum_dy_x, sum_dy_x * invstd, sum_dy
+
+    def backward_elemt(dy, x, mean, invstd, weight, sum_dy, sum_dy_x, counts):
+        total = counts.sum()
+        centred = (x - of_channels(mean, x)) * of_channels(invstd**2 * sum_dy_x / total, x)
+        return (dy - of_channels(sum_dy / total, x) - centred) * of_channels(weight * invstd, x)
+
+    torch.batch_norm_stats, torch.batch_norm_elemt = stats, elemt
+    torch.batch_norm_gather_stats_with_counts = gather_stats
+    torch.batch_norm_backward_reduce = backward_reduce
+    torch.batch_norm_backward_elemt = backward_elemt
+    x, residual = (t.clone().requires_grad_() for t in (x, residual))
+    weight = torch.linspace(0.5, 1.5, CHANNELS).requires_grad_()
+    bias = torch.linspace(-0.1, 0.1, CHANNELS).requires_grad_()
+    mean, var = torch.zeros(CHANNELS), torch.ones(CHANNELS)
+    views = [
+        SyncBatchNorm.apply(
+            view.contiguous(), weight, bias, mean, var, 1e-5, 0.1, dist.group.WORLD, 2
+        )
+        for view in x
+    ]
+    y = torch.relu(torch.stack(views) + residual)
+    (y * weighting).sum().backward()
+    return {
+        "y": y.detach(), "dx": x.grad, "dresidual": residual.grad, "dweight": weight.grad,
+        "dbias": bias.grad, "mean": mean, "var": var,
+    }  # fmt: skip
+
+
+def on_rank(rank: int, port: int, dims: int, offset: float, kernels: str, queue) -> None:
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
     half = slice(rank * ROWS // 2, (rank + 1) * ROWS // 2)
     mine = [t[:, half] for t in inputs(dims, offset)]
-    found = forward_backward(*mine, group=dist.group.WORLD)
+    if kernels == "torch":
+        found = torch_sync_batch_norm(*mine)
+    else:
+        found = forward_backward(*mine, group=dist.group.WORLD, kernels=kernels)
     queue.put((rank, {name: value.numpy() for name, value in found.items()}))
     dist.destroy_process_group()
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(("dims", "offset"), [(4, 0.0), (2, 0.0), (4, 1000.0)])
-def test_two_ranks_with_half_the_batch_equal_one_rank(dims, offset):
+@pytest.mark.parametrize(
+    ("dims", "offset", "kernels"),
+    [
+        (4, 0.0, "plain"), (2, 0.0, "plain"), (4, 1000.0, "plain"),
+        (4, 0.0, "triton"), (2, 0.0, "triton"), (4, 1000.0, "triton"),
+        (4, 0.0, "torch"),
+    ],
+)  # fmt: skip
+def test_two_ranks_with_half_the_batch_equal_one_rank(dims, offset, kernels):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = mp.get_context("spawn")
-    queue = context.Queue()
-    ranks = [
-        context.Process(target=on_rank, args=(rank, port, dims, offset, queue)) for rank in range(2)
-    ]
-    for process in ranks:
-        process.start()
-    parts = dict(queue.get(timeout=120) for _ in ranks)
-    for process in ranks:
-        process.join(timeout=60)
-        assert process.exitcode == 0
+    queue = mp.get_context("spawn").SimpleQueue()
+    mp.spawn(on_rank, args=(port, dims, offset, kernels, queue), nprocs=2)  # raises what a rank did
+    parts = dict(queue.get() for _ in range(2))
     whole = forward_backward(*(t.double().float() for t in inputs(dims, offset)), group=None)
     tolerance = 1e-5 if offset == 0 else 2e-3  # 1000 + randn keeps 1e-4 of its digits in fp32
     for name, expected in whole.items():

@@ -1,6 +1,7 @@
 """One forward for both views equals the paper's two passes; ours against a plain torch model."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from train.methods.simsiam import SimSiam
 from train.norm import BatchNorm, set_views
 from train.optim import build_optimizer, set_lr
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = ModelConfig(
     arch="resnet18", stem="cifar", width=8, projector_layers=2, projector_dim=32,
     projector_hidden=32, predictor_hidden=8,
@@ -33,7 +35,7 @@ class TwoPass(nn.Module):
     def replace(self, module: nn.Module) -> None:
         for name, child in module.named_children():
             if isinstance(child, BatchNorm):
-                setattr(module, name, TorchNorm(child))
+                setattr(module, name, TorchNorm(child))  # under our call's arguments
             else:
                 self.replace(child)
 
@@ -63,6 +65,13 @@ class TorchNorm(nn.Module):
         if residual is not None:
             y = y + residual
         return torch.relu(y) if relu else y
+
+    def then_conv(self, x, conv):
+        return conv(self(x, relu=True))
+
+    def end_block(self, x, shortcut, downsample=None):
+        y = self(x, residual=shortcut if downsample is None else downsample(shortcut), relu=True)
+        return y, y
 
 
 def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -134,6 +143,23 @@ def test_statistics_are_per_view_not_over_the_concatenated_batch():
 def test_wrong_layout_or_shape_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         batch_norm_act(make(), None, None, None, None, num_views=2)
+
+
+def test_the_triton_kernels_take_the_same_step_as_plain_torch():
+    """A whole step of the network, every operator in its place: loss, gradients, buffers."""
+    x = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    x = x.to(memory_format=torch.channels_last)
+    found = []
+    for options in ({"kernels": "plain"}, {"kernels": "triton", "recompute": True}):
+        torch.manual_seed(0)
+        config = dataclasses.replace(SMALL, stem="imagenet", arch="resnet18", **options)
+        model = SimSiam(config, MethodConfig()).to(DEVICE, memory_format=torch.channels_last)
+        loss, scalars = model(x.to(DEVICE))
+        loss.backward()
+        grads = {f"d{n}": p.grad for n, p in model.named_parameters()}
+        found.append(grads | dict(model.named_buffers()) | {"loss": loss, "std": scalars["z_std"]})
+    for name, value in found[1].items():
+        assert relative_error(value.float(), found[0][name].float()) < 1e-3, name
 
 
 def test_torch_compile_sees_one_graph_and_computes_the_same():

@@ -64,7 +64,11 @@ def embed(
     told = time.monotonic()
     for batch in loader:
         x = normalize_views(
-            batch.images, config.data.mean, config.data.std, DTYPES[config.precision]
+            batch.images,
+            config.data.mean,
+            config.data.std,
+            DTYPES[config.precision],
+            kernels=config.model.kernels,
         )
         with autocast(config, world.device):
             out = backbone(x)

@@ -83,7 +83,11 @@ def train_step(session: Session, images: Tensor) -> tuple[Tensor, dict[str, Tens
         steps_per_epoch=session.order.steps_per_epoch,
     )
     views = normalize_views(
-        images.flatten(0, 1), config.data.mean, config.data.std, DTYPES[config.precision]
+        images.flatten(0, 1),
+        config.data.mean,
+        config.data.std,
+        DTYPES[config.precision],
+        kernels=config.model.kernels,
     )
     with autocast(config, session.world.device):
         loss, scalars = session.ddp(views)

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from kernels.launch import use_triton
 from pipeline.order import SampleOrder
 from train import checkpoint, distributed, state
 from train.cli import read_config, refuse
@@ -40,6 +41,12 @@ from train.state import TrainState
 
 def build_state(config: Config, world: World) -> tuple[TrainState, nn.Module]:
     """The model from the seed, the same on all ranks, its optimizer, and the model as called."""
+    with_triton = use_triton(config.model.kernels, torch.empty(0, device=world.device))
+    if config.model.recompute and not with_triton:
+        raise ValueError(
+            "--model.recompute true needs the Triton kernels, which run on a CUDA device: leave it "
+            "false with --model.kernels plain and on the CPU"
+        )
     torch.manual_seed(config.seed)
     model = SimSiam(config.model, config.method)
     model = model.to(device=world.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload] - missing in torch's stub

@@ -7,7 +7,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kernels.batch_norm import batch_norm_act
+from kernels.batch_norm import (
+    Norm,
+    batch_norm_act,
+    batch_norm_act_conv,
+    batch_norm_act_pool,
+    block_end,
+)
+from kernels.launch import Kernels, use_triton
 
 
 class BatchNorm(nn.Module):
@@ -25,11 +32,16 @@ class BatchNorm(nn.Module):
         self.num_batches_tracked = nn.Buffer(torch.tensor(0, dtype=torch.long))
         self.num_views = 1
         self.group: dist.ProcessGroup | None = None
+        self.kernels: Kernels = "auto"
+        self.recompute = False
+
+    @property
+    def norm(self) -> Norm:
+        """Parameters and running statistics as the operators take them."""
+        return Norm(self.weight, self.bias, self.running_mean, self.running_var)
 
     def forward(self, x: Tensor, *, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         """Shapes: (N, C, H, W) channels_last or (N, C), views as equal slices of N."""
-        if self.training:
-            self.num_batches_tracked.add_(self.num_views)
         return batch_norm_act(
             x,
             self.weight,
@@ -41,6 +53,51 @@ class BatchNorm(nn.Module):
             num_views=self.num_views,
             training=self.training,
             group=self.group,
+            kernels=self.kernels,
+        )
+
+    def then_conv(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
+        """conv(relu(norm(x))); with `recompute` the normalised map is not kept for backward."""
+        if not (self.recompute and self.training and use_triton(self.kernels, x)):
+            return conv(self(x, relu=True))
+        assert not isinstance(conv.padding, str) and conv.bias is None and conv.groups == 1
+        return batch_norm_act_conv(
+            x,
+            self.norm,
+            conv.weight,
+            stride=(conv.stride[0], conv.stride[1]),
+            padding=(conv.padding[0], conv.padding[1]),
+            num_views=self.num_views,
+            group=self.group,
+        )
+
+    def pool(self, x: Tensor) -> Tensor:
+        """relu(norm(x)), then max-pool 3x3 of stride 2 (kernels.batch_norm_act_pool)."""
+        return batch_norm_act_pool(
+            x,
+            self.norm,
+            num_views=self.num_views,
+            training=self.training,
+            group=self.group,
+            kernels=self.kernels,
+        )
+
+    def end_block(
+        self, x: Tensor, shortcut: Tensor, downsample: "BatchNorm | None" = None
+    ) -> tuple[Tensor, Tensor]:
+        """relu(norm(x) + shortcut) for the main branch and the next shortcut (kernels.block_end).
+
+        Shapes: (N, C, H, W) channels_last; with `downsample` the shortcut is normalised by it.
+        """
+        return block_end(
+            x,
+            self.norm,
+            shortcut,
+            downsample.norm if downsample is not None else None,
+            num_views=self.num_views,
+            training=self.training,
+            group=self.group,
+            kernels=self.kernels,
         )
 
 
@@ -49,6 +106,23 @@ def set_views(model: nn.Module, num_views: int) -> None:
     for module in model.modules():
         if isinstance(module, BatchNorm):
             module.num_views = num_views
+
+
+def set_kernels(model: nn.Module, kernels: Kernels, *, recompute: bool = False) -> None:
+    """Every BatchNorm of the model runs these kernels, and recomputes what a convolution read."""
+    for module in model.modules():
+        if isinstance(module, BatchNorm):
+            module.kernels, module.recompute = kernels, recompute
+
+
+def count_batches(model: nn.Module) -> None:
+    """One more batch for each view in every num_batches_tracked, in one operation.
+
+    A model calls it once a training step: an addition in each of 57 layers is 57 launches.
+    """
+    norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
+    if norms and norms[0].training:
+        torch._foreach_add_([norm.num_batches_tracked for norm in norms], norms[0].num_views)
 
 
 def set_sync_group(model: nn.Module, group: dist.ProcessGroup | None) -> None:

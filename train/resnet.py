@@ -8,10 +8,14 @@ Source: He et al., CVPR 2016; stride on the 3x3 convolution as torchvision ("v1.
 CIFAR stem: SimSiam appendix D (3x3 convolution, stride 1, no max-pool).
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
 from train.norm import BatchNorm
+
+Forked = tuple[Tensor, Tensor]  # one tensor for the main branch and the shortcut (block_end)
 
 LAYERS = {
     "resnet18": ("basic", (2, 2, 2, 2)),
@@ -37,11 +41,11 @@ class BasicBlock(nn.Module):
         self.conv2, self.bn2 = conv(planes, planes, 3), BatchNorm(planes)
         self.downsample = shortcut(inputs, planes, stride)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Forked) -> Forked:
         """Shapes: (N, inputs, H, W) -> (N, planes, H/stride, W/stride)."""
-        out = self.bn1(self.conv1(x), relu=True)
-        residual = self.downsample(x) if self.downsample is not None else x
-        return self.bn2(self.conv2(out), residual=residual, relu=True)
+        main, skip = x
+        out = self.bn1.then_conv(self.conv1(main), self.conv2)
+        return end_block(self.bn2, out, skip, self.downsample)
 
 
 class Bottleneck(nn.Module):
@@ -57,12 +61,20 @@ class Bottleneck(nn.Module):
         self.conv3, self.bn3 = conv(planes, outputs, 1), BatchNorm(outputs)
         self.downsample = shortcut(inputs, outputs, stride)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Forked) -> Forked:
         """Shapes: (N, inputs, H, W) -> (N, 4 planes, H/stride, W/stride)."""
-        out = self.bn1(self.conv1(x), relu=True)
-        out = self.bn2(self.conv2(out), relu=True)
-        residual = self.downsample(x) if self.downsample is not None else x
-        return self.bn3(self.conv3(out), residual=residual, relu=True)
+        main, skip = x
+        out = self.bn1.then_conv(self.conv1(main), self.conv2)
+        out = self.bn2.then_conv(out, self.conv3)
+        return end_block(self.bn3, out, skip, self.downsample)
+
+
+def end_block(norm: BatchNorm, x: Tensor, skip: Tensor, downsample: nn.Sequential | None) -> Forked:
+    """The last batch norm of a block, the shortcut (projected where it must be) and ReLU."""
+    if downsample is None:
+        return norm.end_block(x, skip)
+    projection, projection_norm = downsample
+    return norm.end_block(x, projection(skip), cast(BatchNorm, projection_norm))
 
 
 def shortcut(inputs: int, outputs: int, stride: int) -> nn.Sequential | None:
@@ -114,9 +126,9 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: (N, 3, H, W) channels_last -> (N, num_features)."""
-        x = self.bn1(self.conv1(x), relu=True)
-        if self.has_pool:
-            x = nn.functional.max_pool2d(x, 3, stride=2, padding=1)
+        x = self.conv1(x)
+        x = self.bn1.pool(x) if self.has_pool else self.bn1(x, relu=True)
+        forked = x, x
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = layer(x)
-        return torch.flatten(nn.functional.adaptive_avg_pool2d(x, 1), 1)
+            forked = layer(forked)
+        return torch.flatten(nn.functional.adaptive_avg_pool2d(forked[0], 1), 1)

@@ -19,7 +19,8 @@ from train.optim import GuardedStep
 
 # what may differ between two starts of one run: it changes neither the weights nor the batches
 FREE = {"out", "max_steps", "log_every", "checkpoint_every", "device", "compile", "eval", "dali"}
-FREE_DATA = {"root", "val", "max_bad_fraction"}  # the fingerprint stands for the images
+FREE_PARTS = {"data.root", "data.val", "data.max_bad_fraction", "model.recompute"}
+# the fingerprint stands for the images; recomputing gives the same bits
 
 
 @dataclass
@@ -60,7 +61,7 @@ def comparable(config: Config) -> dict[str, str]:
             continue
         parts = value.items() if isinstance(value, dict) else [("", value)]
         for part, inner in parts:
-            if not (name == "data" and part in FREE_DATA):
+            if f"{name}.{part}" not in FREE_PARTS:
                 settings[f"{name}.{part}".rstrip(".")] = str(inner)
     return settings
 

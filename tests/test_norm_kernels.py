@@ -1,0 +1,283 @@
+"""The Triton kernels of batch norm against fp64, in Triton's interpreter or on a GPU."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kernels.batch_norm import (
+    Norm,
+    batch_norm_act,
+    batch_norm_act_conv,
+    batch_norm_act_pool,
+    block_end,
+)  # fmt: skip
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+EPS, MARGIN = 1e-5, 0.1
+
+
+def channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x.contiguous()
+
+
+def exact_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, num_views: int) -> Tensor:
+    """Batch norm of each view by its formula, in x's dtype."""
+    dims = [dim for dim in range(x.dim()) if dim != 1]
+    shape = [1, -1] + [1] * (x.dim() - 2)
+    parts = []
+    for view in x.chunk(num_views):
+        centred = view - view.mean(dims, keepdim=True)
+        y = centred / (centred.square().mean(dims, keepdim=True) + EPS).sqrt()
+        parts.append(y if weight is None else y * weight.view(shape) + bias.view(shape))
+    return torch.cat(parts)
+
+
+class Case:
+    """Inputs, incoming gradients that are 0 where ReLU's kink is near, and three computations."""
+
+    def __init__(self, shape, dtype, *, shortcut, relu=True, views=2, affine=True, offset=0.0):
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(*size: int) -> Tensor:
+            return torch.randn(*size, generator=generator)
+
+        channels = shape[1]
+        self.shortcut, self.relu, self.views, self.affine = shortcut, relu, views, affine
+        self.x = channels_last((draw(*shape) + offset).to(dtype))
+        self.skip = channels_last(draw(*shape).to(dtype)) if shortcut != "none" else None
+        self.params = [1 + 0.3 * draw(channels) for _ in range(4)] if affine else []
+        with torch.no_grad():
+            pre = self.formula([t.double() if t is not None else None for t in self.tensors])
+            far = (pre.abs() > MARGIN) if relu else torch.ones_like(pre)
+        self.grads = [channels_last((draw(*shape) * far).to(dtype)) for _ in range(2)]
+
+    @property
+    def tensors(self) -> list[Tensor | None]:
+        return [self.x, self.skip, *self.params]
+
+    def formula(self, tensors) -> Tensor:
+        """What is under the ReLU."""
+        x, skip, *params = tensors
+        weight, bias, weight2, bias2 = params or (None,) * 4
+        y = exact_norm(x, weight, bias, self.views)
+        if self.shortcut == "residual":
+            y = y + skip
+        elif self.shortcut == "norm":
+            y = y + exact_norm(skip, weight2, bias2, self.views)
+        return y
+
+    def exact(self) -> dict[str, Tensor]:
+        leaves = [t.detach().double().requires_grad_() if t is not None else None
+                  for t in self.tensors]  # fmt: skip
+        y = self.formula(leaves)
+        y = y.relu() if self.relu else y
+        dy = sum(g.double() for g in (self.grads if self.shortcut != "none" else self.grads[:1]))
+        (y * dy).sum().backward()
+        return self.named(y, leaves)
+
+    def ours(self, kernels: str) -> dict[str, Tensor]:
+        leaves = [t.detach().to(DEVICE).requires_grad_() if t is not None else None
+                  for t in self.tensors]  # fmt: skip
+        x, skip, *params = leaves
+        weight, bias, weight2, bias2 = params or (None,) * 4
+        running = [
+            torch.full((x.shape[1],), value, device=DEVICE) for value in (0.0, 1.0, 0.0, 1.0)
+        ]
+        norm, norm2 = Norm(weight, bias, *running[:2]), Norm(weight2, bias2, *running[2:])
+        options = {"num_views": self.views, "kernels": kernels, "eps": EPS}
+        dy, dy2 = (g.to(DEVICE) for g in self.grads)
+        if self.shortcut == "none":
+            y = batch_norm_act(x, *norm, relu=self.relu, **options)
+            y.backward(dy)
+        elif not self.relu:
+            y = batch_norm_act(x, *norm, residual=skip, relu=False, **options)
+            y.backward((dy.double() + dy2.double()).to(dy.dtype))
+        else:
+            y, again = block_end(
+                x, norm, skip, norm2 if self.shortcut == "norm" else None, **options
+            )
+            torch.autograd.backward([y, again], [dy, dy2])
+        found = self.named(y, leaves)
+        names = ("running_mean", "running_var", "running_mean2", "running_var2")
+        return found | {n: t for n, t in zip(names, running, strict=True) if self.is_used(n)}
+
+    def is_used(self, name: str) -> bool:
+        return not name.endswith("2") or self.shortcut == "norm"
+
+    def named(self, y: Tensor, leaves) -> dict[str, Tensor]:
+        names = ("x", "skip", "weight", "bias", "weight2", "bias2")
+        grads = {f"d{n}": t.grad for n, t in zip(names, leaves, strict=False) if t is not None}
+        return {"y": y.detach()} | {n: g for n, g in grads.items() if self.is_used(n)}
+
+    def exact_running(self) -> dict[str, Tensor]:
+        found = {}
+        for end, tensor in (("", self.x), ("2", self.skip)):
+            if tensor is None or not self.is_used(end):
+                continue
+            mean, var = torch.zeros(tensor.shape[1]).double(), torch.ones(tensor.shape[1]).double()
+            for view in tensor.double().chunk(self.views):  # once per view, in order
+                dims = [dim for dim in range(view.dim()) if dim != 1]
+                mean = 0.9 * mean + 0.1 * view.mean(dims)
+                var = 0.9 * var + 0.1 * view.var(dims)
+            found |= {f"running_mean{end}": mean, f"running_var{end}": var}
+        return found
+
+
+def assert_as_exact_as_plain(case: Case) -> None:
+    """Error against fp64 at most twice that of plain PyTorch in the same dtype (style.md)."""
+    exact = case.exact() | case.exact_running()
+    plain, found = case.ours("plain"), case.ours("triton")
+    assert found.keys() == plain.keys() <= exact.keys()
+    for name, value in found.items():
+        assert value.dtype == plain[name].dtype and value.shape == plain[name].shape, name
+        reference = exact[name].to(DEVICE)
+        error = (value.double() - reference).abs().max().item()
+        allowed = (plain[name].double() - reference).abs().max().item()
+        # parameters' gradients are sums: a unit in the last place of the sum of absolute values
+        scale = reference.abs().max().item()
+        assert error <= 2 * allowed + 1e-6 * max(1.0, scale), (name, error, allowed)
+
+
+# 3 rows a view of 5 channels: less than one byte of mask; 70: more than one block of channels, odd
+SHAPES = [(6, 5, 3, 3), (4, 70, 5, 7)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shortcut", ["none", "residual", "norm"])
+def test_outputs_gradients_and_running_statistics_are_as_exact_as_plain_torch(
+    shape, dtype, shortcut
+):
+    assert_as_exact_as_plain(Case(shape, dtype, shortcut=shortcut))
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((6, 5, 3, 3), {"shortcut": "none", "views": 1}),
+        ((6, 5, 3, 3), {"shortcut": "norm", "views": 1}),
+        ((8, 12), {"shortcut": "none"}),  # the heads: (N, C)
+        ((8, 12), {"shortcut": "none", "affine": False, "relu": False}),  # the projector's end
+        ((4, 10, 3, 2), {"shortcut": "residual", "relu": False}),
+        ((4, 10, 3, 2), {"shortcut": "residual", "affine": False}),
+        ((4, 10, 3, 2), {"shortcut": "norm", "affine": False}),
+        ((6, 16, 1, 1), {"shortcut": "residual"}),  # maps of one pixel
+        ((4, 2048, 1, 1), {"shortcut": "none"}),  # ResNet-50's widest
+        ((4, 8, 40, 40), {"shortcut": "none"}),  # several programs a view: their parts are merged
+        ((6, 5, 3, 3), {"shortcut": "none", "offset": 1000.0}),
+        ((4, 8, 40, 40), {"shortcut": "residual", "offset": 1000.0}),
+    ],
+)
+def test_every_combination_is_as_exact_as_plain_torch(shape, options):
+    assert_as_exact_as_plain(Case(shape, torch.float32, **options))
+
+
+def test_mean_1000_and_std_1_keep_the_digits_of_the_variance():
+    x = torch.randn(8, 4, 30, 30, generator=torch.Generator().manual_seed(0)) + 1000
+    x = channels_last(x).to(DEVICE)
+    mean, var = torch.zeros(4, device=DEVICE), torch.ones(4, device=DEVICE)
+    batch_norm_act(x, None, None, mean, var, momentum=1.0, kernels="triton")
+    exact = x.double().var((0, 2, 3))
+    torch.testing.assert_close(var.double(), exact, rtol=1e-6, atol=0)  # sums of squares: 1e-1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(4, 8, 7, 10), (2, 70, 6, 5), (4, 3, 1, 2)])
+def test_the_stem_with_max_pool_equals_plain_torch(shape, dtype):
+    generator = torch.Generator().manual_seed(0)
+    x = channels_last(torch.randn(shape, generator=generator).to(dtype)).to(DEVICE)
+    size = (shape[0], shape[1], (shape[2] + 1) // 2, (shape[3] + 1) // 2)
+    dy = channels_last(torch.randn(size, generator=generator).to(dtype)).to(DEVICE)
+    found = {}
+    for kernels in ("plain", "triton"):
+        leaf = x.detach().requires_grad_()
+        weight, bias = (torch.full((shape[1],), v, device=DEVICE, requires_grad=True)
+                        for v in (1.5, 0.2))  # fmt: skip
+        norm = Norm(weight, bias, torch.zeros(shape[1], device=DEVICE),
+                    torch.ones(shape[1], device=DEVICE))  # fmt: skip
+        y = batch_norm_act_pool(leaf, norm, num_views=2, kernels=kernels)
+        y.backward(dy)
+        found[kernels] = [y, leaf.grad, weight.grad, bias.grad]
+    if dtype == torch.float32:
+        for value, reference in zip(found["triton"], found["plain"], strict=True):
+            torch.testing.assert_close(value, reference, rtol=1e-5, atol=1e-5)
+    else:  # a tie of rounded values may fall otherwise: the maxima agree to their last place
+        torch.testing.assert_close(found["triton"][0], found["plain"][0], rtol=2**-7, atol=2**-7)
+        difference = (found["triton"][1] - found["plain"][1]).float().norm()
+        assert difference < 0.1 * found["plain"][1].float().norm()
+
+
+def test_of_equal_values_in_a_window_the_first_gets_the_gradient():
+    x = torch.ones(2, 8, 4, 4)
+    x[:, :, 0, 3] = -3.0  # a variance above 0; most windows hold nothing but equal values
+    x = channels_last(x).to(DEVICE)
+    grads = []
+    for kernels in ("plain", "triton"):
+        leaf = x.detach().requires_grad_()
+        norm = Norm(*(torch.ones(8, device=DEVICE) for _ in range(2)), None, None)
+        batch_norm_act_pool(leaf, norm, kernels=kernels).square().sum().backward()
+        grads.append(leaf.grad)
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-5, atol=1e-5)
+
+
+def test_normalising_again_in_backward_changes_no_gradient():
+    generator = torch.Generator().manual_seed(0)
+    x = channels_last(torch.randn(4, 12, 5, 5, generator=generator)).to(DEVICE)
+    found = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        conv = nn.Conv2d(12, 6, 3, 2, 1, bias=False).to(DEVICE)
+        conv = conv.to(memory_format=torch.channels_last)
+        leaf = x.detach().requires_grad_()
+        weight, bias = (torch.full((12,), v, device=DEVICE, requires_grad=True) for v in (1.5, 0.2))
+        norm = Norm(weight, bias, torch.zeros(12, device=DEVICE), torch.ones(12, device=DEVICE))
+        if recompute:
+            y = batch_norm_act_conv(leaf, norm, conv.weight, stride=(2, 2), padding=(1, 1),
+                                    num_views=2)  # fmt: skip
+        else:
+            y = conv(batch_norm_act(leaf, *norm, num_views=2, kernels="triton"))
+        y.square().sum().backward()
+        found.append([y, leaf.grad, weight.grad, bias.grad, conv.weight.grad, norm.running_var])
+    for value, reference in zip(*found, strict=True):
+        assert torch.equal(value, reference)
+
+
+def test_a_nan_goes_on_to_output_and_gradient():
+    x = torch.randn(4, 8, 3, 3)
+    x[0, 2, 1, 1] = torch.nan
+    x = channels_last(x).to(DEVICE).requires_grad_()
+    y = batch_norm_act(x, None, None, None, None, num_views=2, kernels="triton")
+    y.sum().backward()
+    assert y[:2, 2].isnan().all() and x.grad[:2, 2].isnan().all()
+    assert not y[2:].isnan().any() and not y[:, 3].isnan().any()
+    pooled = batch_norm_act_pool(x.detach(), Norm(None, None, None, None), num_views=2,
+                                 kernels="triton")  # fmt: skip
+    assert pooled[:2, 2].isnan().all()
+
+
+def nchw(*shape: int) -> Tensor:
+    return torch.randn(*shape)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: batch_norm_act(nchw(4, 3, 5, 5), None, None, None, None), "channels_last"),
+        (lambda: batch_norm_act(nchw(4, 3, 5), None, None, None, None), r"\(N, C\)"),
+        (lambda: batch_norm_act(nchw(5, 3), None, None, None, None, num_views=2), "num_views=2"),
+        (lambda: batch_norm_act(nchw(2, 3), None, None, None, None, num_views=2), "one value"),
+        (lambda: batch_norm_act(nchw(4, 3).int(), None, None, None, None), "floating"),
+        (lambda: batch_norm_act(nchw(4, 3), torch.ones(2), torch.ones(2), None, None), r"\(3,\)"),
+        (lambda: batch_norm_act(nchw(4, 3), torch.ones(3), None, None, None), "both or neither"),
+        (
+            lambda: batch_norm_act(nchw(4, 3), None, None, None, None, residual=nchw(4, 3).half()),
+            "must match",
+        ),
+    ],
+)
+@pytest.mark.parametrize("kernels", ["plain", "triton"])
+def test_wrong_layouts_dtypes_and_shapes_are_refused(call, message, kernels, monkeypatch):
+    monkeypatch.setitem(batch_norm_act.__kwdefaults__, "kernels", kernels)
+    with pytest.raises(ValueError, match=message):
+        call()
