@@ -14,6 +14,11 @@ SOURCES = [
     for path in sorted((ROOT / folder).rglob("*.py"))
 ]
 
+SCRIPTS = [
+    "train/main.py", "train/export.py", "profiling/record.py", "profiling/kernels.py",
+    "profiling/compiled.py", "profiling/collectives.py",
+]  # fmt: skip
+
 
 def test_no_file_is_named_like_a_standard_module():
     names = {path.stem for path in SOURCES} - {"__init__"}
@@ -42,7 +47,7 @@ def test_every_file_says_what_it_is_and_is_ascii(path):
     assert ast.get_docstring(ast.parse(text))
 
 
-@pytest.mark.parametrize("script", ["train/main.py", "train/export.py", "profiling/record.py"])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_entry_scripts_run_from_any_folder(script, tmp_path):
     done = subprocess.run(
         [sys.executable, str(ROOT / script), "--help"], cwd=tmp_path, capture_output=True,
@@ -60,3 +65,18 @@ def test_importing_the_training_script_needs_no_tensorboard_matplotlib_or_sklear
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_without_triton_everything_imports_and_asking_for_it_is_refused():
+    code = (
+        "import importlib.util as util, sys; real = util.find_spec\n"
+        "util.find_spec = lambda name, *a: None if name == 'triton' else real(name, *a)\n"
+        "import torch, train.main; from kernels.batch_norm import batch_norm_act\n"
+        "x, none = torch.randn(4, 3), (None,) * 4\n"
+        "assert not batch_norm_act(x, *none).isnan().any() and 'triton' not in sys.modules\n"
+        "batch_norm_act(x, *none, kernels='triton')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert "ValueError: --model.kernels triton: the package triton is not" in done.stderr

@@ -1,0 +1,167 @@
+"""Collectives and graph breaks of a step whose batch norm is synchronised over ranks.
+
+    python profiling/collectives.py      ours under torch.compile; nn.SyncBatchNorm's two passes
+
+Counted for ResNet-50 on fake tensors and a pretended process group of two ranks: nothing is sent.
+Gradients' all_reduces (DDP's buckets) are the same for both and are not counted.
+A newcomer's mistake: one collective a layer for each view. Both views' sums go in one.
+"""
+
+import os
+import sys
+
+if not __package__:  # run as a script: the repo root, not this folder, heads sys.path
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # profiling/ is no package
+
+import argparse
+import json
+from collections import Counter
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from fake_h200 import triton_for_h200, with_fake_parameters
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from train.config import MethodConfig, ModelConfig
+from train.methods.simsiam import SimSiam
+from train.norm import BatchNorm
+
+
+def compiled_step(arch: Any, kernels: Any) -> dict[str, int]:
+    """Collectives in the graphs that torch.compile(fullgraph=True) makes, and graph breaks (0)."""
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.aot_autograd import make_boxed_func
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+    graphs = []
+
+    def keep(graph: Any, _inputs: Any) -> Any:
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(
+        fw_compiler=keep, bw_compiler=keep, partition_fn=min_cut_rematerialization_partition
+    )
+    model = SimSiam(ModelConfig(arch=arch, kernels=kernels), MethodConfig())
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.sync_over(dist.group.WORLD)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with_fake_parameters(model, mode)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with mode:
+        views = torch.empty(8, 3, 224, 224).to(memory_format=torch.channels_last)
+        # fullgraph: a graph break would be an error
+        loss, _ = torch.compile(model, fullgraph=True, backend=backend)(views)
+        loss.backward()
+    forward, backward = (
+        sum("all_reduce" in str(node.target) for node in graph.graph.nodes) for graph in graphs
+    )
+    breaks = sum(torch._dynamo.utils.counters["graph_break"].values())
+    return {"forward": forward, "backward": backward, "graph_breaks": breaks}
+
+
+class TorchSync(nn.Module):
+    """nn.SyncBatchNorm's function behind our module's calls; the module refuses CPU tensors."""
+
+    def __init__(self, ours: BatchNorm):
+        super().__init__()
+        channels = len(ours.running_mean)
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.mean, self.var = nn.Buffer(torch.zeros(channels)), nn.Buffer(torch.ones(channels))
+
+    def forward(self, x: Tensor, *, relu: bool = False) -> Tensor:
+        """Shapes: (N, C, H, W) or (N, C)."""
+        from torch.nn.modules._functions import SyncBatchNorm
+
+        y: Any = SyncBatchNorm.apply(
+            x, self.weight, self.bias, self.mean, self.var, 1e-5, 0.1, dist.group.WORLD, 2
+        )
+        return torch.relu(y) if relu else y
+
+    def then_conv(self, x: Tensor, conv: nn.Module) -> Tensor:
+        """conv(relu(norm(x)))."""
+        return conv(self(x, relu=True))
+
+    def pool(self, x: Tensor) -> Tensor:
+        """The stem's end."""
+        return nn.functional.max_pool2d(self(x, relu=True), 3, stride=2, padding=1)
+
+    def end_block(self, x: Tensor, shortcut: Tensor, downsample: Any = None) -> tuple:
+        """The end of a residual block."""
+        y = torch.relu(self(x) + (shortcut if downsample is None else downsample(shortcut)))
+        return y, y
+
+
+def replace_norms(module: nn.Module) -> None:
+    """Every BatchNorm of ours becomes a TorchSync."""
+    for name, child in module.named_children():
+        if isinstance(child, BatchNorm):
+            setattr(module, name, TorchSync(child))
+        else:
+            replace_norms(child)
+
+
+def two_pass_step(arch: Any) -> dict[str, int]:
+    """Collectives that two passes through nn.SyncBatchNorm call, counted as they are called.
+
+    Its primitives exist for CUDA alone; here only the shapes of their results matter.
+    """
+    calls = Counter()
+
+    def gather(out: Any, *_args: Any, **_options: Any) -> None:
+        calls["forward"] += 1
+        for part in out if isinstance(out, list) else [out]:
+            part.fill_(1)  # counts of 0 would be left out
+
+    def reduce(*_args: Any, **_options: Any) -> None:
+        calls["backward"] += 1
+
+    model = SimSiam(ModelConfig(arch=arch, kernels="plain"), MethodConfig())
+    replace_norms(model)
+    torch.batch_norm_stats = lambda x, _eps: (x.new_empty(x.shape[1]),) * 2
+    torch.batch_norm_gather_stats_with_counts = lambda _x, means, *_: (means[0], means[0])
+    torch.batch_norm_elemt = lambda x, *_: torch.empty_like(x)
+    torch.batch_norm_backward_reduce = lambda _dy, _x, mean, *_: (mean,) * 4
+    torch.batch_norm_backward_elemt = lambda dy, *_: torch.empty_like(dy)
+    for name in ("all_gather", "all_gather_into_tensor", "all_gather_single"):
+        setattr(dist, name, gather)
+    dist.all_reduce = reduce
+    losses = []
+    for _ in range(2):
+        x = torch.empty(2, 3, 32, 32).to(memory_format=torch.channels_last)
+        losses.append(model.predictor(model.projector(model.backbone(x))).sum())
+    (losses[0] + losses[1]).backward()
+    return dict(calls)
+
+
+def main() -> None:
+    """Count, print one JSON line."""
+    parser = argparse.ArgumentParser(description="Count the collectives of a synchronised step.")
+    parser.add_argument("--arch", choices=("resnet18", "resnet50"), default="resnet50")
+    parser.add_argument("--kernels", choices=("triton", "plain"), default="triton")
+    arguments = parser.parse_args()
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    triton_for_h200()
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    found = compiled_step(arguments.arch, arguments.kernels)
+    two_pass = two_pass_step(arguments.arch)
+    print(
+        json.dumps(
+            {
+                "arch": arguments.arch,
+                "graph_breaks": found["graph_breaks"],
+                "collectives": found["forward"] + found["backward"],
+                "two_pass_sync_batch_norm": sum(two_pass.values()),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
