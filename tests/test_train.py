@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -368,3 +369,49 @@ def test_evaluation_and_checkpoints_are_off_the_clock(images, tmp_path, monkeypa
     now[0] += 4
     clock.data_arrived()
     assert (Session.state.train_s, Session.state.wait_s) == (7.0, 5.0)
+
+
+def test_kernels_that_this_machine_cannot_run_are_refused(images, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("a CUDA device runs them")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    for flag, part in (
+        ("--model.kernels=triton", "needs a CUDA device"),
+        ("--model.recompute=true", "--model.recompute true needs the Triton kernels"),
+    ):
+        done = subprocess.run(
+            command(images, tmp_path / "run", flag), cwd=ROOT, capture_output=True, text=True,
+            timeout=300, check=False, env=environment,
+        )  # fmt: skip
+        assert done.returncode == 1
+        refused(done, part)
+
+
+def test_bf16_in_software_is_warned_of(images, tmp_path, monkeypatch):
+    from train.run_folder import has_fast_bf16
+
+    done = run(images, tmp_path / "run", "--precision=bf16", "--max_steps=1")
+    assert ("no bf16 instructions" in done.stderr) == (not has_fast_bf16())
+
+
+def test_a_signal_during_the_knn_check_stops_it_and_the_check_is_made_up_for(
+    straight, images, tmp_path
+):
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        # 96 batches of one image: the first check takes some seconds
+        command(images, out, "--eval.batch_size=1"), cwd=ROOT, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    limit = time.monotonic() + 120
+    log = out / "log.txt"
+    while not (log.exists() and "kNN:" in log.read_text()) and time.monotonic() < limit:
+        time.sleep(0.01)
+    time.sleep(0.3)  # the handler of signals is set before the check begins
+    process.send_signal(signal.SIGTERM)
+    stdout, _ = process.communicate(timeout=120)
+    found = json.loads(stdout.splitlines()[-1])
+    assert (found["state"], found["steps"], found["knn_by_step"]) == ("preempted", 0, {})
+    again = result(run(images, out))
+    assert again["knn_by_step"] == straight[1]["knn_by_step"]
+    assert same(weights(out), weights(straight[0]))

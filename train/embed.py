@@ -4,6 +4,7 @@ A newcomer's mistake: features in training mode. Batch norm would take its stati
 images looked at, and update them.
 """
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -31,6 +32,10 @@ def autocast(config: Config, device: torch.device):
         yield
 
 
+class EvaluationStopped(Exception):
+    """A signal came while features were made; on every rank in the same round."""
+
+
 @torch.no_grad()
 def embed(
     backbone: nn.Module,
@@ -39,11 +44,13 @@ def embed(
     world: World,
     *,
     tell: Callable[[str], None] = lambda line: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """This rank's share of the set: features of length 1, their labels and ids.
 
     Shapes: (M, D) fp32, (M,), (M,) int64, on the training device. Unreadable images are left out.
-    `tell` hears how far it is, now and then.
+    `tell` hears how far it is, now and then. `stop` is asked after each batch, by all ranks equally
+    often. Raises: EvaluationStopped when it says so.
     """
     share = slice(world.rank, None, world.size)
     labels = torch.full((int(images.ids.max()) + 1,), -1)
@@ -62,6 +69,7 @@ def embed(
     backbone.eval()
     features, ids = [], []
     told = time.monotonic()
+    rounds = math.ceil(math.ceil(len(images.ids) / world.size) / config.eval.batch_size)
     for batch in loader:
         x = normalize_views(
             batch.images,
@@ -77,7 +85,13 @@ def embed(
         if time.monotonic() - told > TELL_S:
             told = time.monotonic()
             tell(f"kNN: features of {len(ids)} of {len(loader)} batches")
+        if stop():
+            backbone.train(was_training)
+            raise EvaluationStopped
     backbone.train(was_training)
+    asked = [stop() for _ in range(rounds - len(ids))]  # by a rank with a batch less than others
+    if any(asked):
+        raise EvaluationStopped
     found = torch.cat(ids)
     good = found >= 0
     chosen = torch.cat(features)[good.to(world.device)]
@@ -91,12 +105,13 @@ def knn_accuracy(
     world: World,
     *,
     tell: Callable[[str], None] = lambda line: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> float | None:
-    """kNN top-1 in percent, or None where there are no labels."""
+    """kNN top-1 in percent, or None where there are no labels. Raises: EvaluationStopped."""
     if data.bank is None or data.queries is None:
         return None
-    bank, bank_labels, _ = embed(backbone, data.bank, config, world, tell=tell)
-    queries, query_labels, _ = embed(backbone, data.queries, config, world, tell=tell)
+    bank, bank_labels, _ = embed(backbone, data.bank, config, world, tell=tell, stop=stop)
+    queries, query_labels, _ = embed(backbone, data.queries, config, world, tell=tell, stop=stop)
     return knn_top1(
         queries,
         query_labels,

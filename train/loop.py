@@ -9,7 +9,7 @@ from kernels.normalize import normalize_views
 from pipeline.loader import view_loader
 from train import distributed
 from train.distributed import StopSignal
-from train.embed import DTYPES, autocast, knn_accuracy
+from train.embed import DTYPES, EvaluationStopped, autocast, knn_accuracy
 from train.optim import set_lr
 from train.session import Session, save
 from train.window import Window, bad_entries
@@ -41,8 +41,8 @@ def train(session: Session) -> str:
     save_every = config.checkpoint_every or per_epoch
     ended = "finished"
     try:
-        if current.step == 0:
-            check_knn(session)
+        if knn_is_due(session) and str(current.step) not in current.knn:  # at 0, or stopped in it
+            check_knn(session, stop)
         window.restart()
         for batch in loader:
             window.data_arrived()
@@ -54,9 +54,9 @@ def train(session: Session) -> str:
             is_last = current.step == session.last_step
             if current.step % config.log_every == 0 or is_last:
                 window.log(lr)
-            if current.step % (per_epoch * config.eval.every_epochs) == 0 or is_last:
+            if knn_is_due(session):
                 window.pause()
-                check_knn(session)
+                check_knn(session, stop)
             stopping = stop.agreed()
             if current.step % save_every == 0 or is_last or stopping:
                 window.pause()
@@ -65,6 +65,9 @@ def train(session: Session) -> str:
                 ended = "preempted"
                 break
             window.resume()
+    except EvaluationStopped:  # the same command makes up for the check
+        save(session)
+        ended = "preempted"
     finally:
         session.log.stop_bar()
         stop.close()
@@ -95,11 +98,22 @@ def train_step(session: Session, images: Tensor) -> tuple[Tensor, dict[str, Tens
     return loss.detach(), scalars, norm, lr
 
 
-def check_knn(session: Session) -> None:
-    """Measure kNN now and write it down."""
+def knn_is_due(session: Session) -> bool:
+    """Before the first step, every so many epochs, after the last step."""
+    step, every = session.state.step, session.config.eval.every_epochs
+    return step % (session.order.steps_per_epoch * every) == 0 or step == session.last_step
+
+
+def check_knn(session: Session, stop: StopSignal) -> None:
+    """Measure kNN now and write it down. Raises: EvaluationStopped when a signal comes."""
     current = session.state
     top1 = knn_accuracy(
-        current.model.backbone, session.data, session.config, session.world, tell=session.log
+        current.model.backbone,
+        session.data,
+        session.config,
+        session.world,
+        tell=session.log,
+        stop=stop.agreed,
     )
     if top1 is None:
         return

@@ -34,7 +34,7 @@ from train.loop import train
 from train.methods.simsiam import SimSiam
 from train.metrics import Log, Metrics
 from train.optim import GuardedStep, build_optimizer
-from train.run_folder import RunFolder, environment
+from train.run_folder import RunFolder, environment, has_fast_bf16
 from train.session import Session
 from train.state import TrainState
 
@@ -85,6 +85,11 @@ def run(config: Config, world: World, out: Path, folder: RunFolder | None, log: 
         folder.status("running", current.step)
         metrics = Metrics(out, step=current.step, log=log)
         metrics.text("config", (out / "config.yaml").read_text())
+    if config.precision == "bf16" and world.device.type == "cpu" and not has_fast_bf16():
+        log.warn(
+            "this CPU has no bf16 instructions: software computes them, 17 times slower than "
+            "--precision fp32 where that was measured (profiling/LOG.md)"
+        )
     log(
         f"{len(source)} images, {order.steps_per_epoch} steps an epoch, {world.size} x "
         f"{world.device}, global batch {order.batch_size}, learning rate {config.lr:.4g}"

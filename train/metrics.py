@@ -138,8 +138,10 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The rows of a metrics.jsonl; a last line cut off by a kill is left out."""
+    """The rows of a metrics.jsonl, if there is one; a last line cut off by a kill is left out."""
     rows = []
+    if not path.exists():  # stopped before anything was measured
+        return rows
     for line in path.read_text().splitlines():
         try:
             rows.append(json.loads(line))

@@ -127,6 +127,12 @@ def environment(world_size: int, device: torch.device) -> dict:
     }
 
 
+def has_fast_bf16() -> bool:
+    """Whether this CPU multiplies bf16 in hardware: AVX-512 BF16, AMX; not known but for x86-64."""
+    flags = Path("/proc/cpuinfo").read_text()
+    return platform.machine() != "x86_64" or "avx512_bf16" in flags or "amx_bf16" in flags
+
+
 def cpu_name() -> str:
     """The processor's name as the kernel gives it."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
