@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fake_h200 import pretend_h200, trace, triton_for_h200
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -35,6 +34,7 @@ from torch._guards import TracingContext, tracing
 from torch._inductor import config as inductor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fake_h200 import pretend_h200, trace, triton_for_h200
 from train.config import MethodConfig, ModelConfig
 from train.methods.simsiam import SimSiam
 from train.norm import set_views

@@ -14,6 +14,7 @@ import sys
 
 if not __package__:  # run as a script: the repo root, not this folder, heads sys.path
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # profiling/ is no package
 
 import argparse
 import json
@@ -30,9 +31,11 @@ from rich.table import Table
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from kernel_times import measure, resnet50_sites
 from train.cli import refuse
 from train.config import MethodConfig, ModelConfig
 from train.methods.simsiam import SimSiam
+from train.run_folder import environment
 
 ARCHS = (80, 90, 100)
 TYPES = {
@@ -218,16 +221,44 @@ def print_compiled(rows: list[dict]) -> None:
     Console(file=sys.stderr, width=None if sys.stderr.isatty() else 160).print(table)
 
 
+def print_times(found: dict) -> None:
+    """The measured table for people, on stderr."""
+    names = [key for key in found["sites"][0] if key.endswith("_ms")]
+    table = Table(title="milliseconds forward / backward")
+    for name in ("site", "count", *(name[:-3] for name in names), "share of copy"):
+        table.add_column(name, justify="left" if name == "site" else "right")
+    for row in found["sites"]:
+        cells = [" / ".join(f"{ms:.3f}" for ms in row[name]) for name in names]
+        share = " / ".join(f"{part:.0%}" for part in row["share_of_copy"])
+        site = f"{row['kind']} {'x'.join(map(str, row['shape']))}"
+        table.add_row(site, str(row["count"]), *cells, share)
+    table.add_section()
+    table.add_row("sum over sites", "", *(f"{found['sum_ms'][name]:.2f}" for name in names), "")
+    Console(file=sys.stderr, width=None if sys.stderr.isatty() else 160).print(table)
+
+
 def main() -> None:
     """Read the flags; compile or measure; print the table and one JSON line."""
     parser = argparse.ArgumentParser(description="Compile or measure the Triton kernels.")
     parser.add_argument("--compile-only", action="store_true", help="no GPU: resources and bytes")
+    parser.add_argument("--n", type=int, default=30, help="timed turns of each site")
+    parser.add_argument("--save", type=Path, help="also write the measured JSON to this file")
     parser.add_argument("--images", type=int, default=256, help="images of a step")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     arguments = parser.parse_args()
     dtype = getattr(torch, arguments.dtype)
     if not arguments.compile_only:
-        refuse("no CUDA device to measure on: give --compile-only")
+        if not torch.cuda.is_available():
+            refuse("no CUDA device to measure on: give --compile-only", code=1)
+        found = measure(
+            list(resnet50_sites(arguments.images)), torch.device("cuda", 0), n=arguments.n
+        )
+        found |= {"environment": environment(1, torch.device("cuda", 0))}
+        if arguments.save is not None:
+            arguments.save.write_text(json.dumps(found, indent=1) + "\n")
+        print_times(found)
+        print(json.dumps(found))
+        return
     rows = compile_table(arguments.images, dtype)
     print_compiled(rows)
     print(json.dumps({"images": arguments.images, "dtype": arguments.dtype, "kernels": rows}))

@@ -1,5 +1,6 @@
 """Batch norm over two gloo ranks equals one rank with the whole batch: values and gradients."""
 
+import dataclasses
 import socket
 
 import pytest
@@ -10,6 +11,8 @@ from torch import nn
 from torch.nn.modules._functions import SyncBatchNorm
 
 from kernels.batch_norm import batch_norm_act
+from train.config import MethodConfig, ModelConfig
+from train.methods.simsiam import SimSiam
 
 VIEWS, ROWS, CHANNELS = 2, 6, 5
 
@@ -115,6 +118,12 @@ def on_rank(rank: int, port: int, dims: int, offset: float, kernels: str, queue)
     dist.destroy_process_group()
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 @pytest.mark.dist
 @pytest.mark.parametrize(
     ("dims", "offset", "kernels"),
@@ -125,9 +134,7 @@ def on_rank(rank: int, port: int, dims: int, offset: float, kernels: str, queue)
     ],
 )  # fmt: skip
 def test_two_ranks_with_half_the_batch_equal_one_rank(dims, offset, kernels):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     queue = mp.get_context("spawn").SimpleQueue()
     mp.spawn(on_rank, args=(port, dims, offset, kernels, queue), nprocs=2)  # raises what a rank did
     parts = dict(queue.get() for _ in range(2))
@@ -157,3 +164,54 @@ def test_plain_twin_equals_torch_for_each_view():
     torch.testing.assert_close(y.reshape(expected.shape), expected)
     torch.testing.assert_close(mean, norm.running_mean)
     torch.testing.assert_close(var, norm.running_var)
+
+
+SMALL = ModelConfig(
+    arch="resnet18", stem="imagenet", width=8, projector_layers=2, projector_dim=16,
+    projector_hidden=16, predictor_hidden=8,
+)  # fmt: skip
+IMAGES = 8
+
+
+def step(kernels: str, images: slice, *, group, compiled: bool) -> dict:
+    """A SimSiam step on some of the images: loss and gradients, averaged over the ranks."""
+    torch.manual_seed(0)
+    config = dataclasses.replace(SMALL, kernels=kernels)
+    model = SimSiam(config, MethodConfig()).to(memory_format=torch.channels_last)
+    model.sync_over(group)
+    views = torch.randn(2, IMAGES, 3, 32, 32)[:, images].flatten(0, 1)
+    call = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+    loss, _ = call(views.contiguous(memory_format=torch.channels_last))
+    loss.backward()
+    found = {"loss": loss.detach(), **{n: p.grad for n, p in model.named_parameters()}}
+    if group is not None:
+        for value in found.values():
+            dist.all_reduce(value)
+            value /= 2
+    return {name: value.numpy() for name, value in found.items()}
+
+
+def compiled_on_rank(rank: int, port: int, kernels: str, queue) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
+    half = slice(rank * IMAGES // 2, (rank + 1) * IMAGES // 2)
+    found = step(kernels, half, group=dist.group.WORLD, compiled=True)
+    if rank == 0:
+        queue.put(found)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("kernels", ["plain", "triton"])
+def test_a_compiled_step_on_two_ranks_equals_an_eager_one_on_one(kernels):
+    queue = mp.get_context("spawn").Queue()
+    context = mp.spawn(compiled_on_rank, args=(free_port(), kernels, queue), nprocs=2, join=False)
+    found = queue.get(timeout=240)
+    while not context.join():
+        pass
+    whole = step("plain", slice(0, IMAGES), group=None, compiled=False)
+    assert found.keys() == whole.keys()
+    for name, expected in whole.items():
+        scale = max(abs(expected).max(), 1e-2)
+        assert abs(found[name] - expected).max() / scale < 1e-3, name

@@ -1,0 +1,37 @@
+"""The timing of kernels: its sites and bytes; run on small sites where its times mean nothing."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.append(str(Path(__file__).parent.parent / "profiling"))
+
+from kernel_times import Site, measure, resnet50_sites  # noqa: E402 - needs the path
+from train.config import MethodConfig, ModelConfig  # noqa: E402
+from train.methods.simsiam import SimSiam  # noqa: E402
+from train.norm import BatchNorm  # noqa: E402
+
+
+def test_the_sites_are_those_of_the_network():
+    sites = list(resnet50_sites(4))
+    channels = sorted(s.shape[1] for s in sites for _ in range(1 + (s.kind == "norm")))
+    model = SimSiam(ModelConfig(), MethodConfig())
+    norms = [m for m in model.modules() if isinstance(m, BatchNorm)]
+    assert channels == sorted(len(norm.running_mean) for norm in norms) and len(norms) == 57
+    # activations of a view, speed.md 2: 11.11 M elements in 53 convolutions' outputs
+    elements = sum(torch.Size(s.shape).numel() * (1 + (s.kind == "norm")) for s in sites)
+    assert abs(elements / 8 - 11.11e6) < 0.02e6
+
+
+def test_every_kind_of_site_is_timed_beside_its_peers():
+    kinds = ("relu", "none", "residual", "norm", "pool")
+    sites = [Site(kind, (4, 8, 5, 5)) for kind in kinds] + [Site("relu", (4, 8))] * 2
+    found = measure(sites, torch.device("cpu"), compiled=False, n=2)
+    assert [row["count"] for row in found["sites"]] == [1, 1, 1, 1, 1, 2]
+    assert set(found["ratios"]) == {"eager_bf16/ours", "eager_fp16/ours"}
+    for row in found["sites"]:
+        moved = Site(row["kind"], tuple(row["shape"])).moved(2)
+        for bytes_moved, ms, rate in zip(moved, row["ours_ms"], row["gb_per_s"], strict=True):
+            assert abs(bytes_moved / ms / 1e6 - rate) <= 0.05 + 0.02 * rate  # of rounded figures
+    assert set(found["loss_us"]) == {"ours", "eager"}
