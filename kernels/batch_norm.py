@@ -98,6 +98,8 @@ def batch_norm_act_pool(
     Shapes: (N, C, H, W) channels_last -> (N, C, (H + 1) // 2, (W + 1) // 2).
     Raises: as batch_norm_act.
     """
+    if x.dim() != 4:
+        raise ValueError(f"batch_norm_act_pool takes (N, C, H, W), got {tuple(x.shape)}")
     pool = training and use_triton(kernels, x)
     y = _norm_act(
         x, norm, None, None, relu=True, num_views=num_views, training=training, momentum=momentum,
@@ -125,6 +127,8 @@ def batch_norm_act_conv(
     Shapes: x (N, C, H, W) channels_last, conv_weight (D, C, h, w). Raises: as batch_norm_act.
     """
     _check(x, None, norm, None, num_views, group is None)
+    if x.dim() != 4 or norm.weight is None:
+        raise ValueError("batch_norm_act_conv takes (N, C, H, W) and a weight and bias")
     name = group.group_name if group is not None else ""
     with torch.no_grad():
         ((mean, rstd),), total = batch_statistics([(x, norm)], num_views, momentum, eps, name, True)
@@ -190,7 +194,7 @@ def _check(
             )
     if not x.is_floating_point():
         raise ValueError(f"batch_norm_act takes a floating dtype, got {x.dtype}")
-    if x.shape[0] % num_views:
+    if num_views < 1 or x.shape[0] % num_views:
         raise ValueError(f"{x.shape[0]} rows do not divide into num_views={num_views} equal slices")
     if needs_two_rows and x.numel() < 2 * num_views * x.shape[1]:
         raise ValueError(f"a view of {tuple(x.shape)} has one value a channel: its variance is 0")
@@ -201,11 +205,15 @@ def _check(
         )
     for one in (norm, norm2):
         for value in one or ():
-            if value is not None and value.shape != x.shape[1:2]:
+            if value is None:
+                continue
+            if value.shape != x.shape[1:2] or not value.is_contiguous():
                 raise ValueError(
-                    f"weight, bias and running statistics must be ({x.shape[1]},), "
-                    f"got {tuple(value.shape)}"
+                    f"weight, bias and running statistics must be ({x.shape[1]},) and contiguous, "
+                    f"got {tuple(value.shape)} with strides {value.stride()}"
                 )
+            if value.device != x.device:
+                raise ValueError(f"x is on {x.device}, its parameters on {value.device}")
         if one is not None and (one.weight is None) != (one.bias is None):
             raise ValueError("weight and bias go together: give both or neither")
     if norm2 is not None and (norm.weight is None) != (norm2.weight is None):

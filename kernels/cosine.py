@@ -52,7 +52,7 @@ def symmetric_neg_cosine(
 
 
 class _Fused(torch.autograd.Function):
-    """The kernels: the gradient of p is made in the forward pass, in fp32."""
+    """The kernels: the gradient of p is made in the forward pass, in fp32. No second derivative."""
 
     @staticmethod
     def forward(ctx, p, z):  # noqa: D102 - torch's contract

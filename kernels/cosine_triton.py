@@ -122,12 +122,11 @@ def loss_and_gradient(p: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rows_per_program = cdiv(num_rows, PROGRAMS)
     num_parts = cdiv(num_rows, rows_per_program)
     merges = cdiv(2 * dim, BLOCK_D)
+    fp32 = {"dtype": torch.float32, "device": p.device}
     dp = torch.empty(p.shape, dtype=torch.float32, device=p.device)
-    losses, part = (
-        torch.empty(shape, device=p.device) for shape in ((num_parts,), (num_parts, 4, dim))
-    )
-    stds = torch.empty(merges, device=p.device)
-    loss, z_std = (torch.empty((), device=p.device) for _ in range(2))
+    losses, part = (torch.empty(shape, **fp32) for shape in ((num_parts,), (num_parts, 4, dim)))
+    stds = torch.empty(merges, **fp32)
+    loss, z_std = (torch.empty((), **fp32) for _ in range(2))
     done = torch.empty(1, dtype=torch.int32, device=p.device)
     wrap_triton(_losses)[(num_parts,)](
         p, z, dp, losses, part, done, num_rows, dim, rows_per_program, -0.5 / num_rows,

@@ -38,7 +38,7 @@ def use_triton(kernels: Kernels, x: Tensor) -> bool:
     tensors are fake (a trace that is never run). Raises: ValueError for "triton" elsewhere.
     """
     if kernels == "auto":
-        return x.is_cuda
+        return x.is_cuda and HAS_TRITON
     if kernels == "plain":
         return False
     if not HAS_TRITON:

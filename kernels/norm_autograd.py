@@ -102,6 +102,8 @@ class NormAct(torch.autograd.Function):
             ctx.saved_tensors
         )
         given = [rows_of(_channels_last(grad)) for grad in grads if grad is not None]
+        if not given:  # a later function gave no gradient; on all ranks alike
+            return (None,) * 16
         dy, dy2 = given if len(given) == 2 else (given[0], None)
         second: Second = (None, None, None)
         if shortcut is not None:
@@ -115,11 +117,15 @@ class NormAct(torch.autograd.Function):
         dshortcut = None
         if ctx.has_shortcut:
             dshortcut = shaped_like(dx2 if shortcut is not None else g, x)
+            if g is dy:  # autograd may add to what it is given: not to the caller's gradient
+                dshortcut = dshortcut.clone()
         dweight, dbias, dweight2, dbias2 = None, None, None, None
         if weight is not None:
             dbias, dweight = dparam[0].to(weight.dtype), dparam[1].to(weight.dtype)
         if weight2 is not None:
-            dbias2, dweight2 = dparam[0].to(weight2.dtype), dparam[2].to(weight2.dtype)
+            # a copy: in shared memory fp16's unscaling would divide both biases' gradients twice
+            dbias2 = dparam[0].to(weight2.dtype, copy=True)
+            dweight2 = dparam[2].to(weight2.dtype)
         return shaped_like(dx, x), dshortcut, dweight, dbias, dweight2, dbias2, *(None,) * 10
 
 
@@ -136,7 +142,8 @@ class NormActConv(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias, conv_weight, mean, rstd, total)
         ctx.stride, ctx.padding, ctx.group_name = stride, padding, group_name
         y = _normalised(x, mean, rstd, weight, bias)
-        return F.conv2d(y, conv_weight.to(x.dtype), None, stride, padding)
+        with torch.autocast(x.device.type, enabled=False):  # in x's dtype, forward and backward
+            return F.conv2d(y, conv_weight.to(x.dtype), None, stride, padding)
 
     @staticmethod
     def backward(ctx, *grads):  # noqa: D102 - torch's contract

@@ -209,9 +209,10 @@ def reduce(
     tile = POOL_TILE if is_pooled else TILE
     block_r, block_c = block_sizes(num_channels, tile=tile)
     per_program, num_parts = reduction_grid(num_rows, num_channels, num_views, tile=tile)
-    part = torch.empty(num_views, num_parts, num_sums, num_channels, device=x.device)
-    sums = torch.empty(num_views, num_sums, num_channels, device=x.device)
-    dparam = torch.empty(num_sums, num_channels, device=x.device)
+    fp32 = {"dtype": torch.float32, "device": x.device}
+    part = torch.empty(num_views, num_parts, num_sums, num_channels, **fp32)
+    sums = torch.empty(num_views, num_sums, num_channels, **fp32)
+    dparam = torch.empty(num_sums, num_channels, **fp32)
     g = torch.empty_like(x) if write_g else torch.empty(0, device=x.device, dtype=x.dtype)
     weight_bias = [mean if t is None else t for t in (weight, bias)]
     second = [t if t is not None else other

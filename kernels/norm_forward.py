@@ -53,7 +53,8 @@ def _statistics(
     shift = tl.sum(total, 0) / count
     out = ((view * tl.num_programs(0) + split) * 2) * num_channels + channel
     tl.store(part_ptr + out, pivot + shift, mask=in_channels)
-    tl.store(part_ptr + out + num_channels, tl.sum(square, 0) - shift * shift * count, in_channels)
+    m2 = tl.sum(square, 0) - shift * shift * count
+    tl.store(part_ptr + out + num_channels, tl.where(m2 < 0, 0.0, m2), mask=in_channels)
 
 
 @triton.jit
@@ -90,7 +91,7 @@ def _merge_statistics(
             count = tl.minimum(num_rows - (done + part) * rows_per_program, rows_per_program)
             delta = mean - view_mean[None, :]
             square += tl.where(inside, m2 + delta * delta * count[:, None], 0.0)
-        var = tl.maximum(tl.sum(square, 0) / num_rows, 0.0)
+        var = tl.sum(square, 0) / num_rows  # squares: not below 0; a NaN goes on
         scale = var if WANT_VAR else tl.rsqrt(var + eps)
         tl.store(mean_ptr + view * num_channels + channel, view_mean, mask=in_channels)
         tl.store(scale_ptr + view * num_channels + channel, scale, mask=in_channels)
@@ -174,8 +175,9 @@ def statistics(
     num_rows, num_channels = x.shape[0] // num_views, x.shape[1]
     block_r, block_c = block_sizes(num_channels)
     per_program, num_parts = reduction_grid(num_rows, num_channels, num_views)
-    part = torch.empty(num_views, num_parts, 2, num_channels, device=x.device)
-    mean = torch.empty(num_views, num_channels, device=x.device)
+    fp32 = {"dtype": torch.float32, "device": x.device}
+    part = torch.empty(num_views, num_parts, 2, num_channels, **fp32)
+    mean = torch.empty(num_views, num_channels, **fp32)
     scale = torch.empty_like(mean)
     blocks = cdiv(num_channels, block_c)
     wrap_triton(_statistics)[(num_parts, blocks, num_views)](

@@ -41,6 +41,8 @@ def normalize_views(
         raise ValueError(f"normalize_views takes contiguous NHWC, got {views_NHWC.stride()}")
     if not dtype.is_floating_point:
         raise ValueError(f"normalize_views writes a floating dtype, got {dtype}")
+    if not len(mean) == len(std) == 3:
+        raise ValueError(f"mean and std are three values each, got {len(mean)} and {len(std)}")
     scale, shift = _scale_and_shift(tuple(mean), tuple(std), views_NHWC.device)
     if use_triton(kernels, views_NHWC):
         return normalize(views_NHWC, scale, shift, dtype).permute(0, 3, 1, 2)

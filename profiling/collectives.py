@@ -154,6 +154,9 @@ def main() -> None:
     print(
         json.dumps(
             {
+                "n": 1,
+                "device": "none: counted on fake tensors",
+                "torch": torch.__version__,
                 "arch": arguments.arch,
                 "graph_breaks": found["graph_breaks"],
                 "collectives": found["forward"] + found["backward"],

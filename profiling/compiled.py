@@ -241,7 +241,8 @@ def main() -> None:
         print_counts(found)
     import triton
 
-    facts = {"images": arguments.images, "arch": arguments.arch, "torch": torch.__version__,
+    facts = {"n": 1, "device": "none: counted for an H200",
+             "images": arguments.images, "arch": arguments.arch, "torch": torch.__version__,
              "triton": triton.__version__}  # fmt: skip
     line = json.dumps(found | facts)
     if arguments.save is not None:

@@ -256,6 +256,47 @@ def test_a_nan_goes_on_to_output_and_gradient():
     assert pooled[:2, 2].isnan().all()
 
 
+def test_no_two_gradients_share_memory():
+    """fp16's unscaling divides gradients in place: shared ones would be divided twice."""
+    x, skip = (channels_last(torch.randn(4, 6, 3, 3)).to(DEVICE).requires_grad_() for _ in range(2))
+    weight, bias, weight2, bias2 = (torch.ones(6, device=DEVICE, requires_grad=True)
+                                    for _ in range(4))  # fmt: skip
+    norms = Norm(weight, bias, None, None), Norm(weight2, bias2, None, None)
+    y, again = block_end(x, norms[0], skip, norms[1], kernels="triton")
+    (y + again).sum().backward()
+    leaves = (x, skip, weight, bias, weight2, bias2)
+    assert len({leaf.grad.data_ptr() for leaf in leaves}) == len(leaves)
+    dy = torch.ones_like(x)
+    for _ in range(2):
+        batch_norm_act(x, None, None, None, None, residual=skip, relu=False,
+                       kernels="triton").backward(dy)  # fmt: skip
+    assert (dy == 1).all()  # the caller's own
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")  # NumPy's, in the interpreter
+def test_an_infinity_makes_its_channel_nan_as_in_plain_torch():
+    x = torch.randn(4, 8, 3, 3)
+    x[0, 2, 1, 1] = torch.inf
+    x = channels_last(x).to(DEVICE)
+    running = {}
+    for kernels in ("plain", "triton"):
+        running[kernels] = torch.ones(8, device=DEVICE)
+        mean = torch.zeros(8, device=DEVICE)
+        y = batch_norm_act(x, None, None, mean, running[kernels], kernels=kernels)
+        assert y[:, 2].isnan().all() and not y[:, 3].isnan().any()
+    torch.testing.assert_close(running["triton"], running["plain"], equal_nan=True)
+
+
+def test_the_default_dtype_changes_nothing():
+    x = torch.randn(8, 5, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    before = batch_norm_act(x, None, None, None, None, kernels="triton")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(before, batch_norm_act(x, None, None, None, None, kernels="triton"))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def nchw(*shape: int) -> Tensor:
     return torch.randn(*shape)
 
@@ -269,6 +310,12 @@ def nchw(*shape: int) -> Tensor:
         (lambda: batch_norm_act(nchw(2, 3), None, None, None, None, num_views=2), "one value"),
         (lambda: batch_norm_act(nchw(4, 3).int(), None, None, None, None), "floating"),
         (lambda: batch_norm_act(nchw(4, 3), torch.ones(2), torch.ones(2), None, None), r"\(3,\)"),
+        (
+            lambda: batch_norm_act(nchw(4, 3), *torch.ones(3, 2).unbind(1), None, None),
+            "contiguous",
+        ),
+        (lambda: batch_norm_act(nchw(4, 3), None, None, None, None, num_views=0), "num_views=0"),
+        (lambda: batch_norm_act_pool(nchw(4, 3), Norm(*(None,) * 4)), r"\(N, C, H, W\)"),
         (lambda: batch_norm_act(nchw(4, 3), torch.ones(3), None, None, None), "both or neither"),
         (
             lambda: batch_norm_act(nchw(4, 3), None, None, None, None, residual=nchw(4, 3).half()),

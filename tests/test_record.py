@@ -49,6 +49,19 @@ def test_every_result_that_readme_links_to_exists_and_every_result_is_json():
         assert json.loads(path.read_text())["n"] >= 1
 
 
+def test_readmes_counted_figures_are_those_of_the_results():
+    results, text = ROOT / "profiling/results", (ROOT / "README.md").read_text()
+    kept = json.loads(next(results.glob("compiled-resnet50_*.json")).read_text())
+    ours, plain, less = kept["ours"], kept["plain"], kept["recompute"]
+    assert f"[{ours['mb_per_image']:.1f} MB]" in text and f"{plain['mb_per_image']:.1f} MB" in text
+    assert f"| {ours['launches']} | {plain['launches']:,} |" in text
+    saved = [one["saved_mb_per_image"] for one in (ours, less, plain)]
+    assert "| {:.1f} ({:.1f}) MB | {:.1f} MB |".format(*saved) in text
+    found = json.loads(next(results.glob("collectives-resnet50_*.json")).read_text())
+    counts = f"[{found['collectives']}, {found['graph_breaks']}]"
+    assert counts in text and f"| {found['two_pass_sync_batch_norm']} |" in text
+
+
 def test_readmes_knn_figures_are_those_of_the_recorded_runs():
     kept = json.loads(next((ROOT / "profiling/results").glob("demo-digits_*.json")).read_text())
     text = (ROOT / "README.md").read_text()

@@ -61,6 +61,7 @@ class BatchNorm(nn.Module):
         if not (self.recompute and self.training and use_triton(self.kernels, x)):
             return conv(self(x, relu=True))
         assert not isinstance(conv.padding, str) and conv.bias is None and conv.groups == 1
+        assert conv.dilation == (1, 1) and conv.padding_mode == "zeros"
         return batch_norm_act_conv(
             x,
             self.norm,
@@ -89,6 +90,7 @@ class BatchNorm(nn.Module):
 
         Shapes: (N, C, H, W) channels_last; with `downsample` the shortcut is normalised by it.
         """
+        assert downsample is None or downsample.training == self.training
         return block_end(
             x,
             self.norm,
