@@ -3,11 +3,6 @@
 import io
 import os
 
-if worker := os.environ.get("PYTEST_XDIST_WORKER"):
-    # a core for each test process and what it starts: threads that wait for one another's core spin
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
-
 import numpy as np
 import pytest
 import torch
