@@ -15,8 +15,9 @@ PIP := $(RUN) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 demo: $(VENV)/.ready
 	$(RUN) train/main.py --config configs/demo.yaml $(ARGS)
 
+# two processes of two threads on two cores: threads that wait must not spin
 test: check
-	$(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
+	OMP_WAIT_POLICY=passive $(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
 
 check: $(VENV)/.ready-dev
 	$(VENV)/bin/ruff format --check --quiet .
