@@ -123,9 +123,7 @@ class NormAct(torch.autograd.Function):
         if weight is not None:
             dbias, dweight = dparam[0].to(weight.dtype), dparam[1].to(weight.dtype)
         if weight2 is not None:
-            # a copy: in shared memory fp16's unscaling would divide both biases' gradients twice
-            dbias2 = dparam[0].to(weight2.dtype, copy=True)
-            dweight2 = dparam[2].to(weight2.dtype)
+            dbias2, dweight2 = dparam[3].to(weight2.dtype), dparam[2].to(weight2.dtype)
         return shaped_like(dx, x), dshortcut, dweight, dbias, dweight2, dbias2, *(None,) * 10
 
 

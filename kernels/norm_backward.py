@@ -105,8 +105,8 @@ def _reduce(
 
 @triton.jit
 def _merge_sums(
-    part_ptr, sums_ptr, dparam_ptr, num_parts, width,
-    VIEWS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+    part_ptr, sums_ptr, dparam_ptr, num_parts, width, num_channels,
+    VIEWS: tl.constexpr, SECOND: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """sums[view] = sum over programs; dparam = sum over views. width = sums times channels."""
     column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -122,6 +122,8 @@ def _merge_sums(
         tl.store(sums_ptr + view * width + column, of_view, mask=column < width)
         both += of_view
     tl.store(dparam_ptr + column, both, mask=column < width)
+    if SECOND:  # the second bias: in shared memory fp16's unscaling would divide both twice
+        tl.store(dparam_ptr + width + column, both, mask=column < num_channels)
 
 
 @triton.jit
@@ -200,7 +202,8 @@ def reduce(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """g like x (empty unless write_g), sums (V, K, C) and their sum over views (K, C), fp32.
 
-    K is 2: sum g, sum g xhat; with a second batch norm 3: sum g xhat2. bits are ReLU's, or empty;
+    K is 2: sum g, sum g xhat; with a second batch norm 3: sum g xhat2, and over views a fourth row,
+    sum g once more. bits are ReLU's, or empty;
     or the places of a max-pool over maps of height x width, whose dy is then given.
     """
     num_views, num_channels = mean.shape
@@ -212,7 +215,7 @@ def reduce(
     fp32 = {"dtype": torch.float32, "device": x.device}
     part = torch.empty(num_views, num_parts, num_sums, num_channels, **fp32)
     sums = torch.empty(num_views, num_sums, num_channels, **fp32)
-    dparam = torch.empty(num_sums, num_channels, **fp32)
+    dparam = torch.empty(num_sums + (x2 is not None), num_channels, **fp32)
     g = torch.empty_like(x) if write_g else torch.empty(0, device=x.device, dtype=x.dtype)
     weight_bias = [mean if t is None else t for t in (weight, bias)]
     second = [t if t is not None else other
@@ -227,7 +230,8 @@ def reduce(
     )  # fmt: skip
     width = num_sums * num_channels
     wrap_triton(_merge_sums)[(cdiv(width, 32),)](
-        part, sums, dparam, num_parts, width, VIEWS=num_views, BLOCK_S=32, BLOCK_C=32, num_warps=4,
+        part, sums, dparam, num_parts, width, num_channels, VIEWS=num_views,
+        SECOND=x2 is not None, BLOCK_S=32, BLOCK_C=32, num_warps=4,
     )  # fmt: skip
     return g, sums, dparam
 

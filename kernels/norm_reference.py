@@ -56,7 +56,10 @@ def reduce(
     if x2 is not None and mean2 is not None and rstd2 is not None:
         sums.append((rows * normalised(x2, mean2, rstd2)).sum(1))
     stacked = torch.stack(sums, dim=1)
-    return g if write_g else g.new_empty(0), stacked, stacked.sum(0)
+    over_views = stacked.sum(0)
+    if x2 is not None:  # sum g once more: the second bias's gradient has memory of its own
+        over_views = torch.cat([over_views, over_views[:1]])
+    return g if write_g else g.new_empty(0), stacked, over_views
 
 
 def backward(
