@@ -1,16 +1,11 @@
 """The timing of kernels: its sites and bytes; run on small sites where its times mean nothing."""
 
-import sys
-from pathlib import Path
-
 import torch
 
-sys.path.append(str(Path(__file__).parent.parent / "profiling"))
-
-from kernel_times import Site, measure, resnet50_sites  # noqa: E402 - needs the path
-from train.config import MethodConfig, ModelConfig  # noqa: E402
-from train.methods.simsiam import SimSiam  # noqa: E402
-from train.norm import BatchNorm  # noqa: E402
+from kernel_times import Site, measure, resnet50_sites
+from train.config import MethodConfig, ModelConfig
+from train.methods.simsiam import SimSiam
+from train.norm import BatchNorm
 
 
 def test_the_sites_are_those_of_the_network():

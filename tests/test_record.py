@@ -3,12 +3,15 @@
 import json
 import re
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+before = list(sys.path)
 record = runpy.run_path(str(ROOT / "profiling" / "record.py"))
+sys.path[:] = before  # the script puts its root first, in place of tests/, which spawned ranks need
 
 
 def make_run(folder: Path, *, state: str = "finished", revision: str = "abc") -> Path:
