@@ -3,6 +3,7 @@
 profiling/kernels.py calls this where there is a CUDA device. All variants of a site take turns, so
 that clocks and temperature are the same for all. Not yet run on a GPU; a test runs it on small
 sites in Triton's interpreter, where its times mean nothing.
+apex's NHWC group batch norm takes part where apex was built with it (--bnp).
 A newcomer's mistake: an eager baseline on the concatenated views. The official code makes two
 passes: the peers get the two views apart, and pay no concatenation.
 
@@ -13,6 +14,7 @@ Bytes that a site must move, E elements of b bytes, the formula of GB/s:
     pool         forward 2.25 b E + E/4               backward 3.5 b E + E/2
 """
 
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kernels.batch_norm import Norm, batch_norm_act, batch_norm_act_pool, block_end
@@ -120,11 +122,42 @@ class Inputs:
             outputs.append(F.max_pool2d(y, 3, 2, 1) if self.site.kind == "pool" else y)
         return outputs
 
+    def apex(self, norm_class: type[nn.Module]) -> Callable[[], Outputs]:
+        """A call of apex's modules on each view. Source: apex/contrib/groupbn/batch_norm.py."""
+        kind, channels = self.site.kind, self.site.shape[1]
+        device, ends_block = self.leaves[0].device, self.site.kind in ("residual", "norm")
+        # for each view its own: the module keeps one batch's statistics for the backward pass
+        firsts, seconds = (
+            [norm_class(channels, fuse_relu=relu).to(device) for _ in self.apart[0]]
+            for relu in (kind != "none", False)
+        )
+
+        def call() -> Outputs:
+            outputs = []
+            for index, view in enumerate(zip(*self.apart, strict=True)):
+                x, *shortcut = (t if t.dim() == 4 else t[:, :, None, None] for t in view)
+                x, *shortcut = (t.permute(0, 2, 3, 1) for t in (x, *shortcut))  # apex wants NHWC
+                if kind == "norm":
+                    shortcut = [seconds[index](shortcut[0])]
+                y = firsts[index](x, *shortcut) if ends_block else firsts[index](x)
+                y = y.permute(0, 3, 1, 2)
+                outputs.append(F.max_pool2d(y, 3, 2, 1) if kind == "pool" else y)
+            return [y.reshape(y.shape[:2]) if self.leaves[0].dim() == 2 else y for y in outputs]
+
+        return call
+
     def wanted(self, *, ours: bool) -> list[Tensor]:
         """What the gradient is taken of."""
         leaves = self.leaves if ours else [view for pair in self.apart for view in pair]
         used = self.params if self.site.kind == "norm" else self.params[:2]
         return [*leaves, *used]
+
+
+def apex_batch_norm() -> type[nn.Module] | None:
+    """apex's NHWC group batch norm, fp16 alone; None where apex was built without it."""
+    if importlib.util.find_spec("bnp") is None:  # its CUDA extension
+        return None
+    return importlib.import_module("apex.contrib.groupbn.batch_norm").BatchNorm2d_NHWC
 
 
 def clock(device: torch.device, call: Callable[[], Any]) -> tuple[float, Any]:
@@ -163,8 +196,9 @@ def time_turns(
 
 
 def time_site(
-    site: Site, device: torch.device, *, kernels: Kernels, compiled: bool, n: int
-) -> dict:
+    site: Site, device: torch.device, *, kernels: Kernels, compiled: bool, n: int,
+    apex: type[nn.Module] | None,
+) -> dict:  # fmt: skip
     """A row: milliseconds of each variant, and what ours moves a second."""
     inputs, half = (Inputs(site, dtype, device) for dtype in (torch.bfloat16, torch.float16))
     variants = {
@@ -172,6 +206,8 @@ def time_site(
         "eager_bf16": (inputs.plain, inputs.wanted(ours=False)),
         "eager_fp16": (half.plain, half.wanted(ours=False)),
     }
+    if apex is not None:
+        variants["apex_fp16"] = (half.apex(apex), half.wanted(ours=False)[: 2 * len(half.leaves)])
     if compiled:
         torch._dynamo.reset()  # a graph for each site, whatever the sites before
         variants["compiled_plain"] = (
@@ -209,7 +245,7 @@ def time_loss(device: torch.device, *, kernels: Kernels, rows: int = 256, n: int
 
 def measure(
     sites: list[Site], device: torch.device, *, kernels: Kernels = "triton", compiled: bool = True,
-    n: int = 30,
+    n: int = 30, apex: type[nn.Module] | None = None,
 ) -> dict:  # fmt: skip
     """All sites, each shape once and counted, the sums over sites and the ratios of the goals."""
     counts: dict[Site, int] = {}
@@ -219,7 +255,7 @@ def measure(
     bandwidth = copy_bandwidth(device, mib=mib)
     rows = []
     for site, count in counts.items():
-        row = time_site(site, device, kernels=kernels, compiled=compiled, n=n)
+        row = time_site(site, device, kernels=kernels, compiled=compiled, n=n, apex=apex)
         row["count"] = count
         row["share_of_copy"] = [round(g / bandwidth, 3) for g in row["gb_per_s"]]
         rows.append(row)

@@ -31,7 +31,7 @@ from rich.table import Table
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kernel_times import measure, resnet50_sites
+from kernel_times import apex_batch_norm, measure, resnet50_sites
 from train.cli import refuse
 from train.config import MethodConfig, ModelConfig
 from train.methods.simsiam import SimSiam
@@ -250,9 +250,10 @@ def main() -> None:
     if not arguments.compile_only:
         if not torch.cuda.is_available():
             refuse("no CUDA device to measure on: give --compile-only", code=1)
-        found = measure(
-            list(resnet50_sites(arguments.images)), torch.device("cuda", 0), n=arguments.n
-        )
+        sites, apex = list(resnet50_sites(arguments.images)), apex_batch_norm()
+        if apex is None:
+            print("apex's batch norm is not measured: no apex built with --bnp", file=sys.stderr)
+        found = measure(sites, torch.device("cuda", 0), n=arguments.n, apex=apex)
         found |= {"environment": environment(1, torch.device("cuda", 0))}
         if arguments.save is not None:
             arguments.save.write_text(json.dumps(found, indent=1) + "\n")
