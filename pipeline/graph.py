@@ -1,8 +1,9 @@
 """The DALI graphs: encoded images -> two uint8 NHWC views, or one centre crop for evaluation.
 
-One function, two placements: "cpu" runs everything on the CPU; "gpu" decodes "mixed" and does all
-else on the GPU. An image is decoded once and cropped twice; flip is the crop's window turned over;
-colour is one linear map. Nothing here is random (see pipeline/augment.py).
+One function, two placements: "gpu" decodes "mixed" and does all else on the GPU; "cpu" decodes and
+crops here, colour and blur follow in pipeline/color_blur.py. An image is decoded once and cropped
+twice; flip is the crop's window turned over; colour is one linear map. Nothing here is random (see
+pipeline/augment.py).
 A newcomer's mistake: fp32 or NCHW output. uint8 NHWC is a quarter of the bytes, and normalise +
 cast is the first op of the training step.
 """
@@ -20,6 +21,12 @@ from pipeline.augment import NUM_VIEWS, ViewDraws
 
 DRAWS = [field.name for field in fields(ViewDraws)]
 NDIM = {"roi_start": 1, "roi_end": 1, "color": 2, "color_mean": 2, "sigma": 0}
+
+
+def draws_in_graph(*, colors: bool, blur: bool) -> list[str]:
+    """Names of the draws that a view's part of the graph takes."""
+    left_out = set() if colors else {"color", "color_mean", "sigma"}
+    return [name for name in DRAWS if name not in left_out and (blur or name != "sigma")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,10 +90,12 @@ def build_view_pipeline(
     prefetch: int,
     num_threads: int,
     device_id: int | None,
+    colors: bool,
 ) -> Pipeline:
     """The training graph. Inputs: "encoded" and, for each view v, "<name of a draw>_<v>".
 
     Shapes: outputs NUM_VIEWS times (N, size, size, 3) uint8. device_id None places all on the CPU.
+    Without `colors` the views are cropped alone, and the colour draws are no inputs.
     """
     placement = "cpu" if device_id is None else "gpu"
     decode = decode_arguments(options, placement=placement)
@@ -106,11 +115,12 @@ def build_view_pipeline(
             draw = {
                 name: fn.external_source(name=f"{name}_{number}", dtype=types.FLOAT, ndim=ndim)
                 for name, ndim in NDIM.items()
-                if blur or name != "sigma"
+                if name in draws_in_graph(colors=colors, blur=blur)
             }
             view = window(image, draw["roi_start"], draw["roi_end"], size=size)
-            view = color_map(view, draw["color"], draw["color_mean"], placement=placement)
-            if blur:
+            if colors:
+                view = color_map(view, draw["color"], draw["color_mean"], placement=placement)
+            if colors and blur:
                 sigma = draw["sigma"]
                 if sigma > 0:  # DALI's conditional: only the samples with a sigma are blurred
                     view = fn.gaussian_blur(view, sigma=sigma)

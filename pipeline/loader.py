@@ -49,6 +49,8 @@ def view_loader(
         )
     per_rank = order.batch_size // world
     rows = slice(rank * per_rank, (rank + 1) * per_rank)
+    colors = device.type == "cuda"
+    threads = num_threads(options, local_world=local_world)
 
     def prepare(step: int) -> Work:
         ids = order.global_batch(step)[rows].copy()
@@ -62,10 +64,9 @@ def view_loader(
         draws = {
             f"{name}_{number}": getattr(view, name)
             for number, view in enumerate(views)
-            for name in graph.DRAWS
-            if augment.blur or name != "sigma"
+            for name in graph.draws_in_graph(colors=colors, blur=augment.blur > 0)
         }
-        return Work(step, ids, {"encoded": list(encoded), **draws})
+        return Work(step, ids, {"encoded": list(encoded), **draws}, None if colors else views)
 
     def build(prefetch: int) -> Pipeline:
         return graph.build_view_pipeline(
@@ -74,13 +75,15 @@ def view_loader(
             blur=augment.blur > 0,
             batch_size=per_rank,
             prefetch=prefetch,
-            num_threads=num_threads(options, local_world=local_world),
+            num_threads=threads,
             device_id=None if device.type == "cpu" else device.index,
+            colors=colors,
         )
 
     return DaliLoader(
-        steps, prepare=prepare, build=build, reader=reader, options=options, device=device
-    )
+        steps, prepare=prepare, build=build, reader=reader, options=options, device=device,
+        threads=threads,
+    )  # fmt: skip
 
 
 def _replace(reader: ImageReader, order: SampleOrder, step: int, row: int) -> tuple[int, Placed]:

@@ -21,6 +21,7 @@ from nvidia.dali.plugin.pytorch import feed_ndarray
 from torch import Tensor
 
 from pipeline import graph
+from pipeline.augment import ViewDraws
 from pipeline.graph import DecodeOptions
 from pipeline.header import BadImage, image_size
 from pipeline.sources import ImageFolder
@@ -50,6 +51,8 @@ class Work:
     step: int
     ids: np.ndarray
     inputs: dict[str, list | np.ndarray]
+    finish: list[ViewDraws] | None = None
+    """Draws of the views whose colours and blur are done after DALI."""
 
 
 @dataclass
@@ -98,9 +101,10 @@ class DaliLoader:
         reader: ImageReader,
         options: DecodeOptions,
         device: torch.device,
+        threads: int = 1,
     ):
         self.steps, self.device, self.options, self.reader = steps, device, options, reader
-        self._prepare, self._build = prepare, build
+        self._prepare, self._build, self._threads = prepare, build, threads
 
     def __len__(self) -> int:
         """Batches that an iteration yields."""
@@ -113,7 +117,8 @@ class DaliLoader:
         thread = threading.Thread(target=self._produce, args=(queue, stop), daemon=True)
         thread.start()
         try:
-            yield from self._run(queue)
+            with ThreadPoolExecutor(self._threads, thread_name_prefix="colour and blur") as pool:
+                yield from self._run(queue, pool)
         finally:
             stop.set()
             thread.join()
@@ -133,7 +138,7 @@ class DaliLoader:
             if stop.is_set() or isinstance(item, Exception):
                 return
 
-    def _run(self, queue: Queue) -> Iterator[Batch]:
+    def _run(self, queue: Queue, pool: ThreadPoolExecutor) -> Iterator[Batch]:
         pipeline, under_way, to_take = None, deque(), len(self.steps)
         depth = min(self.options.depth(self.device.type), len(self.steps))
 
@@ -162,7 +167,7 @@ class DaliLoader:
                 under_way[0] = self._prepare(under_way[0].step)
                 continue
             work = under_way.popleft()
-            images = self._to_torch(outputs)
+            images = self._to_torch(outputs, work.finish, pool)
             pipeline.release_outputs()
             if to_take:
                 take()
@@ -185,10 +190,17 @@ class DaliLoader:
         for name, value in work.inputs.items():
             pipeline.feed_input(name, value)
 
-    def _to_torch(self, outputs: tuple) -> Tensor:
+    def _to_torch(
+        self, outputs: tuple, draws: list[ViewDraws] | None, pool: ThreadPoolExecutor
+    ) -> Tensor:
         tensors = [output.as_tensor() for output in outputs]
         shape = (len(tensors), *tensors[0].shape())
         images = torch.empty(shape, dtype=torch.uint8, device=self.device)
+        if draws is not None:
+            from pipeline.color_blur import finish_views  # a GPU machine need not have OpenCV
+
+            finish_views([np.asarray(t) for t in tensors], draws, images.numpy(), pool=pool)
+            return images
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         for tensor, destination in zip(tensors, images, strict=True):
             feed_ndarray(tensor, destination, cuda_stream=stream)

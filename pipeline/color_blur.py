@@ -1,0 +1,60 @@
+"""Colour and blur of cropped views on the CPU, by OpenCV: what the DALI graph does on a GPU.
+
+DALI's CPU operators for the two take 1.5 ms (coord_transform) and 4.2 ms (gaussian_blur) of a
+core for a view of 224 pixels; OpenCV's 0.03 and 0.1 to 0.4 (profiling/LOG.md, 2026-11-24). They are
+applied after the graph, on as many threads, and let go of Python's lock.
+A newcomer's mistake: changing one of the two. tests/test_augment.py holds them together.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import cv2
+import numpy as np
+
+from pipeline.augment import ViewDraws
+
+cv2.setNumThreads(0)  # the views are shared out among our threads
+
+
+def finish_views(
+    crops: Sequence[np.ndarray],
+    draws: Sequence[ViewDraws],
+    out: np.ndarray,
+    *,
+    pool: ThreadPoolExecutor,
+) -> None:
+    """Write each view with its colours mapped and blurred into `out`.
+
+    Shapes: crops (N, S, S, 3) uint8 for each view; out (views, N, S, S, 3) uint8, written.
+    """
+    rows = [(view, row) for view in range(len(crops)) for row in range(len(crops[view]))]
+
+    def finish(place: tuple[int, int]) -> None:
+        view, row = place
+        draw = draws[view]
+        finish_view(
+            crops[view][row],
+            draw.color[row],
+            draw.color_mean[row],
+            float(draw.sigma[row]),
+            out=out[view, row],
+        )
+
+    for _ in pool.map(finish, rows, chunksize=8):
+        pass
+
+
+def finish_view(
+    crop: np.ndarray, color: np.ndarray, color_mean: np.ndarray, sigma: float, *, out: np.ndarray
+) -> None:
+    """out = blur(clamp(A crop + B mean(crop))), rounded to uint8 after each of the two.
+
+    Shapes: crop, out (S, S, 3) uint8; color, color_mean (3, 3). sigma in pixels, 0 for none.
+    """
+    mean = np.array(cv2.mean(crop)[:3], dtype=np.float32)
+    shift = color_mean @ mean
+    cv2.transform(crop, np.concatenate([color, shift[:, None]], axis=1), dst=out)
+    if sigma > 0:
+        side = 2 * int(np.ceil(3 * sigma)) + 1
+        cv2.GaussianBlur(out, (side, side), sigma, dst=out, borderType=cv2.BORDER_REFLECT_101)
