@@ -10,20 +10,19 @@ import sys
 
 if not __package__:  # run as a script: the repo root, not this folder, heads sys.path
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # profiling/ is no package
 
 import argparse
 import json
 import re
 import statistics
-import time
 from pathlib import Path
 
 import yaml
 
+from results import result_path
 from train.cli import refuse
 from train.metrics import read_metrics
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def read_run(run: Path) -> dict:
@@ -54,9 +53,7 @@ def record(name: str, runs: list[Path]) -> Path:
         values = {str(run["env"][part]) for run in found}
         if len(values) > 1:
             raise ValueError(f"the runs differ in {part}: {', '.join(sorted(values))}")
-    device = re.sub(r"[^a-z0-9]+", "-", found[0]["env"]["device"].lower()).strip("-")
-    path = RESULTS / f"{name}_{device}_{time.strftime('%Y%m')}.json"
-    RESULTS.mkdir(exist_ok=True)
+    path = result_path(name, found[0]["env"]["device"])
     path.write_text(json.dumps({"n": len(found), "runs": found}, indent=1) + "\n")
     return path
 

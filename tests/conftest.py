@@ -13,6 +13,8 @@ if not torch.cuda.is_available():
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from peers import import_torchvision
+
 
 @pytest.fixture(scope="session", autouse=True)
 def interpreter_that_rounds():
@@ -37,16 +39,8 @@ def interpreter_that_rounds():
 
 @pytest.fixture(scope="session")
 def torchvision():
-    """The peer. Its wheel does not import beside a CPU build of torch unless two ops exist."""
-    library = torch.library.Library("torchvision", "DEF")
-    if not hasattr(torch.ops.torchvision, "nms"):
-        signature = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-        for name in ("nms", "qnms"):
-            library.define(name + signature)
-    import torchvision
-
-    yield torchvision
-    del library
+    """The peer."""
+    return import_torchvision()
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from compare import compare
 from train.config import MethodConfig, ModelConfig
 from train.methods.simsiam import SimSiam
 from train.norm import set_views
@@ -39,6 +40,10 @@ def test_a_compiled_step_moves_launches_and_keeps_no_more_than_it_did():
     assert ours["launches"] <= 577  # 1,140
     # a clone that Inductor had to make would be among its own kernels
     assert ours["mb_per_image_by_kind"]["Inductor's own"] <= 7.1
+    (kept,) = (ROOT / "profiling/results").glob("compiled-resnet50_*.json")
+    before = json.loads(kept.read_text())
+    rows, total = compare(before, {"ours": ours}, tolerance=0.0, only=["ours.*"])
+    assert total >= 10 and not [row for row in rows if row[-1]]  # the committed result's figures
     plain = told_by("profiling/compiled.py", "--saved-only", "--steps", "plain")["plain"]
     assert ours["saved_mb_per_image"] <= plain["saved_mb_per_image"]
 
@@ -47,6 +52,9 @@ def test_no_graph_break_and_fewer_than_half_the_collectives_of_sync_batch_norm()
     found = told_by("profiling/collectives.py")
     assert found["graph_breaks"] == 0
     assert found["two_pass_sync_batch_norm"] == 228
+    (kept,) = (ROOT / "profiling/results").glob("collectives-resnet50_*.json")
+    rows, _ = compare(json.loads(kept.read_text()), found, tolerance=0.0, only=["*coll*", "*grap*"])
+    assert not rows
     assert found["collectives"] == 106  # 57 layers, of which a block end with downsample shares one
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import results
+
 ROOT = Path(__file__).parent.parent
 before = list(sys.path)
 record = runpy.run_path(str(ROOT / "profiling" / "record.py"))
@@ -26,7 +28,7 @@ def make_run(folder: Path, *, state: str = "finished", revision: str = "abc") ->
 
 
 def test_a_finished_run_is_kept_whole_without_this_machines_paths(tmp_path, monkeypatch):
-    monkeypatch.setitem(record["record"].__globals__, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
     path = record["record"]("name", [make_run(tmp_path / "a")])
     assert re.fullmatch(r"name_a-cpu_\d{6}\.json", path.name)
     kept = json.loads(path.read_text())

@@ -57,9 +57,12 @@ def read_config(arguments: Sequence[str] | None = None) -> Config:
         refuse(explain(str(error)))
 
 
-def explain(message: str) -> str:
-    """The first line of a parser's message, with the nearest name if one is unknown."""
-    known = flags()
+def explain(message: str, known: Sequence[str] | None = None) -> str:
+    """The first line of a parser's message, with the nearest name if one is unknown.
+
+    known: every flag of the program; train/main.py's by default.
+    """
+    known = flags() if known is None else known
     unknown = re.findall(r"--([\w.]+)", message) if "nrecognized" in message else []
     keys = re.findall(r"(?:[Kk]ey|[Oo]ption) [\"']([\w.]+)[\"']", message)
     groups = re.findall(r"Group [\"']([\w.]+)[\"']", message)

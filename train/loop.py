@@ -4,6 +4,7 @@ Between two log steps nothing here waits for the device. A newcomer's mistake: .
 """
 
 from torch import Tensor
+from torch.profiler import record_function
 
 from kernels.normalize import normalize_views
 from pipeline.loader import view_loader
@@ -85,14 +86,15 @@ def train_step(session: Session, images: Tensor) -> tuple[Tensor, dict[str, Tens
         total=session.schedule_steps,
         steps_per_epoch=session.order.steps_per_epoch,
     )
-    views = normalize_views(
-        images.flatten(0, 1),
-        config.data.mean,
-        config.data.std,
-        DTYPES[config.precision],
-        kernels=config.model.kernels,
-    )
-    with autocast(config, session.world.device):
+    with record_function("normalize"):
+        views = normalize_views(
+            images.flatten(0, 1),
+            config.data.mean,
+            config.data.std,
+            DTYPES[config.precision],
+            kernels=config.model.kernels,
+        )
+    with record_function("forward"), autocast(config, session.world.device):
         loss, scalars = session.ddp(views)
     norm = current.guard(loss)
     return loss.detach(), scalars, norm, lr

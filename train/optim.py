@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from train.config import OptimConfig
 
@@ -102,7 +103,12 @@ class GuardedStep:
 
     def __call__(self, loss: Tensor) -> Tensor:
         """Backward pass and update; returns the gradient norm (unscaled)."""
-        self.scaler.scale(loss).backward()
+        with record_function("backward"):
+            self.scaler.scale(loss).backward()
+        with record_function("optimizer"):
+            return self._update()
+
+    def _update(self) -> Tensor:
         self.scaler.unscale_(self.optimizer)
         grads = [
             p.grad for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None

@@ -24,7 +24,8 @@ import yaml
 from filelock import FileLock, Timeout
 
 PACKAGES = ("torch", "triton", "numpy", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "apex",
-            "tensorboard", "safetensors")  # fmt: skip
+            "tensorboard", "safetensors", "opencv-python-headless", "torchvision", "lightly",
+            "solo-learn")  # fmt: skip
 
 
 class RunFolder:

@@ -1,0 +1,77 @@
+"""The tables and the picture of profiling/throughput.py's results.
+
+A newcomer's mistake: computing here. What is shown is in the JSON line already.
+"""
+
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+
+def print_tables(found: dict) -> None:
+    """The tables for people, on stderr."""
+    console = Console(file=sys.stderr, width=None if sys.stderr.isatty() else 110)
+    table = Table(title=f"images/s (two views each), {found['environment']['device']}")
+    for name in ("part", "variant", "p10", "p50", "p90", "n", "ours / this"):
+        table.add_column(name, justify="left" if name in ("part", "variant") else "right")
+    for part in ("loader", "step", "end_to_end"):
+        for name, one in found.get(part, {}).items():
+            if not isinstance(one, dict):
+                continue
+            if "not_measured" in one:
+                table.add_row(part, name, "not measured:", one["not_measured"])
+                continue
+            cells = [f"{value:.2f}" for value in one["images_per_s"].values()]
+            ratio = found["ratios"].get(f"{part}/{name}")
+            table.add_row(part, name, *cells, str(one["n"]), "" if ratio is None else f"{ratio}")
+        table.add_section()
+    console.print(table)
+    facts = Table(show_header=False)
+    for stage, one in found.get("stages", {}).items():
+        facts.add_row(f"loader, {stage}", f"{one['ms_per_image']} ms an image")
+    if "end_to_end" in found:
+        facts.add_row("data wait", f"{found['end_to_end']['data_wait_pct']} %")
+    for part in ("limit", "ranks", "memory"):
+        for name, value in found.get(part, {}).items():
+            facts.add_row(f"{part}, {name}", str(value))
+    overlap = found["ratios"].get("end_to_end/slower")
+    if overlap is not None:
+        facts.add_row("end to end / slower of loader and step", str(overlap))
+    console.print(facts)
+
+
+def draw(found: dict, path: Path) -> None:
+    """Bars of images/s with the roofline, and where a step goes, as a PNG."""
+    import matplotlib.pyplot as plt
+
+    plt.switch_backend("agg")
+    figure, (bars, line) = plt.subplots(
+        2, 1, figsize=(9, 6), height_ratios=(3, 1), layout="constrained"
+    )
+    names, values = [], []
+    for part in ("loader", "step", "end_to_end"):
+        for name, one in found.get(part, {}).items():
+            if isinstance(one, dict) and "images_per_s" in one:
+                names.append(f"{part}\n{name}")
+                values.append(one["images_per_s"]["p50"])
+    colors = ["tab:blue" if name.endswith("ours") else "tab:gray" for name in names]
+    drawn = bars.bar(names, values, color=colors)
+    bars.bar_label(drawn, fmt="{:.4g}", fontsize=8)
+    bars.set_ylabel("images/s, two views each")
+    bars.set_yscale("log")
+    bars.tick_params(axis="x", labelsize=7)
+    bars.set_title(f"{found['environment']['device']}, n = {found['n']}, medians")
+    if "limit" in found:
+        at = found["limit"]["images_per_s"]
+        bars.axhline(at, color="tab:red", linestyle="--", label=f"roofline of a step: {at}")
+        bars.legend(fontsize=8)
+    for number, part in enumerate(found.get("timeline", [])):
+        line.barh(0, part["ms"], left=part["begin_ms"], color=f"C{number}", label=part["name"])
+    line.set_yticks([])
+    line.set_xlabel("ms of one step, under the profiler")
+    if found.get("timeline"):
+        line.legend(fontsize=8, ncols=5)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

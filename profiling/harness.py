@@ -1,0 +1,125 @@
+"""Flags and images of the measuring programs: train/main.py's flags, with other defaults.
+
+Without --data.root they measure on photos that scikit-learn carries (profiling/photos.py); without
+--data.batch_size on 256 images a GPU, or 16 a CPU process; without --precision in bf16 where the
+device multiplies bf16, else in fp32.
+A newcomer's mistake: a batch size a rank. --data.batch_size is global, as in training.
+"""
+
+import os
+import sys
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jsonargparse import ArgumentError
+
+from photos import write_photos
+from pipeline.runner import ImageReader
+from pipeline.sources import list_images
+from train.cli import build_parser, explain, flags, refuse
+from train.config import Config, at_least
+from train.distributed import World, from_main
+from train.run_folder import has_fast_bf16
+
+PHOTOS = "photos"
+What = Literal["loader", "step", "end_to_end", "limit", "ranks"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureConfig:
+    """What is measured, and how often."""
+
+    what: tuple[What, ...] = ("loader", "step", "end_to_end", "limit", "ranks")
+    """Parts to measure."""
+    peers: bool = True
+    """Measure the peers too, in turn with ours."""
+    steps: int = 0
+    """Steps of a repetition; 0 takes 50 on a GPU, 1 on a CPU."""
+    warmup: int = 0
+    """Steps before the first timed one; 0 takes 20 on a GPU, 1 on a CPU."""
+    n: int = 0
+    """Repetitions; 0 takes 3 on a GPU, 5 on a CPU."""
+    loader_images: int = 0
+    """Images of a repetition of the loader; 0 takes 8,192 on a GPU, 512 on a CPU."""
+    budget_s: float = 120.0
+    """Seconds after which a part is not begun once more; at least one repetition is timed."""
+    save: str = ""
+    """Also write profiling/results/<this>_<device>_<yyyymm>.json and .png."""
+    dry_run: bool = False
+    """Hold no device: print what a step would need and take."""
+    gpu: Literal["h200", "h100", "a100"] = "h200"
+    """With dry_run: the GPU."""
+    gpus: int = 1
+    """With dry_run: how many."""
+
+    def __post_init__(self) -> None:
+        """Refuse impossible values."""
+        for name in ("steps", "warmup", "n", "loader_images"):
+            at_least(f"measure.{name}", getattr(self, name), 0)
+        at_least("measure.gpus", self.gpus, 1)
+        if not 0 <= self.budget_s < float("inf"):
+            raise ValueError(f"measure.budget_s must be >= 0, got {self.budget_s}")
+
+    def filled(self, device: torch.device) -> "MeasureConfig":
+        """With the device's own defaults in place of 0."""
+        is_cuda = device.type == "cuda"
+        return replace(
+            self,
+            steps=self.steps or (50 if is_cuda else 1),
+            warmup=self.warmup or (20 if is_cuda else 1),
+            n=self.n or (3 if is_cuda else 5),
+            loader_images=self.loader_images or (8192 if is_cuda else 512),
+        )
+
+
+def read_flags(program: str, what: str) -> tuple[Config, MeasureConfig]:
+    """The configuration of a command line. Exits with 2 and one line for a mistake in it."""
+    parser = build_parser()
+    parser.prog, parser.description = program, what
+    parser.add_class_arguments(MeasureConfig, "measure", as_group=True)
+    words = " ".join(sys.argv[1:])
+    is_cuda = torch.cuda.is_available() or "--measure.dry_run" in words
+    rows = 256 if is_cuda else 16
+    parser.set_defaults(
+        {
+            "data.root": PHOTOS,
+            "data.batch_size": rows * int(os.environ.get("WORLD_SIZE", "1")),
+            "precision": "bf16" if is_cuda or has_fast_bf16() else "fp32",
+        }
+    )
+    try:
+        found = vars(parser.instantiate(parser.parse_args()))
+        measure = found.pop("measure")
+        found.pop("config", None)
+        config = Config(**found)
+        if measure.dry_run and "batch_size" not in words:
+            data = replace(config.data, batch_size=rows * measure.gpus)
+            config = replace(config, data=data)
+        return config, measure
+    except (ArgumentError, ValueError, TypeError, OSError) as error:
+        refuse(explain(str(error), [*flags(), *flags(MeasureConfig, "measure.")]))
+
+
+def with_batch(config: Config, batch_size: int) -> Config:
+    """The configuration with another global batch."""
+    return replace(config, data=replace(config.data, batch_size=batch_size))
+
+
+def open_images(config: Config, world: World) -> ImageReader:
+    """The images of --data.root, listed on rank 0. Raises: ValueError where there are none."""
+    found: object = None
+    if world.is_main:
+        try:
+            root = config.data.root
+            if root == PHOTOS:
+                root = str(write_photos(Path(tempfile.gettempdir()) / f"twinturbo-{os.getuid()}"))
+            found = list_images(root)
+        except (ValueError, OSError) as error:
+            found = error
+    found = from_main(world, found)
+    if isinstance(found, Exception):
+        raise found
+    return ImageReader(found, config.data.max_pixels)  # type: ignore[arg-type]

@@ -1,0 +1,290 @@
+"""Images/s of the loader alone, its stages, and of two peers that do the same recipe.
+
+torchvision: the official code's PIL transforms in a DataLoader with a worker for each core.
+dali_example: DALI as NVIDIA's examples use it: its file reader, a decode for each view, separate
+colour operators, fp32 NCHW out.
+A repetition starts a loader, leaves out its first two batches, times the rest to the last one, and
+ends with nothing under way, so that no variant works in another's time.
+A newcomer's mistake: timing next(loader) of a full queue.
+"""
+
+# DALI makes its operators at import, where pyright cannot see them:
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportOptionalMemberAccess=false
+
+import importlib.util
+import io
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from nvidia.dali import fn, pipeline_def, types
+from PIL import Image, ImageFilter
+
+from peers import import_torchvision
+from pipeline import graph
+from pipeline.augment import NUM_VIEWS, AugmentConfig, draw_views
+from pipeline.color_blur import finish_views
+from pipeline.graph import DecodeOptions
+from pipeline.loader import num_threads, view_loader
+from pipeline.order import SampleOrder
+from pipeline.runner import ImageReader
+from train.config import Config
+from train.distributed import World
+from turns import Repetition, Timing, seconds_of, take_turns
+
+FILL = 2  # batches before the clock starts: building, and the queue's first ones
+STAGES = ("read", "decode", "crop", "color", "blur")
+
+
+def endless_order(reader: ImageReader, config: Config, world: World) -> tuple[SampleOrder, int]:
+    """An order whose global batch fits the images, and this rank's images a batch."""
+    batch = min(config.data.batch_size, len(reader.source)) // world.size * world.size
+    order = SampleOrder(len(reader.source), batch_size=max(world.size, batch), seed=config.seed)
+    return order, order.batch_size // world.size
+
+
+def seconds_after_filling(batches: Iterator, device: torch.device) -> float:
+    """Seconds from the batch number FILL to the end."""
+    for _ in range(FILL):
+        next(batches)
+    return seconds_of(lambda: [None for _ in batches], device)
+
+
+def ours(reader: ImageReader, config: Config, world: World, *, steps: int) -> Repetition:
+    """Our loader over `steps` batches."""
+    order, _ = endless_order(reader, config, world)
+    begin = 0
+
+    def repeat() -> float:
+        nonlocal begin
+        loader = view_loader(
+            reader, order, range(begin, begin + FILL + steps), augment=config.augment,
+            options=config.dali, device=world.device, rank=world.rank, world=world.size,
+            local_world=world.local_size,
+        )  # fmt: skip
+        begin += FILL + steps
+        return seconds_after_filling(iter(loader), world.device)
+
+    return repeat
+
+
+class OfficialViews(torch.utils.data.Dataset):
+    """Two views by the official code's transforms. Source: facebookresearch/simsiam @a7bc177."""
+
+    def __init__(self, reader: ImageReader, config: Config):
+        t = import_torchvision().transforms
+        a = config.augment
+        jitter = t.ColorJitter(a.brightness, a.contrast, a.saturation, a.hue)
+        steps: list[Any] = [
+            t.RandomResizedCrop(a.size, scale=a.scale, ratio=a.ratio),
+            t.RandomApply([jitter], p=a.jitter),
+            t.RandomGrayscale(p=a.gray),
+        ]
+        if a.blur:
+            steps.append(t.RandomApply([PilBlur(a.blur_sigma)], p=a.blur))
+        steps += [t.RandomHorizontalFlip(a.flip), t.ToTensor(),
+                  t.Normalize(config.data.mean, config.data.std)]  # fmt: skip
+        self.transform, self.source = t.Compose(steps), reader.source
+
+    def __len__(self) -> int:
+        """Images of the folder."""
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two views (3, S, S), fp32, normalised."""
+        image = Image.open(io.BytesIO(self.source.read(index).tobytes())).convert("RGB")
+        return self.transform(image), self.transform(image)
+
+
+class PilBlur:
+    """The official GaussianBlur: PIL's, of a random radius."""
+
+    def __init__(self, sigma: tuple[float, float]):
+        self.sigma = sigma
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        """The blurred image."""
+        low, high = self.sigma
+        return image.filter(ImageFilter.GaussianBlur(low + (high - low) * torch.rand(()).item()))
+
+
+def torchvision_loader(
+    reader: ImageReader, config: Config, world: World, *, steps: int, workers: int
+) -> Repetition:
+    """The DataLoader over `steps` batches; its workers stay between repetitions."""
+    _, rows = endless_order(reader, config, world)
+    rng = np.random.default_rng(config.seed)
+    sampler: list[int] = []
+    loader = torch.utils.data.DataLoader(
+        OfficialViews(reader, config), batch_size=rows, sampler=sampler, num_workers=workers,
+        persistent_workers=True, pin_memory=world.device.type == "cuda",
+        multiprocessing_context="fork",  # torchvision, once imported, is in the workers too
+    )  # fmt: skip
+
+    def repeat() -> float:
+        sampler[:] = (int(i) for i in rng.integers(0, len(reader.source), (FILL + steps) * rows))
+
+        batches = ([v.to(world.device, non_blocking=True) for v in views] for views in loader)
+        return seconds_after_filling(batches, world.device)
+
+    return repeat
+
+
+def dali_example(reader: ImageReader, config: Config, world: World, *, steps: int) -> Repetition:
+    """DALI's own reader, two decodes, colour_twist, fp32 NCHW: over `steps` batches."""
+    _, rows = endless_order(reader, config, world)
+    device_id = None if world.device.type == "cpu" else world.device.index
+    files = [
+        os.path.join(reader.source.root, reader.source.name(i)) for i in range(len(reader.source))
+    ]
+    a = config.augment
+
+    @pipeline_def(
+        batch_size=rows,
+        num_threads=num_threads(config.dali, local_world=world.local_size),
+        device_id=device_id,
+        enable_conditionals=True,
+        prefetch_queue_depth=2,
+        seed=config.seed,
+    )
+    def example():
+        jpegs, _ = fn.readers.file(files=files, random_shuffle=True, name="reader")
+        return tuple(example_view(jpegs, a, config, device_id) for _ in range(NUM_VIEWS))
+
+    def repeat() -> float:
+        pipeline = example()
+        pipeline.build()
+        batches = (pipeline.run() for _ in range(FILL + steps))
+        return seconds_after_filling(batches, world.device)
+
+    return repeat
+
+
+def example_view(jpegs: Any, a: AugmentConfig, config: Config, device_id: int | None) -> Any:
+    """One view as in NVIDIA's examples. Source: docs/examples of NVIDIA/DALI; solo-learn's DALI."""
+    view = fn.decoders.image_random_crop(
+        jpegs, device="cpu" if device_id is None else "mixed", output_type=types.RGB,
+        random_area=list(a.scale), random_aspect_ratio=list(a.ratio),
+    )  # fmt: skip
+    view = fn.resize(view, size=(a.size, a.size), interp_type=types.INTERP_LINEAR, antialias=True)
+    if fn.random.coin_flip(probability=a.jitter, dtype=types.BOOL):
+        view = fn.color_twist(
+            view,
+            brightness=fn.random.uniform(range=(1 - a.brightness, 1 + a.brightness)),
+            contrast=fn.random.uniform(range=(1 - a.contrast, 1 + a.contrast)),
+            saturation=fn.random.uniform(range=(1 - a.saturation, 1 + a.saturation)),
+            hue=fn.random.uniform(range=(-360 * a.hue, 360 * a.hue)),
+        )
+    if fn.random.coin_flip(probability=a.gray, dtype=types.BOOL):
+        view = fn.hsv(view, saturation=0.0)
+    if a.blur and fn.random.coin_flip(probability=a.blur, dtype=types.BOOL):
+        view = fn.gaussian_blur(view, sigma=fn.random.uniform(range=a.blur_sigma))
+    return fn.crop_mirror_normalize(
+        view, dtype=types.FLOAT, output_layout="CHW",
+        mirror=fn.random.coin_flip(probability=a.flip),
+        mean=[255 * m for m in config.data.mean], std=[255 * s for s in config.data.std],
+    )  # fmt: skip
+
+
+def measure_loader(
+    reader: ImageReader, config: Config, world: World, *, peers: bool, n: int, budget_s: float,
+    images: int,
+) -> dict[str, Timing]:  # fmt: skip
+    """Our loader and, with `peers`, the others, taking turns."""
+    _, rows = endless_order(reader, config, world)
+    steps = max(1, images // rows)
+    variants = {"ours": ours(reader, config, world, steps=steps)}
+    missing: dict[str, str] = {}
+    if peers:
+        if importlib.util.find_spec("torchvision") is None:
+            missing["torchvision"] = "not installed: pip install --no-deps torchvision"
+        else:
+            workers = max(1, len(os.sched_getaffinity(0)) // world.local_size)
+            variants["torchvision"] = torchvision_loader(
+                reader, config, world, steps=steps, workers=workers
+            )
+        variants["dali_example"] = dali_example(reader, config, world, steps=steps)
+    found = take_turns(variants, images=steps * rows, warmup=1, n=n, budget_s=budget_s, world=world)
+    return found | {name: Timing(0, not_measured=why) for name, why in missing.items()}
+
+
+def measure_stages(
+    reader: ImageReader, config: Config, world: World, *, n: int, images: int = 128
+) -> dict[str, dict]:
+    """Milliseconds an image of each stage: what it adds to the stages before it.
+
+    Each runs alone over the same images, on this rank's threads; `read` is from the file system's
+    cache after the first time.
+    """
+    _, rows = endless_order(reader, config, world)
+    rows = min(rows, images)
+    ids = np.arange(rows)
+    placed = [image for image in reader.read_all(ids) if image is not None]
+    encoded, sizes = [p[0] for p in placed], np.array([p[1] for p in placed])
+    rng = np.random.default_rng(config.seed)
+    whole = slice(0, len(placed))
+    views = draw_views(config.augment, rng, sizes, whole, len(placed))
+    options, threads = config.dali, num_threads(config.dali, local_world=world.local_size)
+    runs: dict[str, Callable[[], object]] = {"read": lambda: reader.read_all(ids)}
+    for name, run in dali_stages(encoded, views, config.augment, options, threads, world.device):
+        runs[name] = run
+    if world.device.type == "cpu":
+        crops = [np.array(output.as_array()) for output in runs["crop"]()]  # type: ignore[union-attr]
+        out = np.empty((NUM_VIEWS, *crops[0].shape), np.uint8)
+        sharp = [type(v)(**(vars(v) | {"sigma": np.zeros_like(v.sigma)})) for v in views]
+        pool = ThreadPoolExecutor(threads)
+        runs["color"] = lambda: finish_views(crops, sharp, out, pool=pool)
+        if config.augment.blur:
+            runs["blur"] = lambda: finish_views(crops, views, out, pool=pool)
+    timed = {name: (lambda run=run: seconds_of(run, world.device)) for name, run in runs.items()}
+    found = take_turns(timed, images=len(placed), warmup=1, n=n, budget_s=float("inf"), world=world)
+    total = {name: 1e3 / timing.rate() for name, timing in found.items()}
+    order = [name for name in STAGES if name in total]
+    restarts = {"read", "decode", "color"} if world.device.type == "cpu" else {"read", "decode"}
+    return {
+        name: {"ms_per_image": round(
+            total[name] - (0 if name in restarts else total[order[at - 1]]), 4), "n": n}
+        for at, name in enumerate(order)
+    }  # fmt: skip
+
+
+def dali_stages(
+    encoded: list, views: list, augment: AugmentConfig, options: DecodeOptions, threads: int,
+    device: torch.device,
+) -> Iterator[tuple[str, Callable[[], object]]]:  # fmt: skip
+    """(name, call) of the stages that are DALI's on this device: decode, crop, and on a GPU all."""
+    device_id = None if device.type == "cpu" else device.index
+    decode = graph.decode_arguments(options, placement="cpu" if device_id is None else "gpu")
+
+    @pipeline_def(
+        batch_size=len(encoded), num_threads=threads, device_id=device_id, prefetch_queue_depth=1
+    )
+    def decoding():
+        data = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
+        return fn.decoders.image(data, **decode)
+
+    stages: list[tuple[str, Any, list[str]]] = [("decode", decoding(), [])]
+    kinds = [("crop", False, False)]
+    if device.type == "cuda":
+        kinds += [("color", True, False)] + [("blur", True, True)] * bool(augment.blur)
+    for name, colors, blur in kinds:
+        pipeline = graph.build_view_pipeline(
+            options, size=augment.size, blur=blur, batch_size=len(encoded), prefetch=1,
+            num_threads=threads, device_id=device_id, colors=colors,
+        )  # fmt: skip
+        stages.append((name, pipeline, graph.draws_in_graph(colors=colors, blur=blur)))
+    for name, pipeline, draws in stages:
+        pipeline.build()
+
+        def run(pipeline=pipeline, draws=draws) -> object:
+            pipeline.feed_input("encoded", encoded)
+            for number, view in enumerate(views):
+                for draw in draws:
+                    pipeline.feed_input(f"{draw}_{number}", getattr(view, draw))
+            return pipeline.run()
+
+        yield name, run

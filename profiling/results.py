@@ -1,0 +1,25 @@
+"""Where results are kept: profiling/results/<what>_<device>_<yyyymm>.json.
+
+A newcomer's mistake: editing a result by hand. Every file there was written by a committed command.
+"""
+
+import json
+import re
+import time
+from pathlib import Path
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def result_path(name: str, device: str, kind: str = ".json") -> Path:
+    """The file of a result."""
+    slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+    RESULTS.mkdir(exist_ok=True)
+    return RESULTS / f"{name}_{slug}_{time.strftime('%Y%m')}{kind}"
+
+
+def save_json(name: str, found: dict) -> str:
+    """Write a result that says its environment; returns the file's name."""
+    path = result_path(name, found["environment"]["device"])
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    return str(path)

@@ -1,0 +1,150 @@
+"""Images/s of the training step alone and end to end, ours and the peers'.
+
+The step runs on random uint8 views that lie on the device: nothing waits for data. End to end is
+the same step behind the loader.
+A newcomer's mistake: zeros as images. Random ones draw more power, and clocks are lower.
+"""
+
+import time
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from kernels.normalize import normalize_views
+from loader_times import FILL, endless_order
+from peers import missing, peer_step
+from pipeline.loader import view_loader
+from pipeline.order import SampleOrder
+from pipeline.runner import ImageReader
+from train.config import Config
+from train.distributed import World
+from train.loop import train_step
+from train.main import build_state
+from train.run_folder import has_fast_bf16
+from train.session import Session
+from turns import Repetition, Timing, first_line, seconds_of, take_turns
+
+PEERS = ("official", "eager_bf16", "compiled_plain", "lightly", "solo_learn")
+NEEDS = {"lightly": ("lightly", "torchvision"), "solo_learn": ("solo", "torchvision")}
+
+
+def open_session(config: Config, world: World) -> Session:
+    """What train_step works with, as train/main.py puts it together; no data and no run folder."""
+    state, ddp = build_state(config, world)
+    order = SampleOrder(
+        1000 * config.data.batch_size, batch_size=config.data.batch_size, seed=config.seed
+    )
+    return Session(config, world, None, order, state, ddp, {}, None, None, None)  # type: ignore[arg-type]
+
+
+def random_views(config: Config, world: World) -> Tensor:
+    """(2, N, S, S, 3) uint8 on the device: this rank's part of a global batch."""
+    rows, size = config.data.batch_size // world.size, config.augment.size
+    torch.manual_seed(config.seed + world.rank)
+    return torch.randint(0, 256, (2, rows, size, size, 3), dtype=torch.uint8, device=world.device)
+
+
+def our_step(session: Session, views: Tensor, *, steps: int) -> Repetition:
+    """`steps` training steps of ours."""
+
+    def work() -> None:
+        for _ in range(steps):
+            train_step(session, views)
+            session.state.step += 1
+
+    return lambda: seconds_of(work, session.world.device)
+
+
+def why_not(name: str, config: Config, world: World) -> str | None:
+    """Why a peer cannot be measured here, or None."""
+    if name in ("eager_bf16", "compiled_plain") and world.device.type == "cpu":
+        if not has_fast_bf16():
+            return "this CPU has no bf16 instructions"
+        if name == "compiled_plain" and config.compile != "true":
+            return "compiling takes minutes on a CPU: give --compile true"
+    if config.model.width != 64:
+        return "torchvision's networks are 64 channels wide: leave --model.width at 64"
+    if name == "lightly" and config.model.projector_layers != 3:
+        return "its projector has 3 layers: leave --model.projector_layers at 3"
+    reasons = (missing(package) for package in NEEDS.get(name, ("torchvision",)))
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def measure_step(
+    config: Config, world: World, *, peers: bool, steps: int, warmup: int, n: int, budget_s: float
+) -> dict[str, Timing]:
+    """Our step and, with `peers`, the others, taking turns."""
+    views = random_views(config, world)
+    session = open_session(config, world)
+    variants = {"ours": our_step(session, views, steps=steps)}
+    left_out = {}
+    view1, view2 = (
+        normalize_views(view, config.data.mean, config.data.std, torch.float32, kernels="plain")
+        .contiguous()
+        for view in views
+    )  # fmt: skip
+    for name in PEERS if peers else ():
+        reason = why_not(name, config, world)
+        if reason is not None:
+            left_out[name] = Timing(0, not_measured=reason)
+            continue
+        try:
+            step = peer_step(name, config, world, (view1, view2))
+        except ImportError as error:
+            left_out[name] = Timing(0, not_measured=f"does not import: {first_line(error)}")
+            continue
+
+        def repeat(step=step) -> float:
+            return seconds_of(lambda: [step() for _ in range(steps)], world.device)
+
+        variants[name] = repeat
+    images = steps * config.data.batch_size // world.size
+    turns = -(-warmup // steps)
+    found = take_turns(variants, images=images, warmup=turns, n=n, budget_s=budget_s, world=world)
+    return found | left_out
+
+
+def measure_end_to_end(
+    reader: ImageReader, config: Config, world: World, *, steps: int, n: int, budget_s: float
+) -> tuple[Timing, float]:
+    """Our loader and step together, and the percentage of time spent waiting for data."""
+    order, rows = endless_order(reader, config, world)
+    session = open_session(config, world)
+    begin, waited, total = 0, 0.0, 0.0
+
+    def timed_batches(batches: Iterator) -> Iterator:
+        nonlocal waited
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            waited += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
+
+    def repeat() -> float:
+        nonlocal begin, total
+        loader = view_loader(
+            reader, order, range(begin, begin + FILL + steps), augment=config.augment,
+            options=config.dali, device=world.device, rank=world.rank, world=world.size,
+            local_world=world.local_size,
+        )  # fmt: skip
+        begin += FILL + steps
+        batches = iter(loader)
+        for _ in range(FILL):
+            train_step(session, next(batches).images)
+
+        def work() -> None:
+            for batch in timed_batches(batches):
+                train_step(session, batch.images)
+                session.state.step += 1
+
+        seconds = seconds_of(work, world.device)
+        total += seconds
+        return seconds
+
+    found = take_turns(
+        {"ours": repeat}, images=steps * rows, warmup=0, n=n, budget_s=budget_s, world=world
+    )
+    return found["ours"], 100 * waited / total if total else 0.0

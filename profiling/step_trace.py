@@ -1,0 +1,68 @@
+"""Named ranges and collectives of a step, from torch.profiler's trace of it.
+
+A newcomer's mistake: putting this into profiling/trace.py. Its name is the standard library's, and
+from another module that one would be imported.
+"""
+
+import json
+import math
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+RANGES = ("data", "normalize", "forward", "backward", "optimizer")
+COLLECTIVES = ("gloo:", "nccl:")
+ITEMSIZE = {"float": 4, "double": 8, "long int": 8, "int": 4, "c10::BFloat16": 2, "c10::Half": 2}
+
+
+def trace_of(step: Callable[[], object], device: torch.device, *, steps: int = 2) -> dict:
+    """The Chrome trace of `steps` calls after one that is not traced."""
+    step()
+    activities = [ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+        torch.cuda.synchronize(device)
+    with profile(activities=activities, record_shapes=True, acc_events=True) as profiler:
+        for _ in range(steps):
+            step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        return json.loads(path.read_text())
+
+
+def timeline(trace: dict) -> list[dict]:
+    """name, begin_ms and ms of the named ranges of the trace's last step, on the device's side."""
+    events = trace["traceEvents"]
+    on_gpu = [e for e in events if e.get("cat") == "gpu_user_annotation"]
+    ranges = on_gpu or [e for e in events if e.get("cat") == "user_annotation"]
+    ranges = sorted((e for e in ranges if e["name"] in RANGES), key=lambda e: e["ts"])
+    last = {e["name"]: e for e in ranges}
+    begin = min((e["ts"] for e in last.values()), default=0)
+    return [
+        {"name": name, "begin_ms": (e["ts"] - begin) / 1e3, "ms": e["dur"] / 1e3}
+        for name, e in sorted(last.items(), key=lambda item: item[1]["ts"])
+    ]
+
+
+def collectives(trace: dict, *, steps: int = 2) -> dict[str, dict[str, float]]:
+    """number and bytes of collectives a step by name, as this rank's process group issued them."""
+    found: dict[str, dict[str, float]] = {}
+    for event in trace["traceEvents"]:
+        name = event.get("name", "")
+        if event.get("cat") not in ("cpu_op", "user_annotation"):
+            continue
+        if not name.startswith(COLLECTIVES):
+            continue
+        one = found.setdefault(name, {"number": 0.0, "bytes": 0.0})
+        one["number"] += 1 / steps
+        facts = event.get("args", {})
+        shapes, types = facts.get("Input Dims", []), facts.get("Input type", [])
+        for shape, kind in zip(shapes, types, strict=False):
+            one["bytes"] += math.prod(shape) * ITEMSIZE.get(kind, 0) / steps
+    return found

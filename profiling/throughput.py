@@ -1,0 +1,193 @@
+"""How fast this pipeline is here, what bounds it, against whom, and how far from the limit.
+
+    python profiling/throughput.py                       this machine
+    torchrun --nnodes 4 ... profiling/throughput.py      a cluster
+    python profiling/throughput.py --measure.dry_run true --measure.gpus 8
+
+Images/s are source images a second, two views each. All flags of train/main.py apply; those of
+the measurement begin with --measure. What could not be measured is printed with the reason.
+A newcomer's mistake: comparing rates of two runs. Ratios are of one run, variants in turn.
+"""
+
+import os
+import sys
+
+if not __package__:  # run as a script: the repo root, not this folder, heads sys.path
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # profiling/ is no package
+
+import dataclasses
+import json
+
+import torch
+
+from charts import draw, print_tables
+from forecast import forecast
+from harness import MeasureConfig, open_images, read_flags, with_batch
+from limit import measure_limit
+from loader_times import measure_loader, measure_stages
+from results import result_path, save_json
+from step_times import measure_end_to_end, measure_step, open_session, random_views
+from step_trace import collectives, timeline, trace_of
+from train import distributed
+from train.cli import refuse
+from train.config import Config
+from train.distributed import World, gather
+from train.loop import train_step
+from train.run_folder import environment
+from train.window import peak_gib
+from turns import Timing, ratios
+
+LOADER_ROWS = 64  # images a batch and rank, where training's batch is smaller
+
+
+def say(world: World, text: str) -> None:
+    """Progress, on rank 0's stderr."""
+    if world.is_main:
+        print(text, file=sys.stderr, flush=True)
+
+
+def total_rate(world: World, timing: Timing) -> tuple[float, list[float]]:
+    """Images/s over all ranks, and of each (medians)."""
+    rates = gather(world, None if timing.not_measured else timing.rate())
+    known = [rate for rate in rates if rate is not None]
+    return sum(known), known
+
+
+def measure(config: Config, m: MeasureConfig, world: World) -> dict:
+    """All parts that were asked for; the same on every rank."""
+    found: dict = {"ratios": {}}
+    rates: dict[str, float] = {}
+    reader = None
+    if {"loader", "end_to_end"} & set(m.what):
+        reader = open_images(config, world)
+    if "loader" in m.what:
+        assert reader is not None
+        say(world, "loader: ours" + (" and its peers" if m.peers else "") + " ...")
+        rows = max(LOADER_ROWS, config.data.batch_size // world.size)
+        larger = with_batch(config, rows * world.size)
+        timings = measure_loader(
+            reader, larger, world, peers=m.peers, n=m.n, budget_s=m.budget_s,
+            images=m.loader_images,
+        )  # fmt: skip
+        found["loader"] = {name: timing.summary() for name, timing in timings.items()}
+        found["stages"] = measure_stages(reader, larger, world, n=m.n)
+        found["ratios"] |= ratios("loader", timings)
+        rates["loader"] = total_rate(world, timings["ours"])[0]
+    if "step" in m.what:
+        say(world, "step: ours" + (" and its peers" if m.peers else "") + " ...")
+        timings = measure_step(
+            config, world, peers=m.peers, steps=m.steps, warmup=m.warmup, n=m.n,
+            budget_s=m.budget_s,
+        )  # fmt: skip
+        found["step"] = {name: timing.summary() for name, timing in timings.items()}
+        found["ratios"] |= ratios("step", timings)
+        rates["step"], each = total_rate(world, timings["ours"])
+        if each:
+            found["ranks"] = {"total_images_per_s": rates["step"], "images_per_s": each,
+                              "slowest_rank": each.index(min(each))}  # fmt: skip
+    if "end_to_end" in m.what:
+        assert reader is not None
+        say(world, "end to end ...")
+        timing, wait = measure_end_to_end(
+            reader, config, world, steps=max(m.steps, 3), n=m.n, budget_s=m.budget_s
+        )
+        found["end_to_end"] = {"ours": timing.summary(), "data_wait_pct": round(wait, 2)}
+        rates["end_to_end"], _ = total_rate(world, timing)
+        if {"loader", "step"} <= rates.keys() and timing.not_measured is None:
+            slower = min(rates["loader"], rates["step"])
+            found["ratios"]["end_to_end/slower"] = round(rates["end_to_end"] / slower, 3)
+    found["images_per_s"] = {name: round(rate, 2) for name, rate in rates.items()}
+    if "limit" in m.what:
+        say(world, "limit ...")
+        found["limit"] = limit = measure_limit(
+            config, world.device, rows=config.data.batch_size // world.size
+        )
+        if rates.get("step"):
+            per_rank = rates["step"] / world.size
+            limit["share_of_roofline"] = round(per_rank / limit["images_per_s"], 4)
+            limit["mfu"] = round(
+                per_rank * limit["gflop_per_image"] / (1e3 * limit["matmul_tflop_per_s"]), 4
+            )
+    if "ranks" in m.what:
+        found |= measure_ranks(config, m, world, found)
+    found["memory"] = memory(world)
+    return found
+
+
+def measure_ranks(config: Config, m: MeasureConfig, world: World, before: dict) -> dict:
+    """Where a step goes, its collectives, and how ranks scale against one in this run."""
+    session, views = open_session(config, world), random_views(config, world)
+    trace = trace_of(lambda: train_step(session, views), world.device)
+    found: dict = {"timeline": timeline(trace)}
+    if world.size == 1 or "ranks" not in before:
+        return found
+    say(world, "one rank alone ...")
+    rows = config.data.batch_size // world.size
+    alone = None
+    if world.is_main:
+        one = dataclasses.replace(world, rank=0, size=1, local_size=1)
+        timing = measure_step(
+            with_batch(config, rows), one, peers=False, steps=m.steps, warmup=m.warmup, n=m.n,
+            budget_s=m.budget_s,
+        )["ours"]  # fmt: skip
+        alone = None if timing.not_measured else timing.rate()
+    alone = distributed.from_main(world, alone)
+    parameters = sum(p.numel() for p in session.state.model.parameters())
+    found["ranks"] = before["ranks"] | {
+        "one_rank_alone_images_per_s": alone,
+        "scaling_efficiency": round(before["ranks"]["total_images_per_s"] / world.size / alone, 4)
+        if alone else None,
+        "collectives_per_step": collectives(trace),
+        "gradient_bytes_per_step": 4 * parameters,
+    }  # fmt: skip
+    return found
+
+
+def memory(world: World) -> dict:
+    """Peak memory of the slowest rank's process in GiB, by who took it."""
+    mine = {"host_gib" if world.device.type == "cpu" else "torch_active_gib":
+            round(peak_gib(world.device), 3)}  # fmt: skip
+    if world.device.type == "cuda":
+        reserved = torch.cuda.max_memory_reserved(world.device)
+        free, total = torch.cuda.mem_get_info(world.device)
+        others = total - free - torch.cuda.memory_reserved(world.device)
+        mine["torch_reserved_gib"] = round(reserved / 2**30, 3)
+        mine["dali_and_contexts_gib"] = round(others / 2**30, 3)
+    everywhere = gather(world, mine)
+    return {name: max(one[name] for one in everywhere) for name in mine}
+
+
+def main() -> None:
+    """Read the flags, measure, print the tables and one JSON line."""
+    config, m = read_flags("profiling/throughput.py", "Measure images per second.")
+    try:
+        if m.dry_run:
+            print(json.dumps(forecast(config, gpu=m.gpu, gpus=m.gpus)))
+            return
+        with distributed.start(config.device) as world:
+            if config.data.batch_size % world.size:
+                raise ValueError(
+                    f"{world.size} processes do not divide --data.batch_size "
+                    f"{config.data.batch_size}"
+                )
+            m = m.filled(world.device)
+            found = measure(config, m, world)
+            found |= {
+                "n": m.n, "config": dataclasses.asdict(config), "measure": dataclasses.asdict(m),
+                "environment": environment(world.size, world.device),
+            }  # fmt: skip
+            is_main = world.is_main
+    except (ValueError, OSError) as error:
+        refuse(str(error), code=1)
+    if is_main:
+        print_tables(found)
+        if m.save:
+            picture = result_path(m.save, found["environment"]["device"], ".png")
+            draw(found, picture)
+            found["files"] = [save_json(m.save, found), str(picture)]
+        print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

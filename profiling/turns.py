@@ -1,0 +1,114 @@
+"""Timed repetitions of several variants that take turns, and their percentiles.
+
+Clocks and temperature drift: variants of one table are measured in one run, one repetition each in
+turn. A variant that fails is kept with its reason, and the others go on.
+A newcomer's mistake: comparing two runs of the program. Only ratios within one run are printed.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from train.distributed import World, gather
+
+Repetition = Callable[[], float]
+"""Does a fixed amount of work once and returns its seconds."""
+
+
+@dataclass
+class Timing:
+    """Seconds of each timed repetition of one variant, or why there are none."""
+
+    images: int
+    """Images (two views each) of a repetition on this rank."""
+    seconds: list[float] = field(default_factory=list)
+    not_measured: str | None = None
+
+    def rate(self, share: float = 0.5) -> float:
+        """Images a second; `share` of the repetitions were slower."""
+        return self.images / quantile(self.seconds, 1 - share)
+
+    def summary(self) -> dict:
+        """images_per_s with p10 <= p50 <= p90, and n; or not_measured."""
+        if self.not_measured is not None:
+            return {"not_measured": self.not_measured}
+        rates = {f"p{round(100 * share)}": round(self.rate(share), 3) for share in (0.1, 0.5, 0.9)}
+        return {"images_per_s": rates, "n": len(self.seconds), "images": self.images}
+
+
+def quantile(values: list[float], share: float) -> float:
+    """The value below which `share` of them lie, interpolated."""
+    if len(values) == 1:
+        return values[0]
+    cuts = statistics.quantiles(values, n=100, method="inclusive")
+    return cuts[min(98, max(0, round(100 * share) - 1))]
+
+
+def take_turns(
+    variants: dict[str, Repetition], *, images: int, warmup: int, n: int, budget_s: float,
+    world: World,
+) -> dict[str, Timing]:  # fmt: skip
+    """Run each variant warmup + n times, in turn; stop early once budget_s is spent, n >= 1.
+
+    All ranks call it with the same variants and stop together. Raises: nothing of what a variant
+    raises: its Timing says it.
+    """
+    found = {name: Timing(images) for name in variants}
+    begin = time.perf_counter()
+    for turn in range(warmup + n):
+        for name, repeat in variants.items():
+            timing = found[name]
+            if timing.not_measured is not None:
+                continue
+            seconds, reason = 0.0, None
+            try:
+                seconds = repeat()
+            except torch.OutOfMemoryError:
+                reason = "out of GPU memory: lower --data.batch_size"
+                torch.cuda.empty_cache()
+            except (RuntimeError, ValueError, OSError, ImportError) as error:
+                reason = f"{type(error).__name__}: {first_line(error)}"
+            reasons = [why for why in gather(world, reason) if why is not None]
+            if reasons:
+                timing.not_measured = reasons[0]
+                continue
+            if turn >= warmup:
+                timing.seconds.append(seconds)
+        spent = turn >= warmup and time.perf_counter() - begin > budget_s
+        if any(gather(world, spent)):
+            break
+    return found
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, at most 200 characters."""
+    return (str(error).strip().splitlines() or [""])[0][:200]
+
+
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of a call: CUDA events on a GPU, else the clock."""
+    if device.type != "cuda":
+        begin = time.perf_counter()
+        work()
+        return time.perf_counter() - begin
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def ratios(of: str, timings: dict[str, Timing], *, ours: str = "ours") -> dict[str, float]:
+    """ "<of>/<peer>": our median rate by the peer's, for each peer measured in this run."""
+    mine = timings[ours]
+    if mine.not_measured is not None:
+        return {}
+    return {
+        f"{of}/{name}": round(mine.rate() / timing.rate(), 3)
+        for name, timing in timings.items()
+        if name != ours and timing.not_measured is None
+    }
