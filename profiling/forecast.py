@@ -1,4 +1,4 @@
-"""What a step needs and takes on GPUs that are not held: throughput.py --measure.dry_run true.
+"""What a step needs and takes on GPUs that are not held: throughput.py --dry-run.
 
 Memory: 12 bytes a parameter (fp32 weight, gradient, momentum), 2 for the 16-bit copy, what is kept
 for the backward pass, and the largest map's gradients. Time: the roofline of profiling/limit.py;
@@ -28,7 +28,7 @@ def forecast(config: Config, *, gpu: str, gpus: int) -> dict:
     """
     if config.data.batch_size % gpus:
         raise ValueError(
-            f"--measure.gpus {gpus} does not divide --data.batch_size {config.data.batch_size}"
+            f"--gpus {gpus} does not divide --data.batch_size {config.data.batch_size}"
         )
     rows = config.data.batch_size // gpus
     counts = count(config.model, config.method, images=rows, size=config.augment.size)

@@ -1,4 +1,4 @@
-"""Whether cost grows linearly: `python profiling/growth.py --measure.save growth`.
+"""Whether cost grows linearly: `python profiling/growth.py --save growth`.
 
     images    seconds an image of the loader over folders of 1,000 to 50,000 images
     batch     the same for batches of 32 to 256

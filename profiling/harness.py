@@ -9,7 +9,7 @@ A newcomer's mistake: a batch size a rank. --data.batch_size is global, as in tr
 import os
 import sys
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -49,19 +49,19 @@ class MeasureConfig:
     save: str = ""
     """Also write profiling/results/<this>_<device>_<yyyymm>.json and .png."""
     dry_run: bool = False
-    """Hold no device: print what a step would need and take."""
+    """--dry-run: hold no device, print what a step would need and take."""
     gpu: Literal["h200", "h100", "a100"] = "h200"
-    """With dry_run: the GPU."""
+    """With --dry-run: the GPU."""
     gpus: int = 1
-    """With dry_run: how many."""
+    """With --dry-run: how many."""
 
     def __post_init__(self) -> None:
         """Refuse impossible values."""
         for name in ("steps", "warmup", "n", "loader_images"):
-            at_least(f"measure.{name}", getattr(self, name), 0)
-        at_least("measure.gpus", self.gpus, 1)
+            at_least(name, getattr(self, name), 0)
+        at_least("gpus", self.gpus, 1)
         if not 0 <= self.budget_s < float("inf"):
-            raise ValueError(f"measure.budget_s must be >= 0, got {self.budget_s}")
+            raise ValueError(f"budget_s must be >= 0, got {self.budget_s}")
 
     def filled(self, device: torch.device) -> "MeasureConfig":
         """With the device's own defaults in place of 0."""
@@ -79,9 +79,10 @@ def read_flags(program: str, what: str) -> tuple[Config, MeasureConfig]:
     """The configuration of a command line. Exits with 2 and one line for a mistake in it."""
     parser = build_parser()
     parser.prog, parser.description = program, what
-    parser.add_class_arguments(MeasureConfig, "measure", as_group=True)
-    words = " ".join(sys.argv[1:])
-    is_cuda = torch.cuda.is_available() or "--measure.dry_run" in words
+    parser.add_class_arguments(MeasureConfig, as_group=True)
+    words = ["--dry_run=true" if word == "--dry-run" else word for word in sys.argv[1:]]
+    is_dry = "--dry_run=true" in words
+    is_cuda = torch.cuda.is_available() or is_dry
     rows = 256 if is_cuda else 16
     parser.set_defaults(
         {
@@ -91,16 +92,16 @@ def read_flags(program: str, what: str) -> tuple[Config, MeasureConfig]:
         }
     )
     try:
-        found = vars(parser.instantiate(parser.parse_args()))
-        measure = found.pop("measure")
+        found = vars(parser.instantiate(parser.parse_args(words)))
         found.pop("config", None)
+        names = {field.name for field in fields(MeasureConfig)}
+        measure = MeasureConfig(**{name: found.pop(name) for name in names})
         config = Config(**found)
-        if measure.dry_run and "batch_size" not in words:
-            data = replace(config.data, batch_size=rows * measure.gpus)
-            config = replace(config, data=data)
+        if is_dry and not any("batch_size" in word for word in words):
+            config = with_batch(config, rows * measure.gpus)
         return config, measure
     except (ArgumentError, ValueError, TypeError, OSError) as error:
-        refuse(explain(str(error), [*flags(), *flags(MeasureConfig, "measure.")]))
+        refuse(explain(str(error), [*flags(), *flags(MeasureConfig)]))
 
 
 def with_batch(config: Config, batch_size: int) -> Config:

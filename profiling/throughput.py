@@ -2,10 +2,10 @@
 
     python profiling/throughput.py                       this machine
     torchrun --nnodes 4 ... profiling/throughput.py      a cluster
-    python profiling/throughput.py --measure.dry_run true --measure.gpus 8
+    python profiling/throughput.py --dry-run --gpus 8
 
-Images/s are source images a second, two views each. All flags of train/main.py apply; those of
-the measurement begin with --measure. What could not be measured is printed with the reason.
+Images/s are source images a second, two views each. All flags of train/main.py apply. What
+could not be measured is printed with the reason.
 A newcomer's mistake: comparing rates of two runs. Ratios are of one run, variants in turn.
 """
 
@@ -146,12 +146,12 @@ def measure_ranks(config: Config, m: MeasureConfig, world: World, before: dict) 
 
 def memory(world: World) -> dict:
     """Peak memory of the slowest rank's process in GiB, by who took it."""
-    mine = {"host_gib" if world.device.type == "cpu" else "torch_active_gib":
-            round(peak_gib(world.device), 3)}  # fmt: skip
+    mine = {"host_gib": round(peak_gib(torch.device("cpu")), 3)}
     if world.device.type == "cuda":
         reserved = torch.cuda.max_memory_reserved(world.device)
         free, total = torch.cuda.mem_get_info(world.device)
         others = total - free - torch.cuda.memory_reserved(world.device)
+        mine["torch_active_gib"] = round(peak_gib(world.device), 3)
         mine["torch_reserved_gib"] = round(reserved / 2**30, 3)
         mine["dali_and_contexts_gib"] = round(others / 2**30, 3)
     everywhere = gather(world, mine)
@@ -171,6 +171,10 @@ def main() -> None:
                     f"{world.size} processes do not divide --data.batch_size "
                     f"{config.data.batch_size}"
                 )
+            cores = len(os.sched_getaffinity(0))
+            if config.dali.threads > cores:
+                say(world, f"warning: --dali.threads {config.dali.threads} on {cores} cores: "
+                    "they will wait for each other; 0 takes what is there")  # fmt: skip
             m = m.filled(world.device)
             found = measure(config, m, world)
             found |= {

@@ -184,7 +184,7 @@ def test_a_forecast_says_memory_time_and_checkpoint_of_a_batch():
     assert found["images_per_gpu"] == 256 and found["checkpoint_mb"] == pytest.approx(305.6)
     assert abs(found["kept_for_backward_mb_per_image"] - 82.9) < 1  # compiled.py counts 82.2
     assert found["step_ms"][0] < found["step_ms"][1] and found["measured"] is False
-    with pytest.raises(ValueError, match=r"--measure\.gpus 3 does not divide"):
+    with pytest.raises(ValueError, match=r"--gpus 3 does not divide"):
         forecast(config, gpu="h200", gpus=3)
 
 
@@ -235,8 +235,8 @@ TINY = ["--model.arch", "resnet18", "--model.stem", "cifar", "--model.width", "8
 
 def test_the_program_ends_in_one_json_line_with_every_part(reader):
     done = run_script(
-        "profiling/throughput.py", "--data.root", reader.source.root, *TINY, "--measure.peers",
-        "false", "--measure.n", "1", "--measure.loader_images", "64",
+        "profiling/throughput.py", "--data.root", reader.source.root, *TINY, "--peers",
+        "false", "--n", "1", "--loader_images", "64", "--dali.threads", "999",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
@@ -246,14 +246,15 @@ def test_the_program_ends_in_one_json_line_with_every_part(reader):
     assert names == ["normalize", "forward", "backward", "optimizer"]
     assert found["limit"]["share_of_roofline"] > 0
     assert "images/s" in done.stderr
+    assert "warning: --dali.threads 999 on" in done.stderr
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--measure.budgt_s", "3"], "perhaps you meant --measure.budget_s"),
+        (["--budgt_s", "3"], "perhaps you meant --budget_s"),
         (["--modle.arch", "resnet18"], "perhaps you meant --model.arch"),
-        (["--measure.gpus", "0"], "measure.gpus must be at least 1"),
+        (["--gpus", "0"], "gpus must be at least 1"),
         (["--data.batch_size", "1"], "data.batch_size must be at least 2"),
     ],
 )
