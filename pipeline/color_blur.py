@@ -14,6 +14,8 @@ import numpy as np
 
 from pipeline.augment import ViewDraws
 
+TASKS = 16  # of a batch, for the threads of the pool
+
 cv2.setNumThreads(0)  # the views are shared out among our threads
 
 
@@ -30,18 +32,19 @@ def finish_views(
     """
     rows = [(view, row) for view in range(len(crops)) for row in range(len(crops[view]))]
 
-    def finish(place: tuple[int, int]) -> None:
-        view, row = place
-        draw = draws[view]
-        finish_view(
-            crops[view][row],
-            draw.color[row],
-            draw.color_mean[row],
-            float(draw.sigma[row]),
-            out=out[view, row],
-        )
+    def finish(places: list[tuple[int, int]]) -> None:
+        for view, row in places:
+            draw = draws[view]
+            finish_view(
+                crops[view][row],
+                draw.color[row],
+                draw.color_mean[row],
+                float(draw.sigma[row]),
+                out=out[view, row],
+            )
 
-    for _ in pool.map(finish, rows, chunksize=8):
+    size = -(-len(rows) // TASKS)  # a task for each view costs as much as a view of 32 pixels
+    for _ in pool.map(finish, [rows[i : i + size] for i in range(0, len(rows), size)]):
         pass
 
 
