@@ -136,7 +136,7 @@ def site_kind(name: str, module: nn.Module, model: SimSiam) -> str | None:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, *, n: int = 20) -> float:
-    """FLOP/s of a large matrix product of random numbers: the fastest of n, as a limit should be."""
+    """FLOP/s of a large product of random matrices: the fastest of n, as a limit should be."""
     side = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     times = [clock(device, lambda: a @ b)[0] for _ in range(n + 5)][5:]

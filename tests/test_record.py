@@ -74,3 +74,23 @@ def test_readmes_knn_figures_are_those_of_the_recorded_runs():
         found = run["result"]
         assert f"{found['knn_top1_untrained']:.1f} -> {found['knn_top1']:.1f}" in text
         assert found["knn_top1"] - found["knn_top1_untrained"] >= 20
+
+
+def test_readmes_throughput_figures_are_those_of_the_results_and_hold_the_loaders_goals():
+    kept = ROOT / "profiling/results"
+    text = (ROOT / "README.md").read_text()
+    large, small, growth = (
+        json.loads(next(kept.glob(f"{name}_*.json")).read_text())
+        for name in ("throughput-resnet50-224", "throughput-resnet18-32", "growth")
+    )
+    ratios = large["ratios"]
+    assert ratios["loader/torchvision"] >= 2.5 and ratios["loader/dali_example"] >= 1.2
+    assert "{:.2f}x; {:.2f}x".format(*list(ratios.values())[:2]) in text
+    rates = [one["images_per_s"]["loader"] for one in (large, small)]
+    assert f"| {rates[0]:.0f} |" in text and f"| {rates[1]:.0f}; " in text
+    steps = [one["ratios"]["step/official"] for one in (large, small)]
+    assert "{:.2f}x; {:.2f}x".format(*steps) in text
+    spread = growth["images_slowest_by_fastest"], growth["batch_slowest_by_fastest"]
+    assert max(spread) <= 1.15 and growth["memory_growth"] <= 0.05
+    assert "| {:.2f}; {:.2f}; ".format(*spread) in text
+    assert growth["list"]["open_s"] < 5 and growth["list"]["open_peak_gib"] < 1
