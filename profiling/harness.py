@@ -7,6 +7,7 @@ A newcomer's mistake: a batch size a rank. --data.batch_size is global, as in tr
 """
 
 import os
+import re
 import sys
 import tempfile
 from dataclasses import dataclass, fields, replace
@@ -33,7 +34,7 @@ class MeasureConfig:
     """What is measured, and how often."""
 
     what: tuple[What, ...] = ("loader", "step", "end_to_end", "limit", "ranks")
-    """Parts to measure."""
+    """Parts to measure, e.g. --what '[loader, step]'."""
     peers: bool = True
     """Measure the peers too, in turn with ours."""
     steps: int = 0
@@ -60,6 +61,8 @@ class MeasureConfig:
         for name in ("steps", "warmup", "n", "loader_images"):
             at_least(name, getattr(self, name), 0)
         at_least("gpus", self.gpus, 1)
+        if not re.fullmatch(r"[\w.-]*", self.save):
+            raise ValueError(f"save is a name for profiling/results/, not a path, got {self.save}")
         if not 0 <= self.budget_s < float("inf"):
             raise ValueError(f"budget_s must be >= 0, got {self.budget_s}")
 

@@ -26,6 +26,7 @@ from forecast import forecast
 from harness import MeasureConfig, open_images, read_flags, with_batch
 from limit import measure_limit
 from loader_times import measure_loader, measure_stages
+from pipeline.runner import ImageReader
 from results import result_path, save_json
 from step_times import measure_end_to_end, measure_step, open_session, random_views
 from step_trace import collectives, timeline, trace_of
@@ -34,7 +35,7 @@ from train.cli import refuse
 from train.config import Config
 from train.distributed import World, gather
 from train.loop import train_step
-from train.run_folder import environment
+from train.run_folder import environment, has_fast_bf16
 from train.window import peak_gib
 from turns import Timing, ratios
 
@@ -56,63 +57,83 @@ def total_rate(world: World, timing: Timing) -> tuple[float, list[float]]:
 
 def measure(config: Config, m: MeasureConfig, world: World) -> dict:
     """All parts that were asked for; the same on every rank."""
-    found: dict = {"ratios": {}}
-    rates: dict[str, float] = {}
+    found: dict = {"ratios": {}, "images_per_s": {}}
     reader = None
     if {"loader", "end_to_end"} & set(m.what):
         reader = open_images(config, world)
     if "loader" in m.what:
         assert reader is not None
-        say(world, "loader: ours" + (" and its peers" if m.peers else "") + " ...")
-        rows = max(LOADER_ROWS, config.data.batch_size // world.size)
-        larger = with_batch(config, rows * world.size)
-        timings = measure_loader(
-            reader, larger, world, peers=m.peers, n=m.n, budget_s=m.budget_s,
-            images=m.loader_images,
-        )  # fmt: skip
-        found["loader"] = {name: timing.summary() for name, timing in timings.items()}
-        found["stages"] = measure_stages(reader, larger, world, n=m.n)
-        found["ratios"] |= ratios("loader", timings)
-        rates["loader"] = total_rate(world, timings["ours"])[0]
+        measure_loader_part(reader, config, m, world, found)
     if "step" in m.what:
-        say(world, "step: ours" + (" and its peers" if m.peers else "") + " ...")
-        timings = measure_step(
-            config, world, peers=m.peers, steps=m.steps, warmup=m.warmup, n=m.n,
-            budget_s=m.budget_s,
-        )  # fmt: skip
-        found["step"] = {name: timing.summary() for name, timing in timings.items()}
-        found["ratios"] |= ratios("step", timings)
-        rates["step"], each = total_rate(world, timings["ours"])
-        if each:
-            found["ranks"] = {"total_images_per_s": rates["step"], "images_per_s": each,
-                              "slowest_rank": each.index(min(each))}  # fmt: skip
+        measure_step_part(config, m, world, found)
     if "end_to_end" in m.what:
         assert reader is not None
-        say(world, "end to end ...")
-        timing, wait = measure_end_to_end(
-            reader, config, world, steps=max(m.steps, 3), n=m.n, budget_s=m.budget_s
-        )
-        found["end_to_end"] = {"ours": timing.summary(), "data_wait_pct": round(wait, 2)}
-        rates["end_to_end"], _ = total_rate(world, timing)
-        if {"loader", "step"} <= rates.keys() and timing.not_measured is None:
-            slower = min(rates["loader"], rates["step"])
-            found["ratios"]["end_to_end/slower"] = round(rates["end_to_end"] / slower, 3)
-    found["images_per_s"] = {name: round(rate, 2) for name, rate in rates.items()}
+        measure_both(reader, config, m, world, found)
     if "limit" in m.what:
-        say(world, "limit ...")
-        found["limit"] = limit = measure_limit(
-            config, world.device, rows=config.data.batch_size // world.size
-        )
-        if rates.get("step"):
-            per_rank = rates["step"] / world.size
-            limit["share_of_roofline"] = round(per_rank / limit["images_per_s"], 4)
-            limit["mfu"] = round(
-                per_rank * limit["gflop_per_image"] / (1e3 * limit["matmul_tflop_per_s"]), 4
-            )
+        compare_with_limit(config, world, found)
     if "ranks" in m.what:
         found |= measure_ranks(config, m, world, found)
     found["memory"] = memory(world)
     return found
+
+
+def measure_loader_part(
+    reader: ImageReader, config: Config, m: MeasureConfig, world: World, found: dict
+) -> None:
+    """The loader, its stages and its peers."""
+    say(world, "loader: ours" + (" and its peers" if m.peers else "") + " ...")
+    rows = max(LOADER_ROWS, config.data.batch_size // world.size)
+    larger = with_batch(config, rows * world.size)
+    timings = measure_loader(
+        reader, larger, world, peers=m.peers, n=m.n, budget_s=m.budget_s, images=m.loader_images
+    )
+    found["loader"] = {name: timing.summary() for name, timing in timings.items()}
+    found["stages"] = measure_stages(reader, larger, world, n=m.n)
+    found["ratios"] |= ratios("loader", timings)
+    found["images_per_s"]["loader"] = round(total_rate(world, timings["ours"])[0], 2)
+
+
+def measure_step_part(config: Config, m: MeasureConfig, world: World, found: dict) -> None:
+    """The step, its peers, and each rank's part of it."""
+    say(world, "step: ours" + (" and its peers" if m.peers else "") + " ...")
+    timings = measure_step(
+        config, world, peers=m.peers, steps=m.steps, warmup=m.warmup, n=m.n, budget_s=m.budget_s
+    )
+    found["step"] = {name: timing.summary() for name, timing in timings.items()}
+    found["ratios"] |= ratios("step", timings)
+    total, each = total_rate(world, timings["ours"])
+    found["images_per_s"]["step"] = round(total, 2)
+    if each:
+        found["ranks"] = {"total_images_per_s": total, "images_per_s": each,
+                          "slowest_rank": each.index(min(each))}  # fmt: skip
+
+
+def measure_both(
+    reader: ImageReader, config: Config, m: MeasureConfig, world: World, found: dict
+) -> None:
+    """Loader and step together, against the slower of the two."""
+    say(world, "end to end ...")
+    timing, wait = measure_end_to_end(
+        reader, config, world, steps=max(m.steps, 3), n=m.n, budget_s=m.budget_s
+    )
+    found["end_to_end"] = {"ours": timing.summary(), "data_wait_pct": round(wait, 2)}
+    rates = found["images_per_s"]
+    rates["end_to_end"] = round(total_rate(world, timing)[0], 2)
+    slower = min(rates.get("loader", 0), rates.get("step", 0))
+    if slower and timing.not_measured is None:
+        found["ratios"]["end_to_end/slower"] = round(rates["end_to_end"] / slower, 3)
+
+
+def compare_with_limit(config: Config, world: World, found: dict) -> None:
+    """The roofline of a rank's step, and how much of it the measured step reaches."""
+    say(world, "limit ...")
+    limit = measure_limit(config, world.device, rows=config.data.batch_size // world.size)
+    per_rank = found["images_per_s"].get("step", 0) / world.size
+    if per_rank:
+        flops = per_rank * limit["gflop_per_image"] * 1e9
+        limit["share_of_roofline"] = round(per_rank / limit["images_per_s"], 4)
+        limit["mfu"] = round(flops / (limit["matmul_tflop_per_s"] * 1e12), 4)
+    found["limit"] = limit
 
 
 def measure_ranks(config: Config, m: MeasureConfig, world: World, before: dict) -> dict:
@@ -175,6 +196,9 @@ def main() -> None:
             if config.dali.threads > cores:
                 say(world, f"warning: --dali.threads {config.dali.threads} on {cores} cores: "
                     "they will wait for each other; 0 takes what is there")  # fmt: skip
+            if config.precision == "bf16" and world.device.type == "cpu" and not has_fast_bf16():
+                say(world, "warning: this CPU has no bf16 instructions: software computes them; "
+                    "--precision fp32 is many times faster here")  # fmt: skip
             m = m.filled(world.device)
             found = measure(config, m, world)
             found |= {

@@ -254,6 +254,7 @@ def test_the_program_ends_in_one_json_line_with_every_part(reader):
     [
         (["--budgt_s", "3"], "perhaps you meant --budget_s"),
         (["--modle.arch", "resnet18"], "perhaps you meant --model.arch"),
+        (["--save", "../x"], "save is a name for profiling/results/"),
         (["--gpus", "0"], "gpus must be at least 1"),
         (["--data.batch_size", "1"], "data.batch_size must be at least 2"),
     ],
