@@ -53,7 +53,9 @@ def test_no_graph_break_and_fewer_than_half_the_collectives_of_sync_batch_norm()
     assert found["graph_breaks"] == 0
     assert found["two_pass_sync_batch_norm"] == 228
     (kept,) = (ROOT / "profiling/results").glob("collectives-resnet50_*.json")
-    rows, _ = compare(json.loads(kept.read_text()), found, tolerance=0.0, only=["*coll*", "*graph*"])
+    rows, _ = compare(
+        json.loads(kept.read_text()), found, tolerance=0.0, only=["*coll*", "*graph*"]
+    )
     assert not rows
     assert found["collectives"] == 106  # 57 layers, of which a block end with downsample shares one
 
