@@ -34,7 +34,7 @@ class MeasureConfig:
     """What is measured, and how often."""
 
     what: tuple[What, ...] = ("loader", "step", "end_to_end", "limit", "ranks")
-    """Parts to measure, e.g. --what '[loader, step]'."""
+    """Parts to measure, e.g. --what loader,step."""
     peers: bool = True
     """Measure the peers too, in turn with ours."""
     steps: int = 0
@@ -84,6 +84,9 @@ def read_flags(program: str, what: str) -> tuple[Config, MeasureConfig]:
     parser.prog, parser.description = program, what
     parser.add_class_arguments(MeasureConfig, as_group=True)
     words = ["--dry_run=true" if word == "--dry-run" else word for word in sys.argv[1:]]
+    for at, word in enumerate(words[:-1]):
+        if word == "--what" and not words[at + 1].startswith("["):
+            words[at + 1] = f"[{words[at + 1]}]"  # one part, or parts between commas
     is_dry = "--dry_run=true" in words
     is_cuda = torch.cuda.is_available() or is_dry
     rows = 256 if is_cuda else 16

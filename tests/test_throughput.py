@@ -267,6 +267,11 @@ def test_a_mistaken_flag_gets_one_line_and_exit_code_2(arguments, message, monke
     assert stop.value.code == 2 and len(lines) == 1 and message in lines[0]
 
 
+def test_parts_are_named_between_commas(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["throughput.py", "--what", "loader,limit"])
+    assert read_flags("profiling/throughput.py", "Measure.")[1].what == ("loader", "limit")
+
+
 def test_no_images_get_one_line_and_exit_code_1():
     done = run_script("profiling/throughput.py", "--data.root", "/nowhere/at/all", *TINY)
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
