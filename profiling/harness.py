@@ -19,7 +19,7 @@ from jsonargparse import ArgumentError
 
 from photos import write_photos
 from pipeline.runner import ImageReader
-from pipeline.sources import list_images
+from pipeline.sources import ImageFolder, list_images
 from train.cli import build_parser, explain, flags, refuse
 from train.config import Config, at_least
 from train.distributed import World, from_main
@@ -129,4 +129,5 @@ def open_images(config: Config, world: World) -> ImageReader:
     found = from_main(world, found)
     if isinstance(found, Exception):
         raise found
-    return ImageReader(found, config.data.max_pixels)  # type: ignore[arg-type]
+    assert isinstance(found, ImageFolder)
+    return ImageReader(found, config.data.max_pixels)

@@ -93,7 +93,7 @@ def count(config: ModelConfig, method: MethodConfig, *, images: int, size: int) 
     """
     products, sites = [], []
     model = SimSiam(config, method)
-    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload] - torch's stub
     with FakeTensorMode(allow_non_fake_inputs=True):
 
         def record(name: str):

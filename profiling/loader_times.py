@@ -3,8 +3,10 @@
 torchvision: the official code's PIL transforms in a DataLoader with a worker for each core.
 dali_example: DALI as NVIDIA's examples use it: its file reader, a decode for each view, separate
 colour operators, fp32 NCHW out.
-A repetition starts a loader, leaves out its first two batches, times the rest to the last one, and
-ends with nothing under way, so that no variant works in another's time.
+A repetition starts a loader, leaves out its first two batches and times the rest to the last one;
+what is under way then is dropped before the next variant begins. When the clock starts ours has up
+to 2 batches under way and torchvision 2 a worker, which few batches (--loader_images) flatter;
+dali_example has as many at the end.
 A newcomer's mistake: timing next(loader) of a full queue.
 """
 
@@ -31,7 +33,7 @@ from pipeline.color_blur import finish_views
 from pipeline.graph import DecodeOptions
 from pipeline.loader import num_threads, view_loader
 from pipeline.order import SampleOrder
-from pipeline.runner import ImageReader
+from pipeline.runner import DaliLoader, ImageReader
 from train.config import Config
 from train.distributed import World
 from turns import Repetition, Timing, seconds_of, take_turns
@@ -45,6 +47,16 @@ def endless_order(reader: ImageReader, config: Config, world: World) -> tuple[Sa
     batch = min(config.data.batch_size, len(reader.source)) // world.size * world.size
     order = SampleOrder(len(reader.source), batch_size=max(world.size, batch), seed=config.seed)
     return order, order.batch_size // world.size
+
+
+def open_loader(
+    reader: ImageReader, order: SampleOrder, config: Config, world: World, steps: range
+) -> DaliLoader:
+    """This rank's loader of training over `steps`."""
+    return view_loader(
+        reader, order, steps, augment=config.augment, options=config.dali, device=world.device,
+        rank=world.rank, world=world.size, local_world=world.local_size,
+    )  # fmt: skip
 
 
 def seconds_after_filling(batches: Iterator, device: torch.device) -> float:
@@ -61,11 +73,7 @@ def ours(reader: ImageReader, config: Config, world: World, *, steps: int) -> Re
 
     def repeat() -> float:
         nonlocal begin
-        loader = view_loader(
-            reader, order, range(begin, begin + FILL + steps), augment=config.augment,
-            options=config.dali, device=world.device, rank=world.rank, world=world.size,
-            local_world=world.local_size,
-        )  # fmt: skip
+        loader = open_loader(reader, order, config, world, range(begin, begin + FILL + steps))
         begin += FILL + steps
         return seconds_after_filling(iter(loader), world.device)
 
@@ -233,7 +241,7 @@ def measure_stages(
     for name, run in dali_stages(encoded, views, config.augment, options, threads, world.device):
         runs[name] = run
     if world.device.type == "cpu":
-        crops = [np.array(output.as_array()) for output in runs["crop"]()]  # type: ignore[union-attr]
+        crops = [np.array(output.as_array()) for output in runs["crop"]()]  # type: ignore[union-attr] - DALI's outputs
         out = np.empty((NUM_VIEWS, *crops[0].shape), np.uint8)
         sharp = [type(v)(**(vars(v) | {"sigma": np.zeros_like(v.sigma)})) for v in views]
         pool = ThreadPoolExecutor(threads)

@@ -141,8 +141,9 @@ def peer_step(
     model: nn.Module = kinds.get(name, Official)(config).to(world.device)
     is_cuda, is_bf16 = world.device.type == "cuda", name in ("eager_bf16", "compiled_plain")
     if is_bf16:
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        views = tuple(v.to(memory_format=torch.channels_last) for v in views)  # type: ignore[assignment]
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload] - torch's stub
+        first, second = (view.to(memory_format=torch.channels_last) for view in views)
+        views = first, second
     if world.size > 1:
         if is_cuda:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)

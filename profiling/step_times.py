@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from kernels.normalize import normalize_views
-from loader_times import FILL, endless_order
+from loader_times import FILL, endless_order, open_loader
 from peers import missing, peer_step
-from pipeline.loader import view_loader
 from pipeline.order import SampleOrder
 from pipeline.runner import ImageReader
 from train.config import Config
@@ -35,6 +34,7 @@ def open_session(config: Config, world: World) -> Session:
     order = SampleOrder(
         1000 * config.data.batch_size, batch_size=config.data.batch_size, seed=config.seed
     )
+    # train_step reads neither data nor log
     return Session(config, world, None, order, state, ddp, {}, None, None, None)  # type: ignore[arg-type]
 
 
@@ -125,11 +125,7 @@ def measure_end_to_end(
 
     def repeat() -> float:
         nonlocal begin, total
-        loader = view_loader(
-            reader, order, range(begin, begin + FILL + steps), augment=config.augment,
-            options=config.dali, device=world.device, rank=world.rank, world=world.size,
-            local_world=world.local_size,
-        )  # fmt: skip
+        loader = open_loader(reader, order, config, world, range(begin, begin + FILL + steps))
         begin += FILL + steps
         batches = iter(loader)
         for _ in range(FILL):

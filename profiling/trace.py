@@ -21,8 +21,7 @@ from pathlib import Path
 from torch.profiler import record_function
 
 from harness import open_images, read_flags
-from loader_times import endless_order
-from pipeline.loader import view_loader
+from loader_times import endless_order, open_loader
 from step_times import open_session
 from step_trace import timeline, trace_of
 from train import distributed
@@ -39,13 +38,7 @@ def main() -> None:
             reader = open_images(config, world)
             session = open_session(config, world)
             order, _ = endless_order(reader, config, world)
-            batches = iter(
-                view_loader(
-                    reader, order, range(8), augment=config.augment, options=config.dali,
-                    device=world.device, rank=world.rank, world=world.size,
-                    local_world=world.local_size,
-                )
-            )  # fmt: skip
+            batches = iter(open_loader(reader, order, config, world, range(8)))
 
             def step() -> None:
                 with record_function("data"):
