@@ -1,4 +1,4 @@
-"""The random numbers of the two views: crop windows, colour maps, blur; no pixels here.
+"""The random numbers of the views: crop windows, colour maps, blur, solarize; no pixels here.
 
 All randomness of a run is drawn here, keyed by (seed, step) and the position in the *global*
 batch. So the views do not depend on the number of ranks, a resumed run repeats them bit for bit
@@ -13,11 +13,11 @@ from torchvision is in tests/test_augment.py.
 Source: SimSiam appendix A and the official main_simsiam.py (MoCo v2's augmentations).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-NUM_VIEWS = 2
 CROP_ATTEMPTS = 10  # torchvision's RandomResizedCrop
 LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R 601, as PIL's convert("L")
 
@@ -50,10 +50,12 @@ class AugmentConfig:
     """Probability of Gaussian blur (the paper's code; 0 for CIFAR)."""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     """Range of the blur's sigma, pixels of the view."""
+    solarize: float = 0.0
+    """Probability of inverting what is at least half bright (BYOL's second view: 0.2)."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be drawn."""
-        for name in ("flip", "jitter", "gray", "blur"):
+        for name in ("flip", "jitter", "gray", "blur", "solarize"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"augment.{name} is a probability, got {getattr(self, name)}")
         for name, low, high in (("scale", 0, 1), ("ratio", 0, np.inf), ("blur_sigma", 0, np.inf)):
@@ -83,17 +85,23 @@ class ViewDraws:
     """(N, 3, 3) the matrix B, applied to the mean colour of the window."""
     sigma: np.ndarray
     """(N,) of the blur in pixels; 0 for no blur."""
+    solarize: np.ndarray
+    """(N,) 1 where the view is solarized, else 0."""
 
 
 def draw_views(
-    config: AugmentConfig, rng: np.random.Generator, sizes: np.ndarray, rows: slice, total: int
+    configs: Sequence[AugmentConfig],
+    rng: np.random.Generator,
+    sizes: np.ndarray,
+    rows: slice,
+    total: int,
 ) -> list[ViewDraws]:
-    """Draw both views of the global batch of `total` images and give those of `rows`.
+    """Draw the views, one for each of `configs`, of `total` images and give those of `rows`.
 
     Shapes: sizes (rows, 2) heights and widths in pixels of this rank's images.
     """
     views = []
-    for _ in range(NUM_VIEWS):
+    for config in configs:
         start, end = _crops(config, rng, sizes, rows, total)
         flipped = (rng.random(total) < config.flip)[rows]
         start[flipped, 1], end[flipped, 1] = end[flipped, 1], start[flipped, 1]
@@ -101,10 +109,18 @@ def draw_views(
         low, high = config.blur_sigma
         has_blur = rng.random(total) < config.blur
         sigma = np.where(has_blur, rng.uniform(low, high, total), 0.0)[rows]
-        arrays = (start, end, color, color_mean, sigma)
-        start, end, color, color_mean, sigma = (np.ascontiguousarray(a, np.float32) for a in arrays)
+        # a number that no view needs is not drawn: those of the views without it stay as they are
+        solarize = rng.random(total) < config.solarize if config.solarize else np.zeros(total)
+        arrays = {
+            "roi_start": start,
+            "roi_end": end,
+            "color": color,
+            "color_mean": color_mean,
+            "sigma": sigma,
+            "solarize": solarize[rows],
+        }
         views.append(
-            ViewDraws(roi_start=start, roi_end=end, color=color, color_mean=color_mean, sigma=sigma)
+            ViewDraws(**{name: np.ascontiguousarray(a, np.float32) for name, a in arrays.items()})
         )
     return views
 

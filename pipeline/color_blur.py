@@ -1,4 +1,4 @@
-"""Colour and blur of cropped views on the CPU, by OpenCV: what the DALI graph does on a GPU.
+"""Colour, blur and solarize of views on the CPU, by OpenCV: what the DALI graph does on a GPU.
 
 DALI's CPU operators for the two take 1.5 ms (coord_transform) and 4.2 ms (gaussian_blur) of a
 core for a view of 224 pixels; OpenCV's 0.03 and 0.1 to 0.4 (profiling/LOG.md, 2026-11-24). They are
@@ -15,6 +15,7 @@ import numpy as np
 from pipeline.augment import ViewDraws
 
 TASKS = 16  # of a batch, for the threads of the pool
+SOLARIZE = np.array([x if x < 128 else 255 - x for x in range(256)], dtype=np.uint8)  # as PIL's
 
 cv2.setNumThreads(0)  # the views are shared out among our threads
 
@@ -22,13 +23,13 @@ cv2.setNumThreads(0)  # the views are shared out among our threads
 def finish_views(
     crops: Sequence[np.ndarray],
     draws: Sequence[ViewDraws],
-    out: np.ndarray,
+    out: Sequence[np.ndarray],
     *,
     pool: ThreadPoolExecutor,
 ) -> None:
-    """Write each view with its colours mapped and blurred into `out`.
+    """Write each view with its colours mapped, blurred and solarized into its part of `out`.
 
-    Shapes: crops (N, S, S, 3) uint8 for each view; out (views, N, S, S, 3) uint8, written.
+    Shapes: crops and out (N, S, S, 3) uint8 for each view, where S may differ; out is written.
     """
     rows = [(view, row) for view in range(len(crops)) for row in range(len(crops[view]))]
 
@@ -40,7 +41,8 @@ def finish_views(
                 draw.color[row],
                 draw.color_mean[row],
                 float(draw.sigma[row]),
-                out=out[view, row],
+                solarize=bool(draw.solarize[row]),
+                out=out[view][row],
             )
 
     size = -(-len(rows) // TASKS)  # a task for each view costs as much as a view of 32 pixels
@@ -49,9 +51,15 @@ def finish_views(
 
 
 def finish_view(
-    crop: np.ndarray, color: np.ndarray, color_mean: np.ndarray, sigma: float, *, out: np.ndarray
+    crop: np.ndarray,
+    color: np.ndarray,
+    color_mean: np.ndarray,
+    sigma: float,
+    *,
+    solarize: bool,
+    out: np.ndarray,
 ) -> None:
-    """out = blur(clamp(A crop + B mean(crop))), rounded to uint8 after each of the two.
+    """out = solarize(blur(clamp(A crop + B mean(crop)))), rounded to uint8 after each step.
 
     Shapes: crop, out (S, S, 3) uint8; color, color_mean (3, 3). sigma in pixels, 0 for none.
     """
@@ -61,3 +69,5 @@ def finish_view(
     if sigma > 0:
         side = 2 * int(np.ceil(3 * sigma)) + 1
         cv2.GaussianBlur(out, (side, side), sigma, dst=out, borderType=cv2.BORDER_REFLECT_101)
+    if solarize:
+        cv2.LUT(out, SOLARIZE, dst=out)

@@ -1,9 +1,9 @@
-"""The DALI graphs: encoded images -> two uint8 NHWC views, or one centre crop for evaluation.
+"""The DALI graphs: encoded images -> uint8 NHWC views, or one centre crop for evaluation.
 
 One function, two placements: "gpu" decodes "mixed" and does all else on the GPU; "cpu" decodes and
 crops here, colour and blur follow in pipeline/color_blur.py. An image is decoded once and cropped
-twice; flip is the crop's window turned over; colour is one linear map. Nothing here is random (see
-pipeline/augment.py).
+for each view; flip is the crop's window turned over; colour is one linear map. Nothing here is
+random (see pipeline/augment.py).
 A newcomer's mistake: fp32 or NCHW output. uint8 NHWC is a quarter of the bytes, and normalise +
 cast is the first op of the training step.
 """
@@ -12,21 +12,28 @@ cast is the first op of the training step.
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
 # pyright: reportGeneralTypeIssues=false
 
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.pipeline import Pipeline
 
-from pipeline.augment import NUM_VIEWS, ViewDraws
+from pipeline.augment import AugmentConfig
 
-DRAWS = [field.name for field in fields(ViewDraws)]
-NDIM = {"roi_start": 1, "roi_end": 1, "color": 2, "color_mean": 2, "sigma": 0}
+NDIM = {"roi_start": 1, "roi_end": 1, "color": 2, "color_mean": 2, "sigma": 0, "solarize": 0}
 
 
-def draws_in_graph(*, colors: bool, blur: bool) -> list[str]:
-    """Names of the draws that a view's part of the graph takes."""
-    left_out = set() if colors else {"color", "color_mean", "sigma"}
-    return [name for name in DRAWS if name not in left_out and (blur or name != "sigma")]
+def draws_in_graph(view: AugmentConfig, *, colors: bool) -> list[str]:
+    """Names of the draws (ViewDraws' fields) that a view's part of the graph takes."""
+    taken = {
+        "roi_start": True,
+        "roi_end": True,
+        "color": colors,
+        "color_mean": colors,
+        "sigma": colors and view.blur > 0,
+        "solarize": colors and view.solarize > 0,
+    }
+    return [name for name, is_taken in taken.items() if is_taken]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,9 +90,8 @@ def decode_arguments(options: DecodeOptions, *, placement: str) -> dict:
 
 def build_view_pipeline(
     options: DecodeOptions,
+    views: Sequence[AugmentConfig],
     *,
-    size: int,
-    blur: bool,
     batch_size: int,
     prefetch: int,
     num_threads: int,
@@ -94,7 +100,7 @@ def build_view_pipeline(
 ) -> Pipeline:
     """The training graph. Inputs: "encoded" and, for each view v, "<name of a draw>_<v>".
 
-    Shapes: outputs NUM_VIEWS times (N, size, size, 3) uint8. device_id None places all on the CPU.
+    Shapes: an output (N, size, size, 3) uint8 for each view. device_id None places all on the CPU.
     Without `colors` the views are cropped alone, and the colour draws are no inputs.
     """
     placement = "cpu" if device_id is None else "gpu"
@@ -110,22 +116,27 @@ def build_view_pipeline(
     def graph():
         encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
         image = fn.decoders.image(encoded, **decode)
-        views = []
-        for number in range(NUM_VIEWS):
+        outputs = []
+        for number, config in enumerate(views):
             draw = {
                 name: fn.external_source(name=f"{name}_{number}", dtype=types.FLOAT, ndim=ndim)
                 for name, ndim in NDIM.items()
-                if name in draws_in_graph(colors=colors, blur=blur)
+                if name in draws_in_graph(config, colors=colors)
             }
-            view = window(image, draw["roi_start"], draw["roi_end"], size=size)
+            view = window(image, draw["roi_start"], draw["roi_end"], size=config.size)
             if colors:
                 view = color_map(view, draw["color"], draw["color_mean"], placement=placement)
-            if colors and blur:
+            if "sigma" in draw:
                 sigma = draw["sigma"]
                 if sigma > 0:  # DALI's conditional: only the samples with a sigma are blurred
                     view = fn.gaussian_blur(view, sigma=sigma)
-            views.append(view)
-        return tuple(views)
+            if "solarize" in draw:
+                chosen = draw["solarize"]
+                if chosen > 0:
+                    # 255 - x is x ^ 255: the mask is 255 where x is at least 128, else 0
+                    view = view ^ fn.cast(255 * (view >= 128), dtype=types.UINT8)
+            outputs.append(view)
+        return tuple(outputs)
 
     pipeline = graph()
     pipeline.build()

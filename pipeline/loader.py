@@ -1,11 +1,12 @@
 """What each step feeds into DALI: this rank's images of the global batch, read, guarded, drawn.
 
-view_loader gives two random views for training, eval_loader centre crops for evaluation.
+view_loader gives random views for training, eval_loader centre crops for evaluation.
 A newcomer's mistake: dropping a bad image. The ranks would no longer take the same steps: it is
 replaced by another sample, the same one on every run.
 """
 
 import os
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -29,16 +30,18 @@ def num_threads(options: DecodeOptions, *, local_world: int) -> int:
 def view_loader(
     reader: ImageReader,
     order: SampleOrder,
-    steps: range,
+    steps: Sequence[int],
     *,
-    augment: AugmentConfig,
+    views: Sequence[AugmentConfig],
     options: DecodeOptions,
     device: torch.device,
     rank: int = 0,
     world: int = 1,
     local_world: int = 1,
 ) -> DaliLoader:
-    """This rank's part of the global batches of `steps`: two views of each image.
+    """This rank's part of the global batches of `steps`: a view of each image for each of `views`.
+
+    Views of another size than the first are a batch's `small` ones, all of one size.
 
     Raises: ValueError if the ranks do not divide the global batch.
     """
@@ -60,19 +63,18 @@ def view_loader(
                 ids[row], placed[row] = _replace(reader, order, step, rows.start + row)
         encoded, sizes = zip(*(image for image in placed if image is not None), strict=True)
         rng = keyed_rng(order.seed, Purpose.VIEWS, step)
-        views = draw_views(augment, rng, np.array(sizes), rows, order.batch_size)
+        drawn = draw_views(views, rng, np.array(sizes), rows, order.batch_size)
         draws = {
-            f"{name}_{number}": getattr(view, name)
-            for number, view in enumerate(views)
-            for name in graph.draws_in_graph(colors=colors, blur=augment.blur > 0)
+            f"{name}_{number}": getattr(draw, name)
+            for number, (config, draw) in enumerate(zip(views, drawn, strict=True))
+            for name in graph.draws_in_graph(config, colors=colors)
         }
-        return Work(step, ids, {"encoded": list(encoded), **draws}, None if colors else views)
+        return Work(step, ids, {"encoded": list(encoded), **draws}, None if colors else drawn)
 
     def build(prefetch: int) -> Pipeline:
         return graph.build_view_pipeline(
             options,
-            size=augment.size,
-            blur=augment.blur > 0,
+            views,
             batch_size=per_rank,
             prefetch=prefetch,
             num_threads=threads,

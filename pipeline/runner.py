@@ -9,7 +9,7 @@ no batch (DALI 2.4, seen by hand).
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from queue import Full, Queue
@@ -35,13 +35,15 @@ Placed = tuple[np.ndarray, tuple[int, int]]
 class Batch:
     """One step's images.
 
-    Shapes: images (2, N, S, S, 3) for training, view first; (N, S, S, 3) for evaluation; uint8 on
+    Shapes: images (V, N, S, S, 3) for training, view first; (N, S, S, 3) for evaluation; uint8 on
     the training device. ids (N,) int64 on the CPU: the sample of each row, -1 for one left out.
+    small (W, N, s, s, 3) are the views of another size (multi-crop), if there are any.
     """
 
     step: int
     images: Tensor
     ids: Tensor
+    small: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class DaliLoader:
 
     def __init__(
         self,
-        steps: range,
+        steps: Sequence[int],
         *,
         prepare: Callable[[int], Work],
         build: Callable[[int], Pipeline],
@@ -167,13 +169,13 @@ class DaliLoader:
                 under_way[0] = self._prepare(under_way[0].step)
                 continue
             work = under_way.popleft()
-            images = self._to_torch(outputs, work.finish, pool)
+            batch = self._to_torch(work, outputs, pool)
             pipeline.release_outputs()
             if to_take:
                 take()
                 self._feed(pipeline, under_way[-1])
                 pipeline.schedule_run()
-            yield Batch(work.step, images, torch.from_numpy(work.ids))
+            yield batch
 
     def _mark_bad(self, work: Work) -> bool:
         """Find the images of a failed batch that DALI cannot decode; False if there is none."""
@@ -190,18 +192,27 @@ class DaliLoader:
         for name, value in work.inputs.items():
             pipeline.feed_input(name, value)
 
-    def _to_torch(
-        self, outputs: tuple, draws: list[ViewDraws] | None, pool: ThreadPoolExecutor
-    ) -> Tensor:
+    def _to_torch(self, work: Work, outputs: tuple, pool: ThreadPoolExecutor) -> Batch:
         tensors = [output.as_tensor() for output in outputs]
-        shape = (len(tensors), *tensors[0].shape())
-        images = torch.empty(shape, dtype=torch.uint8, device=self.device)
-        if draws is not None:
+        first, last = (tuple(tensors[i].shape()) for i in (0, -1))
+        large = sum(tuple(tensor.shape()) == first for tensor in tensors)
+        images = torch.empty((large, *first), dtype=torch.uint8, device=self.device)
+        small = torch.empty((len(tensors) - large, *last), dtype=torch.uint8, device=self.device)
+        places = [*images, *small]
+        if work.finish is not None:
             from pipeline.color_blur import finish_views  # a GPU machine need not have OpenCV
 
-            finish_views([np.asarray(t) for t in tensors], draws, images.numpy(), pool=pool)
-            return images
-        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
-        for tensor, destination in zip(tensors, images, strict=True):
-            feed_ndarray(tensor, destination, cuda_stream=stream)
-        return images if len(tensors) > 1 else images[0]
+            finish_views(
+                [np.asarray(t) for t in tensors],
+                work.finish,
+                [p.numpy() for p in places],
+                pool=pool,
+            )
+        else:
+            stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+            for tensor, place in zip(tensors, places, strict=True):
+                feed_ndarray(tensor, place, cuda_stream=stream)
+        ids = torch.from_numpy(work.ids)
+        if len(tensors) == 1:
+            return Batch(work.step, images[0], ids)
+        return Batch(work.step, images, ids, small if len(small) else None)

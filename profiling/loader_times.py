@@ -19,6 +19,7 @@ import io
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from PIL import Image, ImageFilter
 
 from peers import import_torchvision
 from pipeline import graph
-from pipeline.augment import NUM_VIEWS, AugmentConfig, draw_views
+from pipeline.augment import AugmentConfig, ViewDraws, draw_views
 from pipeline.color_blur import finish_views
 from pipeline.graph import DecodeOptions
 from pipeline.loader import num_threads, view_loader
@@ -54,7 +55,7 @@ def open_loader(
 ) -> DaliLoader:
     """This rank's loader of training over `steps`."""
     return view_loader(
-        reader, order, steps, augment=config.augment, options=config.dali, device=world.device,
+        reader, order, steps, views=config.views, options=config.dali, device=world.device,
         rank=world.rank, world=world.size, local_world=world.local_size,
     )  # fmt: skip
 
@@ -161,7 +162,7 @@ def dali_example(reader: ImageReader, config: Config, world: World, *, steps: in
     )
     def example():
         jpegs, _ = fn.readers.file(files=files, random_shuffle=True, name="reader")
-        return tuple(example_view(jpegs, a, config, device_id) for _ in range(NUM_VIEWS))
+        return tuple(example_view(jpegs, a, config, device_id) for _ in config.views)
 
     def repeat() -> float:
         pipeline = example()
@@ -235,19 +236,19 @@ def measure_stages(
     encoded, sizes = [p[0] for p in placed], np.array([p[1] for p in placed])
     rng = np.random.default_rng(config.seed)
     whole = slice(0, len(placed))
-    views = draw_views(config.augment, rng, sizes, whole, len(placed))
+    draws = draw_views(config.views, rng, sizes, whole, len(placed))
     options, threads = config.dali, num_threads(config.dali, local_world=world.local_size)
     runs: dict[str, Callable[[], object]] = {"read": lambda: reader.read_all(ids)}
-    for name, run in dali_stages(encoded, views, config.augment, options, threads, world.device):
+    for name, run in dali_stages(encoded, draws, config.views, options, threads, world.device):
         runs[name] = run
     if world.device.type == "cpu":
         crops = [np.array(output.as_array()) for output in runs["crop"]()]  # type: ignore[union-attr] - DALI's outputs
-        out = np.empty((NUM_VIEWS, *crops[0].shape), np.uint8)
-        sharp = [type(v)(**(vars(v) | {"sigma": np.zeros_like(v.sigma)})) for v in views]
+        out = [np.empty_like(crop) for crop in crops]
+        sharp = [replace(draw, sigma=np.zeros_like(draw.sigma)) for draw in draws]
         pool = ThreadPoolExecutor(threads)
         runs["color"] = lambda: finish_views(crops, sharp, out, pool=pool)
         if config.augment.blur:
-            runs["blur"] = lambda: finish_views(crops, views, out, pool=pool)
+            runs["blur"] = lambda: finish_views(crops, draws, out, pool=pool)
     timed = {name: (lambda run=run: seconds_of(run, world.device)) for name, run in runs.items()}
     found = take_turns(timed, images=len(placed), warmup=1, n=n, budget_s=float("inf"), world=world)
     total = {name: 1e3 / timing.rate() for name, timing in found.items()}
@@ -261,8 +262,8 @@ def measure_stages(
 
 
 def dali_stages(
-    encoded: list, views: list, augment: AugmentConfig, options: DecodeOptions, threads: int,
-    device: torch.device,
+    encoded: list, draws: list[ViewDraws], views: list[AugmentConfig], options: DecodeOptions,
+    threads: int, device: torch.device,
 ) -> Iterator[tuple[str, Callable[[], object]]]:  # fmt: skip
     """(name, call) of the stages that are DALI's on this device: decode, crop, and on a GPU all."""
     device_id = None if device.type == "cpu" else device.index
@@ -275,24 +276,25 @@ def dali_stages(
         data = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
         return fn.decoders.image(data, **decode)
 
-    stages: list[tuple[str, Any, list[str]]] = [("decode", decoding(), [])]
-    kinds = [("crop", False, False)]
+    stages: list[tuple[str, Any, list[list[str]]]] = [("decode", decoding(), [])]
+    sharp = [replace(view, blur=0.0) for view in views]
+    kinds = [("crop", False, sharp)]
     if device.type == "cuda":
-        kinds += [("color", True, False)] + [("blur", True, True)] * bool(augment.blur)
-    for name, colors, blur in kinds:
+        kinds += [("color", True, sharp)] + [("blur", True, views)] * any(v.blur for v in views)
+    for name, colors, kind in kinds:
         pipeline = graph.build_view_pipeline(
-            options, size=augment.size, blur=blur, batch_size=len(encoded), prefetch=1,
-            num_threads=threads, device_id=device_id, colors=colors,
+            options, kind, batch_size=len(encoded), prefetch=1, num_threads=threads,
+            device_id=device_id, colors=colors,
         )  # fmt: skip
-        stages.append((name, pipeline, graph.draws_in_graph(colors=colors, blur=blur)))
-    for name, pipeline, draws in stages:
+        stages.append((name, pipeline, [graph.draws_in_graph(v, colors=colors) for v in kind]))
+    for name, pipeline, names in stages:
         pipeline.build()
 
-        def run(pipeline=pipeline, draws=draws) -> object:
+        def run(pipeline=pipeline, names=names) -> object:
             pipeline.feed_input("encoded", encoded)
-            for number, view in enumerate(views):
-                for draw in draws:
-                    pipeline.feed_input(f"{draw}_{number}", getattr(view, draw))
+            for number, taken in enumerate(names):
+                for name in taken:
+                    pipeline.feed_input(f"{name}_{number}", getattr(draws[number], name))
             return pipeline.run()
 
         yield name, run

@@ -34,6 +34,7 @@ def whole_view(count: int, **changes) -> ViewDraws:
         "color": np.tile(np.eye(3), (count, 1, 1)),
         "color_mean": np.zeros((count, 3, 3)),
         "sigma": np.zeros(count),
+        "solarize": np.zeros(count),
     } | changes
     return ViewDraws(**{name: np.ascontiguousarray(a, np.float32) for name, a in arrays.items()})
 
@@ -45,27 +46,30 @@ def run_graph(
 
     With `colors` DALI's own operators do all, as on a GPU.
     """
+    config = AugmentConfig(size=size, solarize=0.5)
     pipeline = graph.build_view_pipeline(
-        graph.DecodeOptions(), size=size, blur=True, batch_size=len(jpegs), prefetch=1,
+        graph.DecodeOptions(), [config] * len(draws), batch_size=len(jpegs), prefetch=1,
         num_threads=2, device_id=None, colors=colors,
     )  # fmt: skip
     pipeline.feed_input("encoded", jpegs)
     for number, draw in enumerate(draws):
-        for name in graph.draws_in_graph(colors=colors, blur=True):
+        for name in graph.draws_in_graph(config, colors=colors):
             pipeline.feed_input(f"{name}_{number}", getattr(draw, name))
     views = [np.array(output.as_array()) for output in pipeline.run()]
     if colors:
         return views
-    out = np.empty((len(views), *views[0].shape), np.uint8)
+    out = [np.empty_like(view) for view in views]
     with ThreadPoolExecutor(2) as pool:
         finish_views(views, draws, out, pool=pool)
-    return list(out)
+    return out
 
 
-def test_opencvs_colour_and_blur_equal_the_dali_graphs(jpegs):
+def test_opencvs_colour_blur_and_solarize_equal_the_dali_graphs(jpegs):
     sizes = np.array([image.size[::-1] for image in decoded(jpegs)])
     total = len(jpegs)
-    draws = draw_views(AugmentConfig(), rng_at(3), sizes, slice(0, total), total)
+    configs = [AugmentConfig(), AugmentConfig(solarize=0.5)]
+    draws = draw_views(configs, rng_at(3), sizes, slice(0, total), total)
+    assert 0 < draws[1].solarize.sum() < total
     for ours, dalis in zip(
         run_graph(jpegs, draws), run_graph(jpegs, draws, colors=True), strict=True
     ):
@@ -90,6 +94,26 @@ def matrices(steps: list[tuple[str, float]]) -> tuple[np.ndarray, np.ndarray]:
         index = ["brightness", "contrast", "saturation", "hue"].index(name)
         color, color_mean = compose(color, color_mean, parts[0][index], parts[1][index])
     return color[0], color_mean[0]
+
+
+def test_solarize_equals_torchvision(torchvision, jpegs):
+    from torchvision.transforms import functional as tf
+
+    plain, ours = run_graph(
+        jpegs, [whole_view(len(jpegs)), whole_view(len(jpegs), solarize=np.ones(len(jpegs)))]
+    )
+    theirs = [tf.solarize(Image.fromarray(view), threshold=128) for view in plain]
+    assert difference(ours, theirs) == 0
+
+
+def test_a_view_that_is_never_solarized_keeps_its_numbers():
+    sizes = np.full((8, 2), 100)
+    with_it = [AugmentConfig(), AugmentConfig(solarize=0.5)]
+    one, two = (
+        draw_views(views, rng_at(0), sizes, slice(0, 8), 8)
+        for views in ([AugmentConfig()] * 2, with_it)
+    )
+    assert (one[1].color == two[1].color).all() and (one[1].roi_start == two[1].roi_start).all()
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -148,7 +172,7 @@ def test_grayscale_equals_torchvision(torchvision, jpegs):
     count = len(jpegs)
     config = AugmentConfig(jitter=0, gray=1, flip=0, blur=0, scale=(1, 1), ratio=(1, 1))
     rng = rng_at(0)
-    drawn = draw_views(config, rng, np.full((count, 2), 100), slice(0, count), count)[0]
+    drawn = draw_views([config] * 2, rng, np.full((count, 2), 100), slice(0, count), count)[0]
     draw = whole_view(count, color=drawn.color, color_mean=drawn.color_mean)
     ours, plain = run_graph(jpegs, [draw, whole_view(count)])
     theirs = [tf.to_grayscale(Image.fromarray(image), 3) for image in plain]
@@ -200,7 +224,7 @@ def test_draws_follow_the_recipes_distribution(torchvision):
     count = 4000
     config = AugmentConfig()
     sizes = np.tile([375, 500], (count, 1))
-    one, two = draw_views(config, rng_at(0), sizes, slice(0, count), count)
+    one, two = draw_views([config] * 2, rng_at(0), sizes, slice(0, count), count)
     for view in (one, two):
         flipped = view.roi_start[:, 1] > view.roi_end[:, 1]
         is_gray = np.ptp(view.color, axis=1).max(axis=1) < 1e-6
@@ -242,7 +266,7 @@ def ks_distance(a: np.ndarray, b: np.ndarray) -> float:
 def test_colour_factors_and_order_are_uniform():
     count = 6000
     config = AugmentConfig(gray=0, jitter=1, saturation=0, hue=0)
-    draws = draw_views(config, rng_at(0), np.full((count, 2), 64), slice(0, count), count)[0]
+    draws = draw_views([config] * 2, rng_at(0), np.full((count, 2), 64), slice(0, count), count)[0]
     # with brightness b and contrast c only: A = b c I and B = b (1 - c) 1 luma, in either order
     product = draws.color[:, 0, 0]
     brightness = product + draws.color_mean[:, 0].sum(1)
@@ -255,12 +279,12 @@ def test_colour_factors_and_order_are_uniform():
 def test_views_are_independent_and_steps_differ():
     count = 2000
     sizes = np.full((count, 2), 300)
-    one, two = draw_views(AugmentConfig(), rng_at(5), sizes, slice(0, count), count)
+    one, two = draw_views([AugmentConfig()] * 2, rng_at(5), sizes, slice(0, count), count)
     for name in ("roi_start", "sigma"):
         a, b = (np.asarray(getattr(view, name)).reshape(count, -1)[:, 0] for view in (one, two))
         assert abs(np.corrcoef(a, b)[0, 1]) < 4 / count**0.5
     for other in (rng_at(6), rng_at(5 + (1 << 40)), rng_at(5, seed=1)):
-        again = draw_views(AugmentConfig(), other, sizes, slice(0, count), count)[0]
+        again = draw_views([AugmentConfig()] * 2, other, sizes, slice(0, count), count)[0]
         assert (again.sigma != one.sigma).mean() > 0.5
 
 
@@ -268,19 +292,19 @@ def test_views_are_independent_and_steps_differ():
 def test_ranks_draw_the_parts_of_what_one_rank_draws(world):
     count = 32
     sizes = np.random.default_rng(0).integers(40, 600, (count, 2))
-    whole = draw_views(AugmentConfig(), rng_at(2), sizes, slice(0, count), count)
+    whole = draw_views([AugmentConfig()] * 2, rng_at(2), sizes, slice(0, count), count)
     for rank in range(world):
         rows = slice(rank * count // world, (rank + 1) * count // world)
-        part = draw_views(AugmentConfig(), rng_at(2), sizes[rows], rows, count)
+        part = draw_views([AugmentConfig()] * 2, rng_at(2), sizes[rows], rows, count)
         for view, reference in zip(part, whole, strict=True):
-            for name in graph.DRAWS:
+            for name in vars(view):
                 np.testing.assert_array_equal(getattr(view, name), getattr(reference, name)[rows])
 
 
 def test_windows_lie_inside_any_image():
     count = 3000
     sizes = np.random.default_rng(0).integers(1, 40, (count, 2))
-    for view in draw_views(AugmentConfig(), rng_at(0), sizes, slice(0, count), count):
+    for view in draw_views([AugmentConfig()] * 2, rng_at(0), sizes, slice(0, count), count):
         both = np.stack([view.roi_start, view.roi_end])
         assert both.min() >= 0 and both.max() <= 1
         assert (np.abs(view.roi_end - view.roi_start) * sizes).min() > 0.99

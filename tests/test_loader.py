@@ -1,5 +1,6 @@
 """From a folder to batches: order, coverage, ranks, replacement, resume, evaluation crops."""
 
+import dataclasses
 import io
 import os
 from pathlib import Path
@@ -33,11 +34,13 @@ def folder(tmp_path, photos) -> Path:
     return tmp_path
 
 
-def batches(folder, steps, *, batch_size=8, rank=0, world=1, seed=0, augment=SMALL, reader=None):
+def batches(
+    folder, steps, *, batch_size=8, rank=0, world=1, seed=0, views=(SMALL, SMALL), reader=None
+):
     reader = reader or ImageReader(list_images(str(folder)))
     order = SampleOrder(len(reader.source), batch_size=batch_size, seed=seed)
     loader = view_loader(
-        reader, order, steps, augment=augment, options=DecodeOptions(), device=CPU, rank=rank,
+        reader, order, steps, views=views, options=DecodeOptions(), device=CPU, rank=rank,
         world=world,
     )  # fmt: skip
     return list(loader)
@@ -49,6 +52,16 @@ def test_two_uint8_nhwc_views_and_ids_come_out(folder):
     order = SampleOrder(40, batch_size=8, seed=0)
     np.testing.assert_array_equal(batch.ids, order.global_batch(0))
     assert (batch.images[0] != batch.images[1]).float().mean() > 0.5
+
+
+def test_views_of_a_second_size_come_out_apart_and_change_nothing_of_the_first(folder):
+    crop = dataclasses.replace(SMALL, size=12, scale=(0.05, 0.2))
+    plain = batches(folder, range(1))[0]
+    multi = batches(folder, range(1), views=(SMALL, SMALL, crop, crop, crop))[0]
+    assert plain.small is None and multi.small is not None
+    assert multi.small.shape == (3, 8, 12, 12, 3)
+    assert (multi.images == plain.images).all()
+    assert (multi.small[0] != multi.small[1]).float().mean() > 0.5
 
 
 def test_an_epoch_covers_every_sample_once_and_epochs_differ():
@@ -152,7 +165,7 @@ def test_leaving_the_loop_early_ends_the_reading_thread(folder):
     reader = ImageReader(list_images(str(folder)))
     order = SampleOrder(40, batch_size=8, seed=0)
     loader = view_loader(
-        reader, order, range(100), augment=SMALL, options=DecodeOptions(), device=CPU
+        reader, order, range(100), views=[SMALL] * 2, options=DecodeOptions(), device=CPU
     )
     iterator = iter(loader)
     next(iterator)

@@ -176,6 +176,11 @@ class Config:
             at_least(name, getattr(self, name), 0)
 
     @property
+    def views(self) -> list[AugmentConfig]:
+        """How each view of an image is drawn."""
+        return [self.augment] * 2
+
+    @property
     def lr(self) -> float:
         """The learning rate at the start: optim.lr scaled with the global batch."""
         return self.optim.lr * self.data.batch_size / 256

@@ -29,7 +29,7 @@ def train(session: Session) -> str:
         session.data.train,
         session.order,
         range(current.step, session.last_step),
-        augment=config.augment,
+        views=config.views,
         options=config.dali,
         device=world.device,
         rank=world.rank,
