@@ -10,7 +10,7 @@ cast is the first op of the training step.
 
 # DALI makes its types and operators at import, where pyright cannot see them:
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
 
 from collections.abc import Sequence
 from dataclasses import dataclass
