@@ -15,7 +15,7 @@ from kernels.normalize import normalize_views
 from loader_times import FILL, endless_order, open_loader
 from peers import missing, peer_step
 from pipeline.order import SampleOrder
-from pipeline.runner import ImageReader
+from pipeline.runner import Batch, ImageReader
 from train.config import Config
 from train.distributed import World
 from train.loop import train_step
@@ -30,10 +30,10 @@ NEEDS = {"lightly": ("lightly", "torchvision"), "solo_learn": ("solo", "torchvis
 
 def open_session(config: Config, world: World) -> Session:
     """What train_step works with, as train/main.py puts it together; no data and no run folder."""
-    state, ddp = build_state(config, world)
     order = SampleOrder(
         1000 * config.data.batch_size, batch_size=config.data.batch_size, seed=config.seed
     )
+    state, ddp = build_state(config, world, order.num_samples)
     # train_step reads neither data nor log
     return Session(config, world, None, order, state, ddp, {}, None, None, None)  # type: ignore[arg-type]
 
@@ -45,12 +45,17 @@ def random_views(config: Config, world: World) -> Tensor:
     return torch.randint(0, 256, (2, rows, size, size, 3), dtype=torch.uint8, device=world.device)
 
 
+def as_batch(views: Tensor) -> Batch:
+    """Random views as the loader would give them."""
+    return Batch(0, views, torch.arange(views.shape[1]))
+
+
 def our_step(session: Session, views: Tensor, *, steps: int) -> Repetition:
     """`steps` training steps of ours."""
 
     def work() -> None:
         for _ in range(steps):
-            train_step(session, views)
+            train_step(session, as_batch(views))
             session.state.step += 1
 
     return lambda: seconds_of(work, session.world.device)
@@ -129,11 +134,11 @@ def measure_end_to_end(
         begin += FILL + steps
         batches = iter(loader)
         for _ in range(FILL):
-            train_step(session, next(batches).images)
+            train_step(session, next(batches))
 
         def work() -> None:
             for batch in timed_batches(batches):
-                train_step(session, batch.images)
+                train_step(session, batch)
                 session.state.step += 1
 
         seconds = seconds_of(work, world.device)

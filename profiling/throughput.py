@@ -28,7 +28,7 @@ from limit import measure_limit
 from loader_times import measure_loader, measure_stages
 from pipeline.runner import ImageReader
 from results import result_path, save_json
-from step_times import measure_end_to_end, measure_step, open_session, random_views
+from step_times import as_batch, measure_end_to_end, measure_step, open_session, random_views
 from step_trace import collectives, timeline, trace_of
 from train import distributed
 from train.cli import refuse
@@ -139,7 +139,7 @@ def compare_with_limit(config: Config, world: World, found: dict) -> None:
 def measure_ranks(config: Config, m: MeasureConfig, world: World, before: dict) -> dict:
     """Where a step goes, its collectives, and how ranks scale against one in this run."""
     session, views = open_session(config, world), random_views(config, world)
-    trace = trace_of(lambda: train_step(session, views), world.device)
+    trace = trace_of(lambda: train_step(session, as_batch(views)), world.device)
     found: dict = {"timeline": timeline(trace)}
     if world.size == 1 or "ranks" not in before:
         return found

@@ -42,8 +42,8 @@ def main() -> None:
 
             def step() -> None:
                 with record_function("data"):
-                    images = next(batches).images
-                train_step(session, images)
+                    batch = next(batches)
+                train_step(session, batch)
 
             trace = trace_of(step, world.device)
             if world.is_main:

@@ -79,6 +79,19 @@ def straight(images, tmp_path_factory) -> tuple[Path, dict]:
     return out, result(run(images, out))
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [("--method.target_steps=4",), ("--method.moving_average=0.8", "--method.predictor=none")],
+    ids=["targets kept for 4 steps", "moving average"],
+)
+def test_a_run_stopped_among_kept_targets_goes_on_bit_for_bit(images, tmp_path, flags):
+    run(images, tmp_path / "straight", *flags, "--max_steps=8")
+    run(images, tmp_path / "stopped", *flags, "--max_steps=6")
+    found = result(run(images, tmp_path / "stopped", *flags, "--max_steps=8"))
+    assert found["steps"] == 8
+    assert same(weights(tmp_path / "straight"), weights(tmp_path / "stopped"))
+
+
 def test_a_run_leaves_results_curves_and_everything_to_run_it_again(straight, images):
     out, found = straight
     assert found["steps"] == 12 and found["run"] == str(out) and found["state"] == "finished"

@@ -12,6 +12,7 @@ from kernels.launch import Kernels
 from pipeline.augment import AugmentConfig
 from pipeline.graph import DecodeOptions
 
+HeadNorm = Literal["none", "hidden", "default", "all"]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -65,6 +66,9 @@ class ModelConfig:
     """Dimension d of z and p."""
     predictor_hidden: int = 512
     """Width of the predictor's bottleneck; d / 4 in the paper."""
+    head_norm: HeadNorm = "default"
+    """Batch norm in the heads (table 3): none, in hidden layers, also at the projector's output
+    (default), also at the predictor's (all)."""
     kernels: Kernels = "auto"
     """Batch norm, loss and normalisation: auto runs the Triton kernels on a CUDA device and
     PyTorch's own operations elsewhere."""
@@ -83,8 +87,50 @@ class ModelConfig:
 class MethodConfig:
     """SimSiam and what the paper takes out of it."""
 
+    name: Literal["simsiam"] = "simsiam"
+    """The method that trains the backbone."""
     stop_gradient: bool = True
     """false is figure 2 of the paper: the representation collapses."""
+    predictor: Literal["mlp", "none", "fixed"] = "mlp"
+    """none collapses; fixed at its random start does not converge (table 1)."""
+    symmetry: Literal["symmetric", "asymmetric", "asymmetric_2x"] = "symmetric"
+    """asymmetric: one view alone is predicted; asymmetric_2x: so with two pairs of views (4.6)."""
+    similarity: Literal["cosine", "cross_entropy"] = "cosine"
+    """cross_entropy: -softmax(z) log softmax(p) over channels (section 4.5)."""
+    target_steps: int = 1
+    """Batches whose targets are computed before as many SGD steps on them (section 5.2); 0: an
+    epoch's; 1 is SimSiam."""
+    moving_average: float = 0.0
+    """Momentum of a target kept for each image (section 5.2: 0.8, with --method.predictor none);
+    0: none is kept."""
+
+    def __post_init__(self) -> None:
+        """Refuse impossible values and switches that exclude each other."""
+        at_least("method.target_steps", self.target_steps, 0)
+        if not 0 <= self.moving_average < 1:
+            raise ValueError(f"method.moving_average must lie in 0 .. 1, got {self.moving_average}")
+        kept = [
+            f"method.{name}"
+            for name, is_on in (
+                ("target_steps", self.target_steps != 1),
+                ("moving_average", self.moving_average > 0),
+            )
+            if is_on
+        ]
+        if len(kept) > 1:
+            raise ValueError(f"{' and '.join(kept)} exclude each other: use one of them")
+        if kept and not self.stop_gradient:
+            raise ValueError(
+                f"{kept[0]} keeps targets, which have no gradient: "
+                "leave --method.stop_gradient true"
+            )
+        if kept and self.symmetry != "symmetric":
+            raise ValueError(f"{kept[0]} goes with --method.symmetry symmetric only")
+
+    @property
+    def num_views(self) -> int:
+        """Views of each image that go through the network."""
+        return 4 if self.symmetry == "asymmetric_2x" else 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +224,7 @@ class Config:
     @property
     def views(self) -> list[AugmentConfig]:
         """How each view of an image is drawn."""
-        return [self.augment] * 2
+        return [self.augment] * self.method.num_views
 
     @property
     def lr(self) -> float:

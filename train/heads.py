@@ -8,33 +8,50 @@ frozen and cancelled by the batch norm that follows; here it does not exist.
 
 from torch import Tensor, nn
 
+from train.config import HeadNorm
 from train.norm import BatchNorm
 
 
 class LinearNorm(nn.Module):
-    """Linear without bias, batch norm, optional ReLU."""
+    """Linear without bias, batch norm, optional ReLU; without `norm` linear with bias and ReLU."""
 
-    def __init__(self, inputs: int, outputs: int, *, relu: bool = True, affine: bool = True):
+    def __init__(
+        self, inputs: int, outputs: int, *, relu: bool = True, affine: bool = True,
+        norm: bool = True,
+    ):  # fmt: skip
         super().__init__()
-        self.linear = nn.Linear(inputs, outputs, bias=False)
-        self.norm = BatchNorm(outputs, affine=affine)
+        self.linear = nn.Linear(inputs, outputs, bias=not norm)
+        self.norm = BatchNorm(outputs, affine=affine) if norm else None
         self.relu = relu
 
     def forward(self, x: Tensor) -> Tensor:
         """Shapes: (N, inputs) -> (N, outputs)."""
-        return self.norm(self.linear(x), relu=self.relu)
+        x = self.linear(x)
+        if self.norm is not None:
+            return self.norm(x, relu=self.relu)
+        return x.relu() if self.relu else x
 
 
-def build_projector(inputs: int, *, hidden: int, outputs: int, layers: int) -> nn.Sequential:
+def build_projector(
+    inputs: int, *, hidden: int, outputs: int, layers: int, norm: HeadNorm = "default"
+) -> nn.Sequential:
     """`layers` fully connected layers, each with batch norm; the last one without ReLU and affine.
 
     Shapes: (N, inputs) -> (N, outputs). layers is 3 for ImageNet, 2 for CIFAR (appendix D).
+    norm "hidden" leaves it out of the last layer, "none" out of all (table 3).
     """
     widths = [inputs] + [hidden] * (layers - 1)
-    body = [LinearNorm(a, b) for a, b in zip(widths, widths[1:], strict=False)]
-    return nn.Sequential(*body, LinearNorm(widths[-1], outputs, relu=False, affine=False))
+    body = [LinearNorm(a, b, norm=norm != "none") for a, b in zip(widths, widths[1:], strict=False)]
+    last = LinearNorm(
+        widths[-1], outputs, relu=False, affine=False, norm=norm in ("default", "all")
+    )
+    return nn.Sequential(*body, last)
 
 
-def build_predictor(dim: int, *, hidden: int) -> nn.Sequential:
-    """The bottleneck h. Shapes: (N, dim) -> (N, dim); hidden is dim / 4 in the paper."""
-    return nn.Sequential(LinearNorm(dim, hidden), nn.Linear(hidden, dim))
+def build_predictor(dim: int, *, hidden: int, norm: HeadNorm = "default") -> nn.Sequential:
+    """The bottleneck h. Shapes: (N, dim) -> (N, dim); hidden is dim / 4 in the paper.
+
+    norm "all" adds batch norm to the output, "none" leaves it out of both layers (table 3).
+    """
+    last = LinearNorm(hidden, dim, relu=False) if norm == "all" else nn.Linear(hidden, dim)
+    return nn.Sequential(LinearNorm(dim, hidden, norm=norm != "none"), last)

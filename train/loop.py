@@ -8,6 +8,7 @@ from torch.profiler import record_function
 
 from kernels.normalize import normalize_views
 from pipeline.loader import view_loader
+from pipeline.runner import Batch
 from train import distributed
 from train.distributed import StopSignal
 from train.embed import DTYPES, EvaluationStopped, autocast, knn_accuracy
@@ -25,10 +26,11 @@ def train(session: Session) -> str:
     """
     config, current, world = session.config, session.state, session.world
     stop = StopSignal(world)
+    passes = plan(session)
     loader = view_loader(
         session.data.train,
         session.order,
-        range(current.step, session.last_step),
+        [step for step, _ in passes],
         views=config.views,
         options=config.dali,
         device=world.device,
@@ -45,11 +47,17 @@ def train(session: Session) -> str:
         if knn_is_due(session) and str(current.step) not in current.knn:  # at 0, or stopped in it
             check_knn(session, stop)
         window.restart()
-        for batch in loader:
+        for batch, (_, for_targets) in zip(loader, passes, strict=True):
             window.data_arrived()
+            if for_targets:
+                views = normalized(session, batch.images)
+                with autocast(config, world.device):
+                    current.model.keep_targets(views, batch.step)
+                window.count()
+                continue
             if batch.step == 0 and session.metrics is not None:
                 session.metrics.view_pairs(0, batch.images[:, :PICTURES])
-            loss, scalars, norm, lr = train_step(session, batch.images)
+            loss, scalars, norm, lr = train_step(session, batch)
             current.step += 1
             window.step_done(loss, scalars, norm)
             is_last = current.step == session.last_step
@@ -75,8 +83,24 @@ def train(session: Session) -> str:
     return ended
 
 
-def train_step(session: Session, images: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor, float]:
-    """One step of the optimizer. images: (2, N, S, S, 3) uint8. Nothing waits for the device."""
+def plan(session: Session) -> list[tuple[int, bool]]:
+    """The batches to go through: (step, whether it is only for targets that are kept).
+
+    A method that keeps the targets of k steps sees a block of k batches twice. Blocks are whole
+    even where --max_steps ends the run within one, so that another start goes on with the same.
+    """
+    block, first = session.state.model.target_steps, session.state.step
+    passes = []
+    for step in range(first, session.last_step):
+        if block > 1 and step % block == 0:
+            end = min(step + block, session.schedule_steps)
+            passes += [(later, True) for later in range(step, end)]
+        passes.append((step, False))
+    return passes
+
+
+def train_step(session: Session, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor, float]:
+    """One step of the optimizer. Nothing waits for the device."""
     config, current = session.config, session.state
     lr = set_lr(
         current.optimizer,
@@ -86,18 +110,27 @@ def train_step(session: Session, images: Tensor) -> tuple[Tensor, dict[str, Tens
         total=session.schedule_steps,
         steps_per_epoch=session.order.steps_per_epoch,
     )
+    current.model.before_step(current.step)
+    views = normalized(session, batch.images)
+    ids = batch.ids.to(session.world.device, non_blocking=True)
+    with record_function("forward"), autocast(config, session.world.device):
+        loss, scalars = session.ddp(views, ids)
+    norm = current.guard(loss)
+    current.model.after_step(current.step, session.schedule_steps)
+    return loss.detach(), scalars, norm, lr
+
+
+def normalized(session: Session, images: Tensor) -> Tensor:
+    """Shapes: images (V, N, S, S, 3) uint8 -> (V N, 3, S, S) channels_last in the run's dtype."""
+    config = session.config
     with record_function("normalize"):
-        views = normalize_views(
+        return normalize_views(
             images.flatten(0, 1),
             config.data.mean,
             config.data.std,
             DTYPES[config.precision],
             kernels=config.model.kernels,
         )
-    with record_function("forward"), autocast(config, session.world.device):
-        loss, scalars = session.ddp(views)
-    norm = current.guard(loss)
-    return loss.detach(), scalars, norm, lr
 
 
 def knn_is_due(session: Session) -> bool:

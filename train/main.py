@@ -31,7 +31,7 @@ from train.data import open_data
 from train.distributed import World, from_main
 from train.finish import finish
 from train.loop import train
-from train.methods.simsiam import SimSiam
+from train.methods import build_method
 from train.metrics import Log, Metrics
 from train.optim import GuardedStep, build_optimizer
 from train.run_folder import RunFolder, environment, has_fast_bf16
@@ -39,8 +39,11 @@ from train.session import Session
 from train.state import TrainState
 
 
-def build_state(config: Config, world: World) -> tuple[TrainState, nn.Module]:
-    """The model from the seed, the same on all ranks, its optimizer, and the model as called."""
+def build_state(config: Config, world: World, images: int) -> tuple[TrainState, nn.Module]:
+    """The model from the seed, the same on all ranks, its optimizer, and the model as called.
+
+    images: how many there are to train on.
+    """
     with_triton = use_triton(config.model.kernels, torch.empty(0, device=world.device))
     if config.model.recompute and not with_triton:
         raise ValueError(
@@ -48,7 +51,7 @@ def build_state(config: Config, world: World) -> tuple[TrainState, nn.Module]:
             "false with --model.kernels plain and on the CPU"
         )
     torch.manual_seed(config.seed)
-    model = SimSiam(config.model, config.method)
+    model = build_method(config, images=images, device=world.device)
     model = model.to(device=world.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload] - missing in torch's stub
     model.sync_over(world.group)
     optimizer = build_optimizer(model, config.optim, lr=config.lr, device=world.device)
@@ -72,7 +75,7 @@ def run(config: Config, world: World, out: Path, folder: RunFolder | None, log: 
     data = open_data(config.data, out=out, seed=config.seed, world=world)
     source = data.train.source
     order = SampleOrder(len(source), batch_size=config.data.batch_size, seed=config.seed)
-    current, ddp = build_state(config, world)
+    current, ddp = build_state(config, world, len(source))
     facts = state.about(config, source.fingerprint, world)
     found = checkpoint.load_newest(out / "checkpoints", log=log.warn)
     if found is not None:

@@ -3,6 +3,9 @@
 A newcomer's mistake: setting num_views on one layer. `set_views` and `set_sync_group` walk a model.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -34,20 +37,20 @@ class BatchNorm(nn.Module):
         self.group: dist.ProcessGroup | None = None
         self.kernels: Kernels = "auto"
         self.recompute = False
+        self.tracks = True
 
     @property
     def norm(self) -> Norm:
         """Parameters and running statistics as the operators take them."""
+        if self.training and not self.tracks:
+            return Norm(self.weight, self.bias, None, None)
         return Norm(self.weight, self.bias, self.running_mean, self.running_var)
 
     def forward(self, x: Tensor, *, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         """Shapes: (N, C, H, W) channels_last or (N, C), views as equal slices of N."""
         return batch_norm_act(
             x,
-            self.weight,
-            self.bias,
-            self.running_mean,
-            self.running_var,
+            *self.norm,
             residual=residual,
             relu=relu,
             num_views=self.num_views,
@@ -125,6 +128,19 @@ def count_batches(model: nn.Module) -> None:
     norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
     if norms and norms[0].training:
         torch._foreach_add_([norm.num_batches_tracked for norm in norms], norms[0].num_views)
+
+
+@contextmanager
+def untracked(model: nn.Module) -> Iterator[None]:
+    """In training mode the batch's statistics normalise, and the running ones stay as they are."""
+    norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
+    for norm in norms:
+        norm.tracks = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.tracks = True
 
 
 def set_sync_group(model: nn.Module, group: dist.ProcessGroup | None) -> None:

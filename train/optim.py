@@ -29,13 +29,12 @@ def lr_at(step: int, *, base: float, total: int, warmup: int = 0) -> float:
 def build_optimizer(
     model: nn.Module, config: OptimConfig, *, lr: float, device: torch.device
 ) -> torch.optim.Optimizer:
-    """SGD with two groups: "encoder", and "predictor" (submodule `predictor`)."""
-    predictor = list(model.get_submodule("predictor").parameters())
-    own = {id(parameter) for parameter in predictor}
-    groups = [
-        {"name": "encoder", "params": [p for p in model.parameters() if id(p) not in own]},
-        {"name": "predictor", "params": predictor},
-    ]
+    """SGD with two groups: "encoder", and "predictor" (submodule `predictor`, if it learns)."""
+    learned = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    encoder = [p for name, p in learned if not name.startswith("predictor.")]
+    predictor = [p for name, p in learned if name.startswith("predictor.")]
+    groups = [{"name": "encoder", "params": encoder}, {"name": "predictor", "params": predictor}]
+    groups = [group for group in groups if group["params"]]
     options: dict = {
         "lr": lr,
         "momentum": config.momentum,

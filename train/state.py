@@ -14,7 +14,7 @@ from torch import nn
 from train import checkpoint
 from train.config import Config
 from train.distributed import World
-from train.methods.simsiam import SimSiam
+from train.methods import Method
 from train.optim import GuardedStep
 
 # what may differ between two starts of one run: it changes neither the weights nor the batches
@@ -27,7 +27,7 @@ FREE_PARTS = {"data.root", "data.val", "data.max_bad_fraction", "model.recompute
 class TrainState:
     """Model, optimizer, position, clock."""
 
-    model: SimSiam
+    model: Method
     """The method without DDP around it: its names are those in the checkpoint."""
     optimizer: torch.optim.Optimizer
     guard: GuardedStep

@@ -1,65 +1,84 @@
 """SimSiam: one encoder, a predictor, a stop-gradient. Chen & He, CVPR 2021, algorithm 1.
 
 Both views go through the network as one batch of two slices, batch norm taking its statistics per
-slice: what the paper's two passes compute, in half the launches.
+slice: what the paper's two passes compute, in half the launches. The switches of MethodConfig take
+out what the paper takes out (sections 4.1 to 4.6). train/methods/targets.py has its EM reading.
 A newcomer's mistake: calling this once per view.
 """
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from kernels.cosine import symmetric_neg_cosine
 from kernels.launch import Kernels
 from train.config import MethodConfig, ModelConfig
 from train.heads import build_predictor, build_projector
-from train.norm import count_batches, set_kernels, set_sync_group, set_views
-from train.resnet import ResNet
-
-NUM_VIEWS = 2
+from train.methods.method import Method, collapse_meter
+from train.norm import count_batches
 
 
-class SimSiam(nn.Module):
-    """backbone -> projector -> predictor, and the symmetric loss of the two views."""
+class SimSiam(Method):
+    """backbone -> projector -> predictor, and the symmetric loss of the views."""
 
     def __init__(self, model: ModelConfig, method: MethodConfig):
-        super().__init__()
-        self.backbone = ResNet(
-            model.arch,
-            stem=model.stem,
-            width=model.width,
-            zero_init_residual=model.zero_init_residual,
-        )
+        super().__init__(model)
         features = self.backbone.num_features
         self.projector = build_projector(
             features,
             hidden=model.projector_hidden or features,
             outputs=model.projector_dim,
             layers=model.projector_layers,
+            norm=model.head_norm,
         )
-        self.predictor = build_predictor(model.projector_dim, hidden=model.predictor_hidden)
-        self.stop_gradient = method.stop_gradient
+        self.predictor: nn.Module = nn.Identity()
+        if method.predictor != "none":
+            self.predictor = build_predictor(
+                model.projector_dim, hidden=model.predictor_hidden, norm=model.head_norm
+            )
+        if method.predictor == "fixed":
+            self.predictor.requires_grad_(False)
+        self.method = method
         self.kernels: Kernels = model.kernels
-        set_views(self, NUM_VIEWS)
-        set_kernels(self, model.kernels, recompute=model.recompute)
+        self.finish_init(model, num_views=method.num_views)
 
-    def sync_over(self, group: dist.ProcessGroup | None) -> None:
-        """Batch norm takes its statistics over all ranks of the group; None: this rank's alone."""
-        set_sync_group(self, group)
+    def forward(self, views: Tensor, ids: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss and the collapse meter of z. Shapes: as Method.forward."""
+        p, z = self.encode(views)
+        with torch.autocast(views.device.type, enabled=False):
+            loss, z_std = self.loss(p, z)
+        return loss, {"z_std": z_std}
 
-    def forward(self, views: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss and what to log of it.
-
-        Shapes: views (2 N, 3, H, W) channels_last, all first views and then all second ones.
-        z_std is multiplied by sqrt(d): about 1 when features are spread out, 0 after collapse.
-        """
+    def encode(self, views: Tensor) -> tuple[Tensor, Tensor]:
+        """p and z of the views. Shapes: (V N, 3, H, W) -> twice (V, N, D)."""
         count_batches(self)
         z = self.projector(self.backbone(views))
         p = self.predictor(z)
-        dim = z.shape[1]
-        p, z = p.view(NUM_VIEWS, -1, dim), z.view(NUM_VIEWS, -1, dim)
-        with torch.autocast(views.device.type, enabled=False):
+        shape = self.method.num_views, -1, z.shape[1]
+        return p.view(shape), z.view(shape)
+
+    def loss(self, p: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of predictions and targets, and the meter of z. Shapes: p, z (V, N, D)."""
+        method = self.method
+        if method.similarity == "cosine" and method.symmetry == "symmetric":
             loss, z_std = symmetric_neg_cosine(
-                p, z, stop_gradient=self.stop_gradient, kernels=self.kernels
+                p, z, stop_gradient=method.stop_gradient, kernels=self.kernels
             )
-        return loss, {"z_std": z_std * dim**0.5}
+            return loss, z_std * z.shape[-1] ** 0.5
+        target = z.detach() if method.stop_gradient else z
+        compare = neg_cosine if method.similarity == "cosine" else cross_entropy
+        if method.symmetry == "symmetric":
+            loss = (compare(p[0], target[1]) + compare(p[1], target[0])) / 2
+        else:  # the first view of each pair looks at the second
+            loss = compare(p[::2], target[1::2])
+        return loss, collapse_meter(z)
+
+
+def neg_cosine(p: Tensor, z: Tensor) -> Tensor:
+    """-cos(p, z), the mean over all but the last dimension. Source: SimSiam equation 1."""
+    return -F.cosine_similarity(p.float(), z.float(), dim=-1).mean()
+
+
+def cross_entropy(p: Tensor, z: Tensor) -> Tensor:
+    """-softmax(z) . log softmax(p) over channels, the mean over the rest. Source: section 4.5."""
+    return -(F.softmax(z.float(), dim=-1) * F.log_softmax(p.float(), dim=-1)).sum(-1).mean()

@@ -1,0 +1,110 @@
+"""Method: what the training loop asks of a self-supervised method, and what several of them share.
+
+A method is one module: backbone (the encoder that is kept), heads, and in `forward` the loss of the
+views. What it carries from step to step (a momentum encoder, a queue, targets) are its buffers and
+parameters, so that checkpoints hold it without knowing it.
+A newcomer's mistake: a loss summed over ranks. It is the mean over this rank's images; DDP averages
+the gradients.
+"""
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from train.config import ModelConfig
+from train.norm import set_kernels, set_sync_group, set_views
+from train.resnet import ResNet
+
+
+class Method(nn.Module):
+    """A backbone and what trains it. Subclasses add heads and `forward`."""
+
+    target_steps = 1
+    """Batches whose targets `keep_targets` computes before as many steps; 1: none are kept."""
+
+    def __init__(self, model: ModelConfig):
+        super().__init__()
+        self.backbone = build_backbone(model)
+        self.group: dist.ProcessGroup | None = None
+
+    def finish_init(self, model: ModelConfig, *, num_views: int) -> None:
+        """Tell every batch norm of the finished module its slices and kernels."""
+        set_views(self, num_views)
+        set_kernels(self, model.kernels, recompute=model.recompute)
+
+    def sync_over(self, group: dist.ProcessGroup | None) -> None:
+        """Batch norm takes its statistics over all ranks of the group; None: this rank's alone."""
+        self.group = group
+        set_sync_group(self, group)
+
+    def forward(self, views: Tensor, ids: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss and what to log of it, z_std among it.
+
+        Shapes: views (V N, 3, H, W) channels_last, all first views, then all second ones, ...;
+        ids (N,) int64, the samples, for methods that remember something of each.
+        z_std is multiplied by sqrt(d): about 1 when features are spread out, 0 after collapse.
+        """
+        raise NotImplementedError
+
+    def before_step(self, step: int) -> None:
+        """Called before each step, counted from 0. Nothing here may wait for the device."""
+
+    def after_step(self, step: int, total: int) -> None:
+        """Called after the optimizer's step, of `total` in the schedule. May not wait either."""
+
+    def keep_targets(self, views: Tensor, step: int) -> None:
+        """Compute the targets of a step that comes later, where `target_steps` is more than 1."""
+        raise NotImplementedError
+
+
+def build_backbone(model: ModelConfig) -> ResNet:
+    """The encoder without its heads, from the configuration."""
+    return ResNet(
+        model.arch,
+        stem=model.stem,
+        width=model.width,
+        zero_init_residual=model.zero_init_residual,
+    )
+
+
+def collapse_meter(z: Tensor) -> Tensor:
+    """std(z/|z|) sqrt(d), the mean over views and channels of the std over images; a scalar.
+
+    Shapes: z (V, N, D). Source: SimSiam section 4.1.
+    """
+    unit = F.normalize(z.detach().float(), dim=-1)
+    return unit.std(dim=1, correction=0).mean() * z.shape[-1] ** 0.5
+
+
+def gather_rows(x: Tensor, group: dist.ProcessGroup | None, *, dim: int = 0) -> Tensor:
+    """The rows of all ranks, in their order, on every rank; no gradient. dim: that of the rows."""
+    if group is None:
+        return x
+    rows = x.movedim(dim, 0).contiguous()
+    everywhere = rows.new_empty((dist.get_world_size(group) * len(rows), *rows.shape[1:]))
+    dist.all_gather_into_tensor(everywhere, rows, group=group)
+    return everywhere.movedim(0, dim)
+
+
+def own_rows(x: Tensor, group: dist.ProcessGroup | None, *, dim: int = 0) -> Tensor:
+    """This rank's part of what `gather_rows` gave."""
+    if group is None:
+        return x
+    return x.chunk(dist.get_world_size(group), dim)[dist.get_rank(group)]
+
+
+def check_memory(what: str, remedy: str, *, count: int, dim: int, device: torch.device) -> None:
+    """Raise ValueError where `count` rows of `dim` fp32 numbers do not fit into the memory left."""
+    needed = 4 * count * dim
+    if device.type == "cuda":
+        left = torch.cuda.mem_get_info(device)[0]
+    else:
+        left = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > left:
+        raise ValueError(
+            f"{what} takes {needed / 2**30:.1f} GiB ({count} x {dim} fp32) and {device} has "
+            f"{left / 2**30:.1f} GiB left: {remedy}"
+        )
