@@ -249,6 +249,30 @@ def test_the_program_ends_in_one_json_line_with_every_part(reader):
     assert "warning: --dali.threads 999 on" in done.stderr
 
 
+@pytest.mark.dist
+def test_under_torchrun_it_tells_ranks_scaling_and_collectives():
+    done = run_script(
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+        "profiling/throughput.py", *TINY, "--what", "step,ranks", "--peers", "false", "--n", "1",
+        "--steps", "1", "--warmup", "1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    ranks = found["ranks"]
+    assert len(ranks["images_per_s"]) == 2
+    assert ranks["total_images_per_s"] == pytest.approx(sum(ranks["images_per_s"]))
+    assert ranks["images_per_s"][ranks["slowest_rank"]] == min(ranks["images_per_s"])
+    alone = ranks["one_rank_alone_images_per_s"]
+    assert ranks["scaling_efficiency"] == pytest.approx(
+        ranks["total_images_per_s"] / 2 / alone, abs=1e-3
+    )
+    model = SimSiam(ModelConfig(arch="resnet18", stem="cifar", width=8), MethodConfig())
+    weights = sum(p.numel() for p in model.parameters())
+    assert ranks["gradient_bytes_per_step"] == 4 * weights
+    reduced = ranks["collectives_per_step"]["all_reduce"]
+    assert reduced["bytes"] > 4 * weights  # the gradients, and the statistics of batch norm
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -1,0 +1,92 @@
+"""What only a CUDA device can show of the pipeline: `make test-gpu`; skipped elsewhere.
+
+Not yet run on a GPU. The kernels' tests run on the device wherever there is one.
+"""
+
+import dataclasses
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.augment import AugmentConfig
+from pipeline.graph import DecodeOptions
+from pipeline.loader import view_loader
+from pipeline.order import SampleOrder
+from pipeline.runner import ImageReader
+from pipeline.sources import list_images
+from tests.test_header import GOOD, REFUSED
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+VIEWS = [AugmentConfig(size=64), AugmentConfig(size=64, solarize=0.5)]
+
+
+@pytest.fixture
+def folder(tmp_path, photos):
+    for number in range(64):
+        photo = np.ascontiguousarray(photos[number % len(photos)][:, number:])
+        Image.fromarray(photo).save(tmp_path / f"{number:03d}.jpg", quality=92)
+    return tmp_path
+
+
+def batches(reader: ImageReader, device: torch.device, steps: range) -> list:
+    order = SampleOrder(len(reader.source), batch_size=16, seed=0)
+    loader = view_loader(reader, order, steps, views=VIEWS, options=DecodeOptions(), device=device)
+    return list(loader)
+
+
+def test_views_made_on_the_gpu_are_those_made_on_the_cpu(folder):
+    source = list_images(str(folder))
+    gpu, cpu = (batches(ImageReader(source), device, range(4)) for device in (CUDA, CPU))
+    for ours, theirs in zip(gpu, cpu, strict=True):
+        assert torch.equal(ours.ids, theirs.ids)
+        assert ours.images.device == CUDA
+        gap = (ours.images.cpu().float() - theirs.images.float()).abs().mean()
+        assert gap < 2  # of 255: another JPEG decoder, another blur, the same draws
+
+
+def test_what_the_cpu_refuses_is_replaced_with_the_mixed_decoder_too(folder):
+    for number, (data, _) in enumerate(REFUSED.values()):
+        (folder / f"bad-{number:03d}.jpg").write_bytes(data)
+    for number, data in enumerate(GOOD.values()):
+        (folder / f"good-{number:03d}.jpg").write_bytes(data)
+    reader = ImageReader(list_images(str(folder)), max_pixels=1 << 24)
+    steps = len(reader.source) // 16 * 2
+    assert len(batches(reader, CUDA, range(steps))) == steps
+    names = {reader.source.name(index) for index in reader.bad}
+    assert any("bad-" in name for name in names)
+    assert not any(os.path.basename(name)[0].isdigit() for name in names)
+
+
+def test_device_memory_does_not_grow_over_epochs(folder):
+    reader = ImageReader(list_images(str(folder)))
+    held = []
+    for epoch in range(4):
+        batches(reader, CUDA, range(4 * epoch, 4 * epoch + 4))
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(CUDA)
+        held.append(total - free)
+    assert held[3] <= 1.05 * held[1]
+
+
+def test_other_shares_of_the_hardware_decoder_decode_the_same_pixels(folder):
+    source = list_images(str(folder))
+    order = SampleOrder(len(source), batch_size=16, seed=0)
+    found = [
+        next(
+            iter(
+                view_loader(
+                    ImageReader(source), order, range(1), views=VIEWS, device=CUDA,
+                    options=dataclasses.replace(DecodeOptions(), hw_decoder_load=share),
+                )
+            )
+        ).images.float()
+        for share in (0.0, 0.99)
+    ]  # fmt: skip
+    assert (found[0] - found[1]).abs().mean() < 2
