@@ -16,13 +16,14 @@ from loader_times import FILL, endless_order, open_loader
 from peers import missing, peer_step
 from pipeline.order import SampleOrder
 from pipeline.runner import Batch, ImageReader
+from train.cli import first_line
 from train.config import Config
 from train.distributed import World
 from train.loop import train_step
 from train.main import build_state
 from train.run_folder import has_fast_bf16
 from train.session import Session
-from turns import Repetition, Timing, first_line, seconds_of, take_turns
+from turns import Repetition, Timing, seconds_of, take_turns
 
 PEERS = ("official", "eager_bf16", "compiled_plain", "lightly", "solo_learn")
 NEEDS = {"lightly": ("lightly", "torchvision"), "solo_learn": ("solo", "torchvision")}

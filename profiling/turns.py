@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from train.cli import first_line
 from train.distributed import World, gather
 
 Repetition = Callable[[], float]
@@ -81,11 +82,6 @@ def take_turns(
         if any(gather(world, spent)):
             break
     return found
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, at most 200 characters."""
-    return (str(error).strip().splitlines() or [""])[0][:200]
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:

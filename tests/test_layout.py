@@ -15,9 +15,9 @@ SOURCES = [
 ]
 
 SCRIPTS = [
-    "train/main.py", "train/export.py", "profiling/record.py", "profiling/kernels.py",
-    "profiling/compiled.py", "profiling/collectives.py", "profiling/throughput.py",
-    "profiling/compare.py", "profiling/trace.py", "profiling/growth.py",
+    "train/main.py", "train/export.py", "train/doctor.py", "profiling/record.py",
+    "profiling/kernels.py", "profiling/compiled.py", "profiling/collectives.py",
+    "profiling/throughput.py", "profiling/compare.py", "profiling/trace.py", "profiling/growth.py",
 ]  # fmt: skip
 
 

@@ -77,6 +77,11 @@ def explain(message: str, known: Sequence[str] | None = None) -> str:
     return "; ".join(hints) or line
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, at most 200 characters, or the error's name."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
 def refuse(message: str, *, code: int = USAGE_ERROR) -> NoReturn:
     """One line on stderr, then the exit code."""
     print(f"error: {message}", file=sys.stderr)

@@ -91,7 +91,7 @@ def resolve_device(device: str) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             f"--device cuda, but torch {torch.__version__} finds no CUDA device: "
-            "install a CUDA build of torch and a driver, or use --device cpu"
+            "python train/doctor.py says why; or use --device cpu"
         )
     return device
 

@@ -24,7 +24,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from kernels.launch import use_triton
 from pipeline.order import SampleOrder
-from train import checkpoint, distributed, state
+from train import checkpoint, distributed, doctor, state
 from train.cli import read_config, refuse
 from train.config import Config
 from train.data import open_data
@@ -93,6 +93,8 @@ def run(config: Config, world: World, out: Path, folder: RunFolder | None, log: 
             "this CPU has no bf16 instructions: software computes them, 17 times slower than "
             "--precision fp32 where that was measured (profiling/LOG.md)"
         )
+    if world.device.type == "cuda" and (wheel := doctor.dali()).ok is False:
+        log.warn(f"{wheel.found}: {wheel.remedy}")
     log(
         f"{len(source)} images, {order.steps_per_epoch} steps an epoch, {world.size} x "
         f"{world.device}, global batch {order.batch_size}, learning rate {config.lr:.4g}"
@@ -110,6 +112,7 @@ def main() -> None:
     config = read_config()
     folder, log = None, Log(None)
     try:
+        doctor.refuse_old_driver(config.device)
         with distributed.start(config.device) as world:
             out = Path(config.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
             out = Path(from_main(world, str(out)))

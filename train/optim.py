@@ -17,6 +17,7 @@ from train.config import OptimConfig
 
 BAD_STEPS_IN_A_ROW = 3
 MIN_SCALE = 2.0**-4
+NO_APEX = "apex is not installed"
 
 
 def lr_at(step: int, *, base: float, total: int, warmup: int = 0) -> float:
@@ -47,27 +48,32 @@ def build_optimizer(
 
 def find_apex_sgd(device: torch.device) -> Callable[..., torch.optim.Optimizer]:
     """NVIDIA apex's FusedSGD. Raises: ValueError that says what is missing."""
-    try:
-        from apex.optimizers import FusedSGD
-    except ImportError as error:
-        try:
-            version = importlib.metadata.version("apex")
-        except importlib.metadata.PackageNotFoundError:
-            version = None
-        if version is None:
-            why = "apex is not installed"
-        else:
-            why = (
-                f"the installed apex {version} is not NVIDIA's (PyPI's package of that name is "
-                "another, unrelated one; remove it with: pip uninstall apex)"
-            )
+    if (why := why_no_apex()) is not None:
         raise ValueError(
             f"--optim.implementation apex: {why}. Build NVIDIA's from "
             "https://github.com/NVIDIA/apex, or use --optim.implementation torch"
-        ) from error
+        )
     if device.type != "cuda":
         raise ValueError("--optim.implementation apex needs a CUDA device: use torch on the CPU")
+    from apex.optimizers import FusedSGD
+
     return FusedSGD
+
+
+def why_no_apex() -> str | None:
+    """None where NVIDIA's apex can be imported, else what there is in its place."""
+    try:
+        from apex.optimizers import FusedSGD  # noqa: F401 - looked for alone
+    except ImportError:
+        try:
+            version = importlib.metadata.version("apex")
+        except importlib.metadata.PackageNotFoundError:
+            return NO_APEX
+        return (
+            f"the installed apex {version} is not NVIDIA's (PyPI's package of that name is "
+            "another, unrelated one; remove it with: pip uninstall apex)"
+        )
+    return None
 
 
 def set_lr(

@@ -1,0 +1,298 @@
+"""Look at this machine before a run: `python train/doctor.py`, or under torchrun for all ranks.
+
+A line for each check, green or with the remedy; exit code 1 if one fails. Driver, torch's CUDA and
+DALI's wheel must fit one another; train/main.py asks for that too, and for nothing else here.
+A newcomer's mistake: running it on the login node. Start it as the training will be started: the
+same torchrun line, container and limits, with train/doctor.py instead of train/main.py.
+"""
+
+import os
+import sys
+
+if not __package__:  # run as a script: the repo root, not this folder, heads sys.path
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+import argparse
+import ctypes
+import importlib.util
+import json
+import resource
+import socket
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from rich.text import Text
+from torch.cuda import nccl
+
+from kernels.launch import HAS_TRITON
+from train import distributed
+from train.cli import first_line
+from train.distributed import World, gather
+from train.optim import NO_APEX, why_no_apex
+
+MIN_DRIVER = {12: "525", 13: "580"}
+"""First driver release for a CUDA major. Source: docs.nvidia.com/deploy/cuda-compatibility, and
+DALI's installation page for its wheels."""
+SHARED_MEMORY = 1 << 30
+"""Bytes. Source: NCCL's troubleshooting page, which asks containers for --shm-size=1g."""
+FILES_A_RANK = 128
+"""NCCL opens sockets to other ranks: 1,024 files ran out at 32 ranks on 4 nodes
+(github.com/goodfire-ai/spd, pull request 957), 4,096 sufficed in NVIDIA/nccl issue 127."""
+STYLE = {True: ("ok", "green"), False: ("FAIL", "bold red"), None: ("skipped", "dim")}
+
+
+class Finding(NamedTuple):
+    """What a check found. ok None: it does not apply here, and `found` says why."""
+
+    name: str
+    ok: bool | None
+    found: str
+    remedy: str = ""
+
+
+def driver_cuda() -> int | None:
+    """The newest CUDA that the driver supports, as 1000 * major + 10 * minor; None without one."""
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    version = ctypes.c_int()
+    library.cuDriverGetVersion(ctypes.byref(version))
+    return version.value
+
+
+def has_nvidia_gpu(devices: Path = Path("/sys/bus/pci/devices")) -> bool:
+    """Whether the PCI bus shows one; a container without GPUs still sees the host's bus."""
+    return any(
+        (device / "vendor").read_text().strip() == "0x10de"
+        and (device / "class").read_text().startswith("0x03")  # display controllers
+        for device in devices.glob("*")
+    )
+
+
+def driver() -> Finding:
+    """A driver no older than torch's CUDA."""
+    supported, built = driver_cuda(), torch.version.cuda
+    if supported is None:
+        if not has_nvidia_gpu():
+            return Finding("driver", None, "no NVIDIA GPU")
+        return Finding(
+            "driver", False, "an NVIDIA GPU, but libcuda.so.1 is not found",
+            "install NVIDIA's driver; in a container: docker run --gpus all",
+        )  # fmt: skip
+    found = f"supports CUDA {supported // 1000}.{supported % 1000 // 10}"
+    if built is None or int(built.split(".")[0]) <= supported // 1000:
+        return Finding("driver", True, found)
+    major = int(built.split(".")[0])
+    return Finding(
+        "driver", False, f"{found}, but torch {torch.__version__} needs CUDA {major}",
+        f"{newer_driver(major)}, or install a torch built for CUDA {supported // 1000}",
+    )  # fmt: skip
+
+
+def newer_driver(major: int) -> str:
+    """The remedy for a driver older than a CUDA major."""
+    return f"update the driver to release {MIN_DRIVER.get(major, 'for that CUDA')} or newer"
+
+
+def refuse_old_driver(device: str) -> None:
+    """Raise ValueError where --device auto would take the CPU for a driver too old for torch."""
+    if device != "cpu" and driver_cuda() is not None and not (found := driver()).ok:
+        raise ValueError(f"the driver {found.found}: {found.remedy}, or use --device cpu")
+
+
+def cuda(device: torch.device) -> Finding:
+    """A torch that computes on this rank's GPU."""
+    version = f"torch {torch.__version__}"
+    if driver_cuda() is None:
+        return Finding("CUDA", None, f"{version}, no driver")
+    if torch.version.cuda is None:
+        return Finding(
+            "CUDA", False, f"{version} is a CPU build beside a driver",
+            "pip install a CUDA build of torch",
+        )  # fmt: skip
+    try:
+        torch.cuda.init()
+        if device.type == "cpu":
+            return Finding("CUDA", None, f"{version} finds GPUs, --device cpu was asked for")
+        assert (torch.ones(1, device=device) + 1).item() == 2
+    except (RuntimeError, AssertionError) as error:
+        return Finding(
+            "CUDA", False, f"{version}: {first_line(error)}",
+            "compare nvidia-smi and CUDA_VISIBLE_DEVICES; a GPU that torch was not built for needs "
+            "another torch",
+        )  # fmt: skip
+    name, nccl_version = torch.cuda.get_device_name(device), ".".join(map(str, nccl.version()))
+    return Finding(
+        "CUDA", True, f"{version}, CUDA {torch.version.cuda}, NCCL {nccl_version}, {name}"
+    )
+
+
+def dali() -> Finding:
+    """DALI's wheel, cuda120 or cuda130, of torch's CUDA and no newer than the driver's."""
+    try:
+        from pipeline.graph import dali_version
+    except (ImportError, OSError) as error:  # OSError: a shared library is missing
+        return Finding("DALI", False, first_line(error), "pip install nvidia-dali-cuda130, or 120")
+    version, major = dali_version()
+    wheel, built = f"nvidia-dali-cuda{major}0 {version}", torch.version.cuda
+    supported = driver_cuda()
+    if supported is None or built is None:
+        return Finding("DALI", True, wheel)
+    needed = int(built.split(".")[0])
+    if major > supported // 1000:
+        return Finding(
+            "DALI", False, f"{wheel} needs a driver of CUDA {major}, here is {supported // 1000}",
+            newer_driver(major),
+        )  # fmt: skip
+    if major != needed:
+        return Finding(
+            "DALI", False, f"{wheel} beside a torch of CUDA {built}",
+            f"pip uninstall nvidia-dali-cuda{major}0, then pip install nvidia-dali-cuda{needed}0",
+        )  # fmt: skip
+    return Finding("DALI", True, wheel)
+
+
+def triton(device: torch.device) -> Finding:
+    """A Triton that compiles a kernel of ours, and the kernel computes what PyTorch does."""
+    if device.type == "cpu":
+        return Finding("triton", None, "no CUDA device: PyTorch's own operations run")
+    if not HAS_TRITON:
+        return Finding("triton", False, "not installed", "install the one that torch requires")
+    return compiles_and_agrees(device)
+
+
+def compiles_and_agrees(device: torch.device) -> Finding:
+    """Run the normalising kernel against PyTorch's operations on `device`."""
+    import triton as installed
+
+    from kernels.normalize import normalize_views
+    from train.config import IMAGENET_MEAN, IMAGENET_STD
+
+    images = torch.arange(2 * 8 * 8 * 3, dtype=torch.uint8, device=device).view(2, 8, 8, 3)
+    try:
+        ours, plain = (
+            normalize_views(images, IMAGENET_MEAN, IMAGENET_STD, torch.float32, kernels=kernels)
+            for kernels in ("triton", "plain")
+        )
+        torch.testing.assert_close(ours, plain)
+    except Exception as error:  # compiler, linker, loader and file system each have their own
+        return Finding(
+            "triton", False, f"{installed.__version__}: {first_line(error)}",
+            "install a C compiler (gcc), and set TRITON_CACHE_DIR to a folder that can be written",
+        )  # fmt: skip
+    return Finding("triton", True, f"{installed.__version__} compiled and ran a kernel")
+
+
+def apex() -> Finding:
+    """Which apex: NVIDIA's, none, or PyPI's package of that name."""
+    reason = why_no_apex()
+    if reason == NO_APEX:
+        return Finding("apex", True, "not installed, and not needed: torch's fused SGD runs")
+    if reason is not None:
+        return Finding("apex", False, reason, "pip uninstall apex")
+    if importlib.util.find_spec("amp_C") is None:
+        return Finding(
+            "apex", False, "NVIDIA's, built without its CUDA extensions",
+            "build it with APEX_CPP_EXT=1 APEX_CUDA_EXT=1, or uninstall it",
+        )  # fmt: skip
+    return Finding("apex", True, "NVIDIA's, for --optim.implementation apex")
+
+
+def shared_memory(device: torch.device, folder: str = "/dev/shm") -> Finding:
+    """Room in /dev/shm for NCCL, which passes data between a machine's ranks through it."""
+    status = os.statvfs(folder)
+    free = status.f_bavail * status.f_frsize
+    found = f"{free >> 20} MiB free in {folder}"
+    if device.type == "cpu":
+        return Finding("shared memory", True, f"{found}, none needed without NCCL")
+    if free >= SHARED_MEMORY:
+        return Finding("shared memory", True, found)
+    return Finding(
+        "shared memory", False, f"{found}, NCCL wants {SHARED_MEMORY >> 20}",
+        "docker run --shm-size 8g; Kubernetes: an emptyDir of medium Memory; else remove what "
+        f"other programs left in {folder}",
+    )  # fmt: skip
+
+
+def open_files(ranks: int) -> Finding:
+    """A limit of open files that the sockets between `ranks` do not reach."""
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = max(1024, FILES_A_RANK * ranks)
+    if limit >= needed:
+        return Finding("open files", True, f"limit {limit}")
+    return Finding(
+        "open files", False, f"limit {limit}, {needed} are wanted for {ranks} ranks",
+        f"ulimit -n {min(65536, most)} before the start; docker run --ulimit nofile=65536",
+    )  # fmt: skip
+
+
+def examine(device: torch.device, ranks: int) -> list[Finding]:
+    """What one rank can say without the others."""
+    return [
+        driver(), cuda(device), dali(), triton(device), apex(), shared_memory(device),
+        open_files(ranks),
+    ]  # fmt: skip
+
+
+def report(checks: list[list[Finding]], hosts: list[str]) -> list[dict]:
+    """Print a line for each check, or for each thing that hosts found differently; all as dicts.
+
+    checks: of each rank, in the same order. hosts: of each rank.
+    """
+    console, rows = Console(stderr=True, soft_wrap=True, highlight=False), []
+    for found in zip(*checks, strict=True):
+        for finding in dict.fromkeys(found):
+            where = {host for host, other in zip(hosts, found, strict=True) if other == finding}
+            word, style = STYLE[finding.ok]
+            line = Text.assemble((f"{word:8}", style), f"{finding.name:14}")
+            if where != set(hosts):
+                line.append(f"{', '.join(sorted(where))}: ")
+            line.append(finding.found)
+            if finding.remedy:
+                line.append(f" -> {finding.remedy}", "yellow")
+            console.print(line)
+            rows.append(finding._asdict() | {"hosts": sorted(where)})
+    return rows
+
+
+def main() -> None:
+    """Run the checks on every rank and the two tests over all of them; rank 0 prints."""
+    parser = argparse.ArgumentParser(description="Check a machine, or under torchrun a cluster.")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of all-reduce and decoding")
+    arguments = parser.parse_args()
+    try:
+        with distributed.start(arguments.device) as world:
+            ok = consult(world, arguments.seconds)
+    except (ValueError, RuntimeError) as error:  # no rank hears the others: each speaks for itself
+        own = [*examine(torch.device("cpu"), 1), Finding("ranks", False, first_line(error))]
+        print(json.dumps({"ok": False, "checks": report([own], [socket.gethostname()])}))
+        ok = False
+    sys.exit(not ok)
+
+
+def consult(world: World, seconds: float) -> bool:
+    """Examine, measure, print; whether no check of any rank failed."""
+    checks = gather(world, examine(world.device, world.size))
+    hosts, rates = gather(world, socket.gethostname()), []
+    if any(finding.ok is False for found in checks for finding in found if finding.name == "DALI"):
+        judged = [Finding("decode", None, "not tried: see DALI above")]
+    else:
+        from train import rank_rates  # imports DALI
+
+        rates = rank_rates.measure(world, seconds)
+        judged = [Finding(*one) for one in rank_rates.judge(rates, hosts)]
+    checks = [[*found, *judged] for found in checks]
+    ok = all(finding.ok is not False for found in checks for finding in found)
+    if world.is_main:
+        rows = report(checks, hosts)
+        ranks = [{"host": host, **rate} for host, rate in zip(hosts, rates, strict=False)]
+        print(json.dumps({"ok": ok, "checks": rows, "ranks": ranks}))
+    return ok
+
+
+if __name__ == "__main__":
+    main()
