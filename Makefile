@@ -1,5 +1,6 @@
 # make demo   trains on an embedded data set and shows that it learned (CPU or GPU)
 # make test   lint, type check and all CPU tests
+# make container-test   build the image without Docker, run demo and tests in it (tests/container.sh)
 # ARGS="..."  goes to the program:  make demo ARGS="--seed 1"
 # PIP_ARGS    goes to pip, e.g. an index with CPU builds of torch
 
@@ -10,7 +11,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 
-.PHONY: demo test check test-gpu clean
+.PHONY: demo test check test-gpu container-test clean
 
 demo: $(VENV)/.ready
 	$(RUN) train/main.py --config configs/demo.yaml $(ARGS)
@@ -22,11 +23,15 @@ test: check
 check: $(VENV)/.ready-dev
 	$(VENV)/bin/ruff format --check --quiet .
 	$(VENV)/bin/ruff check --quiet .
-	$(VENV)/bin/codespell README.md CONTRIBUTING.md pipeline kernels train profiling tests configs
+	$(VENV)/bin/codespell README.md CONTRIBUTING.md pipeline kernels train profiling tests configs deploy
+	$(VENV)/bin/shellcheck deploy/slurm.sh tests/container.sh
 	$(VENV)/bin/basedpyright --pythonpath $(RUN)
 
 test-gpu: $(VENV)/.ready-dev
 	$(RUN) -m pytest -m gpu $(ARGS)
+
+container-test:
+	PIP_ARGS="$(PIP_ARGS)" ARGS="$(ARGS)" tests/container.sh
 
 $(VENV)/.ready: requirements.txt
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 found: install one, or make PYTHON=/path/to/python3.12" >&2; exit 2; }
