@@ -56,7 +56,7 @@ def decode_rate(world: World, seconds: float) -> float:
         batches = iter(
             view_loader(
                 reader, SampleOrder(PHOTOS, batch_size=BATCH, seed=0), range(1 << 30),
-                augment=AugmentConfig(), options=DecodeOptions(), device=world.device,
+                views=[AugmentConfig()] * 2, options=DecodeOptions(), device=world.device,
                 local_world=world.local_size,
             )
         )  # fmt: skip
