@@ -68,11 +68,12 @@ def start(device: str) -> Iterator[World]:
         torch.backends.cudnn.benchmark = True  # shapes never change: the search is paid once
     else:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+    if "WORLD_SIZE" in os.environ:
+        # what was started by torchrun or a study must not outlive it and hold its GPU
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if size == 1:
         yield World(rank, size, local_rank, local_size, where, None)
         return
-    # a rank whose torchrun was killed must not live on and hold its GPU
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     timeout = datetime.timedelta(seconds=TIMEOUT_S)
     if kind == "cuda":
         dist.init_process_group("nccl", timeout=timeout, device_id=where)
