@@ -1,6 +1,7 @@
-"""Exported backbones load into torchvision and timm and compute the same features."""
+"""Exported backbones load into other tools and compute the same features."""
 
 import json
+import pickle
 
 import pytest
 import torch
@@ -60,13 +61,86 @@ def test_timm_create_model_loads_the_export_and_agrees(torchvision, run, arch):
         torch.testing.assert_close(theirs.eval()(x), ours(x), rtol=1e-4, atol=1e-4)
 
 
+def detectron2_shapes(depth: int) -> dict[str, tuple]:
+    """What build_resnet_backbone makes, as its source says (detectron2@02b5c4e2, resnet.py)."""
+    shapes: dict[str, tuple] = {}
+
+    def conv(name: str, outputs: int, inputs: int, kernel: int) -> None:
+        shapes[f"{name}.weight"] = (outputs, inputs, kernel, kernel)
+        for leaf in ("weight", "bias", "running_mean", "running_var"):
+            shapes[f"{name}.norm.{leaf}"] = (outputs,)
+        shapes[f"{name}.norm.num_batches_tracked"] = ()
+
+    conv("stem.conv1", 64, 3, 7)
+    inputs, outputs = 64, 64 if depth < 50 else 256  # RES2_OUT_CHANNELS
+    for stage, num_blocks in enumerate({18: (2, 2, 2, 2), 50: (3, 4, 6, 3)}[depth], start=2):
+        for index in range(num_blocks):
+            block = f"res{stage}.{index}"
+            if inputs != outputs:
+                conv(f"{block}.shortcut", outputs, inputs, 1)
+            if depth < 50:
+                conv(f"{block}.conv1", outputs, inputs, 3)
+                conv(f"{block}.conv2", outputs, outputs, 3)
+            else:
+                conv(f"{block}.conv1", outputs // 4, inputs, 1)
+                conv(f"{block}.conv2", outputs // 4, outputs // 4, 3)
+                conv(f"{block}.conv3", outputs, outputs // 4, 1)
+            inputs = outputs
+        outputs *= 2
+    return shapes
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+def test_the_pickle_has_all_of_detectron2s_backbone_and_nothing_else(run, depth):
+    folder, ours = run(arch=f"resnet{depth}")
+    written = export.export_detectron2(folder, folder / "out")
+    content = pickle.loads((folder / "out" / f"resnet{depth}.pkl").read_bytes())
+    assert content["matching_heuristics"] is True and content["__author__"]
+    weights = content["model"]
+    assert {name: value.shape for name, value in weights.items()} == detectron2_shapes(depth)
+    for theirs, mine in (
+        ("stem.conv1.norm.running_var", ours.bn1.running_var),
+        ("res3.0.shortcut.weight", ours.layer2[0].downsample[0].weight),
+        ("res3.0.shortcut.norm.running_mean", ours.layer2[0].downsample[1].running_mean),
+        ("res5.1.conv2.norm.running_mean", ours.layer4[1].bn2.running_mean),
+    ):
+        assert torch.equal(torch.from_numpy(weights[theirs]), mine), theirs
+    settings = yaml.safe_load((folder / "out" / f"resnet{depth}.yaml").read_text())
+    assert settings["MODEL"]["WEIGHTS"] == written["file"] and settings["INPUT"]["FORMAT"] == "RGB"
+    assert settings["MODEL"]["PIXEL_MEAN"] == pytest.approx([123.675, 116.28, 103.53])
+    assert settings["MODEL"]["PIXEL_STD"] == pytest.approx([58.395, 57.12, 57.375])
+    assert settings["MODEL"]["RESNETS"]["STRIDE_IN_1X1"] is False
+
+
+@pytest.mark.filterwarnings("default")  # detectron2's own
+def test_detectron2_loads_the_export_and_agrees(torchvision, run):
+    pytest.importorskip("detectron2", reason="not on PyPI: its source tree on PYTHONPATH will do")
+    from detectron2.checkpoint import DetectionCheckpointer
+    from detectron2.config import get_cfg
+    from detectron2.modeling import build_backbone
+
+    folder, ours = run(arch="resnet50")
+    written = export.export_detectron2(folder, folder / "out")
+    settings = get_cfg()
+    settings.merge_from_file(written["settings"])
+    settings.MODEL.RESNETS.OUT_FEATURES = ["res5"]
+    theirs = build_backbone(settings)
+    left = DetectionCheckpointer(theirs).load(settings.MODEL.WEIGHTS)
+    assert left["matching_heuristics"] is True
+    x = torch.randn(2, 3, 64, 64).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        features = theirs.eval()(x)["res5"].mean((2, 3))
+        torch.testing.assert_close(features, ours(x), rtol=1e-4, atol=1e-4)
+
+
 def test_what_other_tools_do_not_have_is_refused(run):
     folder, _ = run(arch="resnet18", width=16)
     with pytest.raises(ValueError, match="model.width 16"):
         export.export_torchvision(folder, folder / "out")
     folder, _ = run(arch="resnet18", stem="cifar")
-    with pytest.raises(ValueError, match="no CIFAR stem"):
-        export.export_timm(folder, folder / "out")
+    for write in (export.export_timm, export.export_detectron2):
+        with pytest.raises(ValueError, match="no CIFAR stem"):
+            write(folder, folder / "out")
     assert not (folder / "out").exists()
 
 

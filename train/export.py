@@ -1,7 +1,9 @@
-"""Write the trained backbone for other tools: `python train/export.py RUN --to torchvision|timm`.
+"""Write the backbone for other tools: `python train/export.py RUN --to TOOL`.
 
 Takes the newest valid checkpoint of a run folder. torchvision: one safetensors file with the names
-of torchvision.models (without fc); timm: a folder for timm.create_model("local-dir:FOLDER").
+of torchvision.models (without fc). timm: a folder in Hugging Face's layout (config.json,
+model.safetensors) for timm.create_model("local-dir:FOLDER"), also read by transformers' AutoModel.
+detectron2: a pickle for MODEL.WEIGHTS and a YAML file with the settings that go with it.
 A newcomer's mistake: loading with strict=True into a network that has a classifier. There is none:
 build it with num_classes=0 (timm) or ignore fc.* (torchvision).
 """
@@ -14,6 +16,8 @@ if not __package__:  # run as a script: the repo root, not this folder, heads sy
 
 import argparse
 import json
+import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -51,19 +55,25 @@ def backbone_weights(run: Path) -> tuple[dict[str, Tensor], dict]:
     return tensors, config | {"step": found.step}
 
 
-def check_exchangeable(config: dict) -> None:
-    """Raise ValueError if no other tool has this network."""
-    if config["model"]["width"] != 64:
+def check_exchangeable(config: dict, tool: str) -> None:
+    """Raise ValueError if the tool does not have this network."""
+    model = config["model"]
+    if model["width"] != 64:
         raise ValueError(
-            f"this run has --model.width {config['model']['width']}: torchvision and timm have "
-            f"{', '.join(LAYERS)} of width 64 only"
+            f"this run has --model.width {model['width']}: {tool} has {', '.join(LAYERS)} of width "
+            "64 only"
+        )
+    if model["stem"] == "cifar" and tool != "torchvision":
+        raise ValueError(
+            f"{tool}'s {model['arch']} has no CIFAR stem: export --to torchvision, and replace "
+            "conv1 and maxpool"
         )
 
 
 def export_torchvision(run: Path, target: Path) -> dict:
     """Write target/<arch>.safetensors, complete or not at all."""
     tensors, config = backbone_weights(run)
-    check_exchangeable(config)
+    check_exchangeable(config, "torchvision")
     path = target / f"{config['model']['arch']}.safetensors"
     about = {"format": "pt", "arch": config["model"]["arch"], "stem": config["model"]["stem"]}
     write_whole(path, lambda temporary: save_file(tensors, temporary, metadata=about))
@@ -73,14 +83,13 @@ def export_torchvision(run: Path, target: Path) -> dict:
 def export_timm(run: Path, target: Path) -> dict:
     """Write target/{config.json,model.safetensors} in the layout of timm's save_for_hf."""
     tensors, config = backbone_weights(run)
-    check_exchangeable(config)
-    arch, stem, size = config["model"]["arch"], config["model"]["stem"], config["eval"]["size"]
+    check_exchangeable(config, "timm")
+    size = config["eval"]["size"]
     last = "conv3" if "layer4.0.conv3.weight" in tensors else "conv2"
-    num_features = tensors[f"layer4.0.{last}.weight"].shape[0]
     settings = {
-        "architecture": arch,
+        "architecture": config["model"]["arch"],
         "num_classes": 0,
-        "num_features": num_features,
+        "num_features": tensors[f"layer4.0.{last}.weight"].shape[0],
         "pretrained_cfg": {
             "tag": "twinturbo",
             "custom_load": False,
@@ -95,11 +104,6 @@ def export_timm(run: Path, target: Path) -> dict:
             "classifier": "fc",
         },
     }
-    if stem == "cifar":
-        raise ValueError(
-            f"timm's {arch} has no CIFAR stem: export --to torchvision, and replace conv1 and "
-            "maxpool"
-        )
     write_whole(
         target / "model.safetensors",
         lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}),
@@ -109,6 +113,56 @@ def export_timm(run: Path, target: Path) -> dict:
         lambda temporary: temporary.write_text(json.dumps(settings, indent=2) + "\n"),
     )
     return {"folder": str(target), "tensors": len(tensors), "step": config["step"]}
+
+
+def detectron2_name(name: str) -> str:
+    """torchvision's layer1.0.bn2.bias is detectron2's res2.0.conv2.norm.bias.
+
+    Source: detectron2@02b5c4e2 modeling/backbone/resnet.py.
+    """
+    if not name.startswith("layer"):
+        name = f"stem.{name}"
+    name = re.sub(r"^layer(\d)", lambda match: f"res{int(match[1]) + 1}", name)
+    name = re.sub(r"\bbn(\d)", r"conv\1.norm", name)
+    return name.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
+
+
+def export_detectron2(run: Path, target: Path) -> dict:
+    """Write target/<arch>.pkl, in the pickle of detectron2's model zoo, and target/<arch>.yaml."""
+    tensors, config = backbone_weights(run)
+    check_exchangeable(config, "detectron2")
+    arch = config["model"]["arch"]
+    path, settings_path = target / f"{arch}.pkl", target / f"{arch}.yaml"
+    is_basic = LAYERS[arch][0] == "basic"
+    settings = {
+        "VERSION": 2,
+        "MODEL": {
+            "WEIGHTS": str(path.absolute()),
+            "PIXEL_MEAN": [255 * value for value in config["data"]["mean"]],
+            "PIXEL_STD": [255 * value for value in config["data"]["std"]],
+            "RESNETS": {
+                "DEPTH": int(arch.removeprefix("resnet")),
+                "STRIDE_IN_1X1": False,
+                "RES2_OUT_CHANNELS": 64 if is_basic else 256,
+            },
+        },
+        "INPUT": {"FORMAT": "RGB"},
+    }
+    weights = {
+        "model": {detectron2_name(name): tensor.numpy() for name, tensor in tensors.items()},
+        "__author__": "TwinTurbo",
+        "matching_heuristics": True,
+    }
+    write_whole(path, lambda temporary: temporary.write_bytes(pickle.dumps(weights)))
+    write_whole(settings_path, lambda temporary: temporary.write_text(yaml.safe_dump(settings)))
+    return {
+        "file": str(path),
+        "settings": str(settings_path),
+        "tensors": len(tensors),
+        "step": config["step"],
+        "note": "RGB in 0..255, stride on the 3x3 convolution: merge the settings after those of "
+        "the detector; the paper's transfer also has NORM SyncBN, FREEZE_AT 0 (MoCo's detection/)",
+    }
 
 
 def write_whole(path: Path, write) -> None:
@@ -122,17 +176,23 @@ def write_whole(path: Path, write) -> None:
         temporary.unlink(missing_ok=True)
 
 
+EXPORTS = {
+    "torchvision": export_torchvision,
+    "timm": export_timm,
+    "detectron2": export_detectron2,
+}
+
+
 def main() -> None:
     """Read the flags, export, print what was written as one JSON line."""
     parser = argparse.ArgumentParser(description="Export the backbone of a run.")
     parser.add_argument("run", type=Path, help="the --out folder of a training")
-    parser.add_argument("--to", choices=("torchvision", "timm"), required=True)
+    parser.add_argument("--to", choices=tuple(EXPORTS), required=True)
     parser.add_argument("--out", type=Path, help="folder to write into; default RUN/export-<to>")
     arguments = parser.parse_args()
     target = arguments.out or arguments.run / f"export-{arguments.to}"
-    export = {"torchvision": export_torchvision, "timm": export_timm}[arguments.to]
     try:
-        print(json.dumps(export(arguments.run, target)))
+        print(json.dumps(EXPORTS[arguments.to](arguments.run, target)))
     except (ValueError, OSError) as error:
         refuse(str(error), code=1)
 
