@@ -293,6 +293,16 @@ def test_other_settings_or_images_on_resume_are_refused_and_nothing_is_lost(
     run(images, out, "--max_steps=4")
 
 
+def test_a_run_starts_from_the_weights_of_another_but_at_its_own_step_0(straight, images, tmp_path):
+    flags = ("--optim.lr=0", "--max_steps=1", f"--init={straight[0]}")
+    found = result(run(images, tmp_path / "run", *flags))
+    assert (found["steps"], found["knn_top1_untrained"]) == (1, None)
+    assert found["knn_by_step"]["0"] == straight[1]["knn_top1"]
+    theirs, ours = weights(straight[0]), weights(tmp_path / "run")
+    names = [name for name in ours if name.startswith("model/") and name.endswith(".weight")]
+    assert names and all((ours[name] == theirs[name]).all() for name in names)
+
+
 def test_damaged_checkpoints_end_in_a_refusal_not_in_a_fresh_start(images, tmp_path):
     out = tmp_path / "run"
     run(images, out, "--max_steps=4", "--checkpoint_every=2")

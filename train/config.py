@@ -191,6 +191,9 @@ class Config:
     data: DataConfig
     out: str = ""
     """Run folder; the same command continues the run in it. Empty: runs/<time of start>."""
+    init: str = ""
+    """Run folder whose newest weights a new run starts from: a training's, or one written by
+    train/import_checkpoint.py. Empty: random weights."""
     seed: int = 0
     """Of weights, order and views. The same seed gives the same run, on CPU bit for bit."""
     epochs: int = 100

@@ -28,7 +28,7 @@ def finish(session: Session, *, ended: str) -> dict:
     z_std = current.last.get("train/z_std")
     result = {
         "knn_top1": current.knn[str(steps[-1])] if steps else None,
-        "knn_top1_untrained": current.knn.get("0"),
+        "knn_top1_untrained": None if config.init else current.knn.get("0"),
         "loss": current.last.get("train/loss"),
         "z_std": z_std,
         "collapsed": z_std is not None and z_std < session.collapse_threshold,

@@ -82,6 +82,8 @@ def run(config: Config, world: World, out: Path, folder: RunFolder | None, log: 
         state.check_same_run(found.about, facts, out)
         state.restore(current, found)
         log(f"continuing {out} at step {current.step}")
+    elif config.init:
+        state.start_from(current.model, Path(config.init), log=log)
     metrics = None
     if folder is not None:
         folder.describe(dataclasses.asdict(config), environment(world.size, world.device))

@@ -5,6 +5,7 @@ A newcomer's mistake: adding something random without a key. Order and views are
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -87,6 +88,11 @@ def save(state: TrainState, folder: Path, facts: dict) -> Path:
 
 def check_same_run(found: dict, facts: dict, run: Path) -> None:
     """Raise ValueError if a checkpoint is of another configuration or other images."""
+    if "imported" in found:
+        raise ValueError(
+            f"{run} holds weights of {found['imported']['file']}, not a run of its own: train on "
+            f"from them with --init {run} and another --out"
+        )
     before, now = found["config"], facts["config"]
     changed = [
         f"{name} was {before.get(name)} and is {now.get(name)}"
@@ -116,3 +122,52 @@ def restore(state: TrainState, found: checkpoint.Checkpoint) -> None:
     state.step = found.step
     for name in ("train_s", "wait_s", "knn", "last"):
         setattr(state, name, found.state[name])
+
+
+def check_fits(expected: checkpoint.Tensors, given: checkpoint.Tensors) -> None:
+    """Raise ValueError if `given` has a part of a network (backbone, ...) that is not as expected.
+
+    A part that it lacks whole is no error: the heads may be missing.
+    """
+    parts = {name.split(".")[0] for name in given}
+    there = {name: tuple(tensor.shape) for name, tensor in given.items()}
+    here = {n: tuple(tensor.shape) for n, tensor in expected.items() if n.split(".")[0] in parts}
+    wrong = [
+        f"{name} is {there.get(name, 'missing')} and must be {here.get(name, 'absent')}"
+        for name in dict.fromkeys([*here, *there])
+        if here.get(name) != there.get(name)
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(f"{'; '.join(wrong[:3])}{more}")
+
+
+def start_from(model: Method, run: Path, *, log: Callable[[str], None]) -> None:
+    """Give the model the weights of another run's newest checkpoint, part by part.
+
+    Buffers of the method itself (targets of images, a queue) are that run's and stay behind.
+    Raises: ValueError if there is no checkpoint, or a part has other shapes.
+    """
+    found = checkpoint.load_newest(run / "checkpoints", log=log)
+    if found is None:
+        raise ValueError(
+            f"--init {run} holds no checkpoint: give the --out of a training, or what "
+            "train/import_checkpoint.py wrote"
+        )
+    expected = model.state_dict()
+    parts = list(dict.fromkeys(name.split(".")[0] for name in expected if "." in name))
+    weights = {
+        name: value for name, value in found.tensors["model"].items() if name.split(".")[0] in parts
+    }
+    try:
+        check_fits(expected, weights)
+    except ValueError as error:
+        raise ValueError(
+            f"--init {run} has another network: {error}. Take its settings: "
+            f"--config {run / 'config.yaml'}"
+        ) from error
+    model.load_state_dict(weights, strict=False)
+    given = {name.split(".")[0] for name in weights}
+    taken = ", ".join(part for part in parts if part in given)
+    drawn = ", ".join(part for part in parts if part not in given)
+    log(f"{taken} from {found.path}" + f"; random: {drawn}" * bool(drawn))

@@ -1,0 +1,165 @@
+"""Take over another tool's weights: `python train/import_checkpoint.py FILE --out RUN`.
+
+FILE is a checkpoint of the official SimSiam or MoCo, of lightly or of solo-learn with a ResNet; the
+names in it tell which. RUN becomes a run folder of step 0 for train/export.py and for
+`train/main.py --init RUN`; its other settings come from train/main.py's flags, e.g. --config.
+A newcomer's mistake: training with --out RUN. A run has one origin: --init RUN, --out another.
+
+Only tensors are read, never code; train/layouts.py knows the names.
+"""
+
+import os
+import sys
+
+if not __package__:  # run as a script: the repo root, not this folder, heads sys.path
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import pickle
+import re
+from collections import Counter
+from pathlib import Path
+
+import torch
+from jsonargparse import ArgumentError
+
+from train import checkpoint, state
+from train.checkpoint import Tensors
+from train.cli import build_parser, explain, first_line, refuse
+from train.config import Config
+from train.layouts import Found, convert
+from train.methods.simsiam import SimSiam
+from train.run_folder import RunFolder, environment
+
+MAX_GIB = 8  # a ResNet-101 with heads, momentum encoder and optimizer takes less than 1
+
+
+def read_tensors(path: Path) -> Tensors:
+    """The state dict in a file of torch.save, without "module.". Raises: ValueError."""
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file")
+    if path.stat().st_size > MAX_GIB << 30:
+        raise ValueError(f"{path} has more than {MAX_GIB} GiB: keep its state_dict alone")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # plain attributes
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        needed = re.search(r"GLOBAL (\S+) (was not an allowed|whose module)", str(error))
+        if needed is None:
+            raise ValueError(f"{path} is no checkpoint of torch.save, or is damaged") from error
+        if needed[2] == "whose module":  # torch has a list of modules such as os
+            raise ValueError(f"{path} would call {needed[1]}: do not trust it") from error
+        raise ValueError(
+            f"{path} holds a {needed[1]} beside its tensors, and only tensors are read. Where you "
+            f'trust the file, take them out of it: python -c "import torch; torch.save('
+            f"torch.load('{path}', weights_only=False)['state_dict'], 'tensors.pt')\""
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError,
+            TypeError) as error:  # fmt: skip  # what torch.load raises for cut and foreign files
+        raise ValueError(
+            f"{path} is no checkpoint of torch.save, or is damaged: {first_line(error)}"
+        ) from error
+    content = content.get("state_dict", content) if isinstance(content, dict) else {}
+    return {
+        name.removeprefix("module."): tensor
+        for name, tensor in content.items()
+        if isinstance(name, str) and isinstance(tensor, torch.Tensor)
+    }
+
+
+def fitted(found: Found, config: Config) -> Tensors:
+    """The tensors in our dtypes, every name and shape checked. Raises: ValueError."""
+    with torch.device("meta"):
+        expected = SimSiam(config.model, config.method).state_dict()
+    state.check_fits(expected, found.tensors)
+    return {name: tensor.to(expected[name].dtype) for name, tensor in found.tensors.items()}
+
+
+def import_file(path: Path, config: Config) -> dict:
+    """Write the run folder config.out; returns what was matched. Raises: ValueError, OSError."""
+    if not config.out:
+        raise ValueError("--out RUN is missing: the run folder to write")
+    source = read_tensors(path)
+    try:
+        found = convert(source)
+        model = dataclasses.replace(config.model, **found.network)
+        config = dataclasses.replace(config, model=model)
+        tensors = fitted(found, config)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be imported: {error}") from error
+    if model.stem == "cifar" and config.eval.size > 64:
+        found.notes.append(
+            f"a 3x3 stem is for small images, but eval.size is {config.eval.size} here: "
+            "--config configs/cifar10.yaml has CIFAR's size, mean and std"
+        )
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    origin = {"file": str(path), "sha256": digest, "tool": found.tool}
+    write_run(Path(config.out), config, tensors, origin)
+    parts = Counter(name.split(".")[0] for name in tensors)
+    return {
+        "run": config.out,
+        "tool": found.tool,
+        "network": found.network,
+        "matched": dict(parts),
+        "missing": [part for part in ("projector", "predictor") if part not in parts],
+        "left_out": found.left_out,
+        "unexpected": found.unexpected,
+        "notes": found.notes,
+    }
+
+
+def write_run(out: Path, config: Config, tensors: Tensors, origin: dict) -> None:
+    """A run folder that holds the tensors as its step 0. Raises: ValueError if it has a run."""
+    folder = RunFolder(str(out))
+    try:
+        if any(folder.checkpoints.iterdir()):
+            raise ValueError(f"--out {out} holds checkpoints already: choose another folder")
+        folder.describe(dataclasses.asdict(config), environment(1, torch.device("cpu")))
+        checkpoint.save(folder.checkpoints, 0, {"model": tensors}, {}, about={"imported": origin})
+        folder.status("finished", 0)
+    finally:
+        folder.close()
+
+
+def print_report(report: dict) -> None:
+    """For people, on stderr."""
+    network = ", ".join(f"{name} {value}" for name, value in report["network"].items())
+    lines = [f"{report['tool']}: {network}"]
+    lines += [
+        f"  matched     {count} tensors of {part}" for part, count in report["matched"].items()
+    ]
+    lines += [f"  missing     {part}: random with --init" for part in report["missing"]]
+    lines += [f"  left out    {name}: {reason}" for name, reason in report["left_out"].items()]
+    lines += [f"  unexpected  {name}" for name in report["unexpected"]]
+    lines += [f"  note        {note}" for note in report["notes"]]
+    print("\n".join(lines), file=sys.stderr)
+
+
+def main() -> None:
+    """Read the flags, import, print the report as the last line of stdout."""
+    parser = build_parser()
+    parser.prog = "train/import_checkpoint.py"
+    parser.description = "Import another tool's checkpoint as a run folder."
+    parser.add_argument("file", help="checkpoint; the file decides the --model flags")
+    parser.set_defaults({"data.root": ""})
+    try:
+        flags = vars(parser.instantiate(parser.parse_args()))
+        path = Path(flags.pop("file"))
+        flags.pop("config", None)
+        config = Config(**flags)
+    except (ArgumentError, ValueError, TypeError, OSError) as error:
+        refuse(explain(str(error)))
+    try:
+        report = import_file(path, config)
+    except (ValueError, OSError) as error:
+        refuse(str(error), code=1)
+    print_report(report)
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

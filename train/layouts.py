@@ -1,0 +1,198 @@
+"""What other tools call SimSiam's tensors, and how they become ours (train/import_checkpoint.py).
+
+The heads are taken where they compute what ours do. A bias before a batch norm, which cancels in
+training, goes into the running mean: norm(W x + b; mean) = norm(W x; mean - b).
+A newcomer's mistake: taking equal names for equal networks. A projector whose last batch norm has a
+weight and a bias (the paper's baseline) is another one, and is left out with that reason.
+
+Sources: facebookresearch/simsiam@a7bc177, facebookresearch/moco@132aea9, lightly@e8d317f,
+solo-learn@9187ea3 and 1.0.2.
+"""
+
+import dataclasses
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from train.checkpoint import Tensors
+from train.resnet import LAYERS
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The prefixes of a tool's names, without the "module." of DataParallel."""
+
+    tool: str
+    backbone: str
+    projector: str
+    predictor: str
+
+
+LAYOUTS = (
+    Layout("SimSiam", "encoder.", "encoder.fc.", "predictor."),
+    Layout("MoCo", "encoder_q.", "encoder_q.fc.", "predictor."),
+    Layout("lightly", "backbone.", "projection_head.layers.", "prediction_head.layers."),
+    Layout("lightly", "backbone.", "projection_mlp.layers.", "prediction_mlp.layers."),
+    Layout("solo-learn", "backbone.", "projector.", "predictor."),
+    Layout("solo-learn", "encoder.", "projector.", "predictor."),  # up to 1.0.2
+)
+NOT_NEEDED = (
+    (r"encoder_k\.|momentum_|\w+_momentum\.", "momentum encoder"),
+    (r"queue", "queue of negatives"),
+    (r"(online_)?classifier\.|\w+\.fc\.", "classifier trained on labels"),
+)
+
+
+@dataclass
+class Found:
+    """What was taken from a file, under our names, and what was not."""
+
+    tool: str
+    network: dict[str, Any]
+    """Fields of ModelConfig."""
+    tensors: Tensors
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Why, by prefix in the file."""
+    unexpected: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def detect(names: list[str]) -> Layout:
+    """The layout of the names in a file. Raises: ValueError if it is none of LAYOUTS."""
+
+    def has(prefix: str) -> bool:
+        return any(name.startswith(prefix) for name in names)
+
+    fitting = [layout for layout in LAYOUTS if has(layout.backbone)]
+    if not fitting:
+        known = sorted({f"{layout.backbone}*" for layout in LAYOUTS})
+        raise ValueError(
+            f"it has no tensors named {', '.join(known)}, but {', '.join(names[:3]) or 'none'}"
+        )
+    headless = dataclasses.replace(fitting[0], tool="a backbone without heads")
+    return next((layout for layout in fitting if has(layout.projector)), headless)
+
+
+def convert(source: Tensors) -> Found:
+    """Another tool's tensors under our names. Raises: ValueError if the backbone is not ours."""
+    layout = detect(list(source))
+    parts: dict[str, Tensors] = {"projector": {}, "predictor": {}, "backbone": {}}
+    rest = []
+    for name, tensor in source.items():
+        owner = next((part for part in parts if name.startswith(getattr(layout, part))), None)
+        if owner is None or re.match(r"(backbone|encoder)\.fc\.\w+$", name):
+            rest.append(name)
+        else:
+            parts[owner][name.removeprefix(getattr(layout, owner))] = tensor
+    backbone = torchvision_names(parts["backbone"])
+    network = describe_backbone(backbone)
+    found = Found(layout.tool, network, {f"backbone.{name}": t for name, t in backbone.items()})
+    sort_out(found, rest)
+    try:
+        take_heads(found, parts["projector"], parts["predictor"])
+    except ValueError as error:
+        for part in ("projector", "predictor"):
+            if parts[part]:
+                found.left_out[f"{getattr(layout, part)}*"] = str(error)
+    if layout.tool == "solo-learn" and network["stem"] == "cifar":
+        found.notes.append("solo-learn pads its 3x3 stem by 2, ours by 1: features differ")
+    return found
+
+
+def torchvision_names(backbone: Tensors) -> Tensors:
+    """Undo lightly's nn.Sequential(*list(resnet.children())[:-1]) and its own ResNet's names."""
+    children = {}
+    if "0.weight" in backbone:  # conv1, bn1, (relu, maxpool,) layer1 ...
+        first = 4 if any(name.startswith("7.") for name in backbone) else 2
+        children = {"0": "conv1", "1": "bn1"}
+        children |= {str(first + index): f"layer{index + 1}" for index in range(4)}
+    renamed = {}
+    for name, tensor in backbone.items():
+        child, _, rest = name.partition(".")
+        full = f"{children.get(child, child)}.{rest}"
+        renamed[full.replace(".shortcut.", ".downsample.")] = tensor
+    return renamed
+
+
+def describe_backbone(backbone: Tensors) -> dict[str, Any]:
+    """Architecture, stem and width, read off names and shapes. Raises: ValueError."""
+    kind = "bottleneck" if "layer1.0.conv3.weight" in backbone else "basic"
+    blocks = {tuple(name.split(".")[:2]) for name in backbone if name.startswith("layer")}
+    depths = tuple(sum(layer == f"layer{i}" for layer, _ in blocks) for i in range(1, 5))
+    stem = backbone.get("conv1.weight", torch.empty(0))
+    arch = next((name for name, known in LAYERS.items() if known == (kind, depths)), None)
+    if arch is None or stem.ndim != 4 or stem.shape[2] not in (3, 7):
+        raise ValueError(
+            f"its backbone has {kind} blocks {depths} and a first convolution of shape "
+            f"{tuple(stem.shape)}: known are {', '.join(LAYERS)} with a 7x7 or 3x3 stem"
+        )
+    kind_of_stem = {7: "imagenet", 3: "cifar"}[stem.shape[2]]
+    return {"arch": arch, "stem": kind_of_stem, "width": stem.shape[0]}
+
+
+def sort_out(found: Found, names: list[str]) -> None:
+    """What belongs to none of the three networks: left out for a reason, or unexpected."""
+    for name in names:
+        reason = next((text for pattern, text in NOT_NEEDED if re.match(pattern, name)), None)
+        if reason is None:
+            found.unexpected.append(name)
+        else:
+            owner, dot, _ = name.partition(".")
+            found.left_out[owner + dot + "*" * len(dot)] = reason
+
+
+def take_heads(found: Found, projector: Tensors, predictor: Tensors) -> None:
+    """Both heads under our names, or neither. Raises: ValueError with what is not as in SimSiam."""
+    if not (projector and predictor):
+        raise ValueError("SimSiam's heads are a projector and a predictor; here is one alone")
+    layers, end = layers_of(projector), layers_of(predictor)
+    if len(layers) % 2 or len(end) != 3 or end[2].keys() != {"weight", "bias"}:
+        raise ValueError("not SimSiam's: linear, norm, ..., norm and linear, norm, linear")
+    pairs = list(zip(layers[::2], layers[1::2], strict=True))
+    tensors: Tensors = {}
+    for index, (linear, norm) in enumerate(pairs):
+        is_last = index == len(pairs) - 1
+        tensors |= linear_norm(f"projector.{index}", linear, norm, affine=not is_last)
+    tensors |= linear_norm("predictor.0", end[0], end[1], affine=True)
+    tensors |= {f"predictor.1.{name}": tensor for name, tensor in end[2].items()}
+    found.tensors |= tensors
+    found.network |= {
+        "head_norm": "default",
+        "projector_layers": len(pairs),
+        "projector_hidden": len(layers[0]["weight"]),
+        "projector_dim": len(layers[-2]["weight"]),
+        "predictor_hidden": len(end[0]["weight"]),
+    }
+    biased = {f"projector.{index}": "bias" in linear for index, (linear, _) in enumerate(pairs)}
+    biased["predictor.0"] = "bias" in end[0]
+    if names := [name for name, is_biased in biased.items() if is_biased]:
+        found.notes.append(f"bias of {', '.join(names)}: moved into the batch norm's running mean")
+
+
+def layers_of(head: Tensors) -> list[Tensors]:
+    """The tensors of linear, norm, linear, ..., a ReLU between. Raises: ValueError if it is not."""
+    layers: dict[int, Tensors] = {}
+    for name, tensor in head.items():
+        index, _, leaf = name.partition(".")
+        if not index.isdecimal() or "." in leaf:
+            raise ValueError(f"{name} is not in a plain sequence of layers")
+        layers.setdefault(int(index), {})[leaf] = tensor
+    if sorted(layers) != [place // 2 * 3 + place % 2 for place in range(len(layers))]:
+        raise ValueError(f"its layers {sorted(layers)} are not linear, norm, (ReLU,) linear, ...")
+    return [layers[index] for index in sorted(layers)]
+
+
+def linear_norm(name: str, linear: Tensors, norm: Tensors, *, affine: bool) -> Tensors:
+    """A linear layer and its batch norm as train.heads.LinearNorm. Raises: ValueError."""
+    if linear.get("weight", torch.empty(0)).ndim != 2 or "running_mean" not in norm:
+        raise ValueError("in SimSiam a batch norm follows each linear layer but the last")
+    if affine != ("weight" in norm):
+        has = "no" if affine else "a"
+        raise ValueError(f"the batch norm of {name} has {has} weight and bias, unlike SimSiam's")
+    norm = dict(norm)
+    if "bias" in linear:
+        norm["running_mean"] = norm["running_mean"].double() - linear["bias"].double()
+    tensors = {f"{name}.norm.{leaf}": tensor for leaf, tensor in norm.items()}
+    return {f"{name}.linear.weight": linear["weight"]} | tensors
