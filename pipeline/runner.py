@@ -24,7 +24,7 @@ from pipeline import graph
 from pipeline.augment import ViewDraws
 from pipeline.graph import DecodeOptions
 from pipeline.header import BadImage, image_size
-from pipeline.sources import ImageFolder
+from pipeline.shards import ImageSource
 
 READERS = 8  # threads that read files: hides the latency of network storage
 
@@ -59,9 +59,9 @@ class Work:
 
 @dataclass
 class ImageReader:
-    """Reads and guards the images of a folder, and remembers which were bad, with the reason."""
+    """Reads and guards images of a folder or of shards; remembers which were bad, and why."""
 
-    source: ImageFolder
+    source: ImageSource
     max_pixels: int = 1 << 27
     bad: dict[int, str] = field(default_factory=dict)
 
@@ -70,7 +70,7 @@ class ImageReader:
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="image reader")
 
     def read(self, index: int) -> Placed | None:
-        """The file's bytes and its (height, width) in pixels; None for a bad image."""
+        """The image's bytes and its (height, width) in pixels; None for a bad image."""
         if index in self.bad:
             return None
         try:

@@ -1,6 +1,7 @@
 """Where the images of a run come from: the list of a folder, and the bytes of each file.
 
-First in the data's way: folder -> ImageFolder -> bytes -> pipeline/header.py -> DALI. Rank 0 lists
+First in the data's way: folder -> ImageFolder -> bytes -> pipeline/header.py -> DALI, with
+pipeline/shards.py in the folder's place where the images lie packed in shards. Rank 0 lists
 and sends the list to the others (torch.distributed.broadcast_object_list): 16 ranks that each stat
 a million files are what network storage dislikes most.
 
@@ -21,7 +22,7 @@ import numpy as np
 from pipeline.header import BadImage
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-_EXTENSIONS = frozenset(extension.encode() for extension in EXTENSIONS)
+IMAGE_EXTENSIONS = frozenset(extension.encode() for extension in EXTENSIONS)
 _SPLITS = ("val", "valid", "validation", "test")
 _FILE_KINDS = {stat.S_IFIFO: "fifo", stat.S_IFSOCK: "socket"}
 _MAX_FILE_BYTES = 1 << 31
@@ -78,7 +79,7 @@ class ImageFolder:
 
     def name(self, index: int) -> str:
         """Return the relative path as one printable line, with what is not printable escaped."""
-        return _printable(self.paths[index])
+        return printable(self.paths[index])
 
     def __reduce__(self) -> tuple:
         """Pickle the paths as one string; NUL is the one byte that no file name can hold."""
@@ -157,11 +158,16 @@ def _scan(root: bytes) -> tuple[list[tuple[bytes, int]], Counter[str]]:
                 elif kind == "linked folder":
                     heapq.heappush(linked, prefix + name)
                 else:
-                    known = kind in skipped or len(skipped) < _MAX_KINDS
-                    skipped[kind if known else "other extensions"] += 1
+                    count_skipped(skipped, kind)
         except OSError:
             skipped["unreadable"] += 1
     return images, skipped
+
+
+def count_skipped(skipped: Counter[str], kind: str) -> None:
+    """Count one entry that was left out; the kinds stay few enough to read."""
+    known = kind in skipped or len(skipped) < _MAX_KINDS
+    skipped[kind if known else "other extensions"] += 1
 
 
 def _entries(path: bytes) -> Iterator[tuple[bytes, str, int]]:
@@ -182,11 +188,11 @@ def _look_at(entry: os.DirEntry[bytes]) -> tuple[str, int]:
     _, dot, extension = name.rpartition(b".")
     extension = (dot + extension).lower() if dot else b""
     if entry.is_dir():  # the type comes with the scan: no stat, unless it is a link
-        if extension in _EXTENSIONS:
+        if extension in IMAGE_EXTENSIONS:
             return f"folder named {extension.decode()}", 0
         return "linked folder" if entry.is_symlink() else "folder", 0
-    if extension not in _EXTENSIONS:
-        return f"extension {_printable(extension)}" if extension else "no extension", 0
+    if extension not in IMAGE_EXTENSIONS:
+        return f"extension {printable(extension)}" if extension else "no extension", 0
     status = entry.stat()
     if not stat.S_ISREG(status.st_mode):
         return _FILE_KINDS.get(stat.S_IFMT(status.st_mode), "device"), 0
@@ -211,7 +217,7 @@ def _classes(paths: list[bytes]) -> tuple[np.ndarray | None, list[str]]:
         return None, []
     numbers = {folder: number for number, folder in enumerate(folders)}
     labels = (numbers[path.partition(b"/")[0]] for path in paths)
-    return np.fromiter(labels, np.int64, len(paths)), [_printable(name) for name in folders]
+    return np.fromiter(labels, np.int64, len(paths)), [printable(name) for name in folders]
 
 
 def _unpickled(root: str, joined: bytes, *facts) -> ImageFolder:
@@ -224,17 +230,23 @@ def _read_all(descriptor: int) -> np.ndarray:
         raise BadImage("not a regular file")
     if status.st_size > _MAX_FILE_BYTES:
         raise BadImage(f"file of {status.st_size} bytes exceeds the limit of {_MAX_FILE_BYTES}")
-    data = np.empty(status.st_size, np.uint8)
+    return read_range(descriptor, 0, status.st_size)
+
+
+def read_range(descriptor: int, offset: int, num_bytes: int) -> np.ndarray:
+    """Return (num_bytes,) uint8 of an open file from offset on; fewer where the file ends."""
+    data = np.empty(num_bytes, np.uint8)
     num_read = 0
     while num_read < data.size:  # one read may return less than was asked for
-        num_new = os.readv(descriptor, [data[num_read:].data])
-        if num_new == 0:  # cut short since fstat: header.py judges what there is
+        num_new = os.preadv(descriptor, [data[num_read:].data], offset + num_read)
+        if num_new == 0:  # cut short since it was listed: header.py judges what there is
             break
         num_read += num_new
     return data[:num_read]
 
 
-def _printable(path: bytes) -> str:
+def printable(path: bytes) -> str:
+    """Return a file name as one line of text, with what is not printable escaped."""
     text = path.decode("utf-8", "backslashreplace")
     if text.isprintable():
         return text
@@ -258,6 +270,6 @@ def _what_was_found(skipped: Counter[str]) -> str:
 
 
 def _no_images(root: str, reason: str) -> str:
-    root = _printable(os.fsencode(root))
+    root = printable(os.fsencode(root))
     expected = f"{root}/<class>/<image>.jpg or {root}/<image>.jpg"
     return f"No images under {root}: {reason}. Expected {expected}."

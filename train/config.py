@@ -21,10 +21,11 @@ class DataConfig:
     """Which images, and how many a step."""
 
     root: str
-    """Folder of images, with or without class folders; one with train/ and val/ (or test/) inside;
-    or "digits", the handwritten digits that scikit-learn carries, written as JPEG files."""
+    """Folder of images, with or without class folders; folder or quoted glob of tar, TFRecord or
+    RecordIO shards; a folder with train/ and val/ (or test/) of these inside; or "digits", the
+    handwritten digits that scikit-learn carries, written as JPEG files."""
     val: str | None = None
-    """Folder of labelled images for the kNN check, with the same class folders as root."""
+    """Folder or shards of labelled images for the kNN check, of the same classes as root."""
     batch_size: int = 512
     """Images a step over all processes and nodes (the paper's batch size); two views of each."""
     max_bad_fraction: float = 0.02

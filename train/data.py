@@ -11,7 +11,8 @@ import numpy as np
 
 from pipeline.digits import write_digits
 from pipeline.runner import ImageReader
-from pipeline.sources import ImageFolder, list_images, split_root
+from pipeline.shards import ImageSource, open_source
+from pipeline.sources import split_root
 from train.config import DataConfig
 from train.distributed import World, from_main
 from train.knn import split_bank
@@ -23,7 +24,7 @@ DIGITS = "digits"
 class EvalSet:
     """Images with labels, all of them or some.
 
-    ids (N,) rows of the folder; labels (N,) int64, of the same classes in bank and queries.
+    ids (N,) numbers of images; labels (N,) int64, of the same classes in bank and queries.
     """
 
     reader: ImageReader
@@ -44,9 +45,10 @@ class RunData:
 
 
 def open_data(config: DataConfig, *, out: Path, seed: int, world: World) -> RunData:
-    """List the folders on rank 0 and share the lists.
+    """List folders or open shards on rank 0 and share the lists.
 
-    Raises: ValueError for a folder without images, or with other classes than the training one.
+    Raises: ValueError for a folder without images, a shard that cannot be used, or held-out images
+    of other classes than the training ones.
     """
     lists: tuple | Exception | None = None
     if world.is_main:
@@ -61,7 +63,7 @@ def open_data(config: DataConfig, *, out: Path, seed: int, world: World) -> RunD
     train, val = lists
     reader = ImageReader(train, config.max_pixels)
     if train.labels is None:
-        return RunData(reader, None, None, [], f"no class folders in {train.root}: no kNN check")
+        return RunData(reader, None, None, [], f"no class labels in {train.root}: no kNN check")
     labels, ids = train.labels, np.arange(len(train))
     if val is None:
         bank, queries = split_bank(labels, seed=seed)
@@ -70,8 +72,8 @@ def open_data(config: DataConfig, *, out: Path, seed: int, world: World) -> RunD
         return RunData(reader, EvalSet(reader, bank, labels[bank]), held, train.class_names, note)
     if unknown := sorted(set(val.class_names) - set(train.class_names)):
         raise ValueError(
-            f"{val.root} has class folders that {train.root} lacks, such as {unknown[0]}: "
-            "give --data.val a folder with the same classes"
+            f"{val.root} has classes that {train.root} lacks, such as {unknown[0]}: "
+            "give --data.val images of the same classes"
         )
     assert val.labels is not None
     index = np.array([train.class_names.index(name) for name in val.class_names])
@@ -80,14 +82,14 @@ def open_data(config: DataConfig, *, out: Path, seed: int, world: World) -> RunD
     return RunData(reader, EvalSet(reader, ids, labels), held, train.class_names, note)
 
 
-def _list(config: DataConfig, out: Path) -> tuple[ImageFolder, ImageFolder | None]:
+def _list(config: DataConfig, out: Path) -> tuple[ImageSource, ImageSource | None]:
     root = config.root
     if root == DIGITS:
         root = str(write_digits(out.parent / "digits-jpeg"))
     train_root, val_root = split_root(root)
     val_root = config.val or val_root
-    val = list_images(val_root) if val_root is not None else None
-    train = list_images(train_root)
+    val = open_source(val_root) if val_root is not None else None
+    train = open_source(train_root)
     if config.val is not None and (val is None or val.labels is None):
-        raise ValueError(f"--data.val {config.val} has no class folders: kNN needs labels")
+        raise ValueError(f"--data.val {config.val} has no class labels, which kNN needs")
     return train, val if val is not None and val.labels is not None else None

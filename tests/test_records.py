@@ -1,0 +1,259 @@
+"""TFRecord and RecordIO shards, written here by hand, against DALI's own readers of the two."""
+
+import random
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from nvidia.dali import fn, pipeline_def
+from nvidia.dali import tfrecord as tfrec
+
+from pipeline.header import BadImage
+from pipeline.records import MAGIC_BYTES, unpack_record
+from pipeline.shard_scan import scan_shard
+from pipeline.shards import ShardSet, open_source
+
+
+def varint(value: int) -> bytes:
+    value &= (1 << 64) - 1
+    out = b""
+    while value >= 0x80:
+        out += bytes([value & 0x7F | 0x80])
+        value >>= 7
+    return out + bytes([value])
+
+
+def message(*fields: tuple[int, bytes]) -> bytes:
+    return b"".join(varint(number << 3 | 2) + varint(len(v)) + v for number, v in fields)
+
+
+def of_bytes(value: bytes) -> bytes:
+    return message((1, message((1, value))))
+
+
+def of_integer(value: int, *, packed: bool = True) -> bytes:
+    inner = message((1, varint(value))) if packed else b"\x08" + varint(value)
+    return message((3, inner))
+
+
+def of_float(value: float) -> bytes:
+    return message((2, message((1, struct.pack("<f", value)))))
+
+
+def example(features: dict[str, bytes]) -> bytes:
+    entries = [message((1, name.encode()), (2, value)) for name, value in features.items()]
+    return message((1, message(*((1, entry) for entry in entries))))
+
+
+def write_tfrecord(path: Path, examples: list[dict[str, bytes]]) -> None:
+    """The file and tfrecord2idx's index. The checksums are zeros: DALI looks at them neither."""
+    data, index = b"", ""
+    for features in examples:
+        body = example(features)
+        index += f"{len(data)} {len(body) + 16}\n"
+        data += struct.pack("<QI", len(body), 0) + body + bytes(4)
+    path.write_bytes(data)
+    path.with_suffix(".idx").write_text(index)
+
+
+def record(image: bytes, label: float | list[float], number: int) -> bytes:
+    """MXNet's record, cut in parts wherever its magic number stands at a multiple of 4."""
+    several = label if isinstance(label, list) else []
+    header = struct.pack("<IfQQ", len(several), 0.0 if several else label, number, 0)
+    payload = header + struct.pack(f"<{len(several)}f", *several) + image
+    parts, start = [], 0
+    for at in range(0, len(payload) - 3, 4):
+        if payload[at : at + 4] == MAGIC_BYTES:
+            parts.append(payload[start:at])
+            start = at + 4
+    parts.append(payload[start:])
+    out = b""
+    for position, part in enumerate(parts):
+        is_first, is_last = position == 0, position + 1 == len(parts)
+        kind = {(True, True): 0, (True, False): 1, (False, False): 2, (False, True): 3}
+        code = kind[is_first, is_last] << 29 | len(part)
+        out += MAGIC_BYTES + struct.pack("<I", code) + part + bytes(-len(part) % 4)
+    return out
+
+
+def write_recordio(path: Path, records: list[bytes]) -> None:
+    """The file and MXNet's index, in which the records may stand in any order."""
+    starts = np.cumsum([0, *map(len, records)])[:-1]
+    lines = [f"{key}\t{start}\n" for key, start in enumerate(starts)]
+    path.write_bytes(b"".join(records))
+    path.with_suffix(".idx").write_text("".join(reversed(lines)))
+
+
+@pytest.fixture(scope="module")
+def images(jpegs) -> list[bytes]:
+    """Real JPEGs; one holds MXNet's magic number three times: twice aligned, once not."""
+    files = [jpeg.tobytes() for jpeg in jpegs[2:]]  # the cut ones: 20 to 60 kB
+    cut = bytearray(files[1])
+    for at in (8000, 8004, 9001):
+        cut[at : at + 4] = MAGIC_BYTES
+    return [*files, bytes(cut)]
+
+
+def read_all(opened: ShardSet) -> list[bytes]:
+    return [opened.read(number).tobytes() for number in range(len(opened))]
+
+
+def test_a_tfrecords_images_and_labels_are_those_of_dalis_reader(tmp_path, images):
+    examples = []
+    for number, image in enumerate(images):
+        parts = {
+            "image/encoded": of_bytes(image),
+            "image/height": of_integer(300),
+            "image/object/bbox/xmin": of_float(0.25),
+            "image/filename": of_bytes(b"photo%d.JPEG" % number),
+            "image/class/label": of_integer(number % 3 + 998, packed=number % 2 == 0),
+        }
+        order = list(parts) if number % 2 else list(reversed(parts))
+        examples.append({name: parts[name] for name in order})
+    path = tmp_path / "train-00000-of-00001"
+    write_tfrecord(path, examples)
+
+    @pipeline_def(batch_size=len(images), num_threads=1, device_id=None)
+    def reader():
+        features = {
+            "image/encoded": tfrec.FixedLenFeature((), tfrec.string, ""),
+            "image/class/label": tfrec.FixedLenFeature([1], tfrec.int64, -1),
+        }
+        read = fn.readers.tfrecord(
+            path=[str(path)], index_path=[str(path.with_suffix(".idx"))], features=features
+        )
+        return read["image/encoded"], read["image/class/label"]
+
+    encoded, labels = reader().run()
+    opened = open_source(str(tmp_path))
+    assert isinstance(opened, ShardSet) and opened.kind == "TFRecord"
+    assert read_all(opened) == [np.array(image).tobytes() for image in encoded] == images
+    assert opened.labels is not None
+    found = [opened.class_names[label] for label in opened.labels]
+    assert found == [str(np.array(label).item()) for label in labels]
+    assert opened.class_names == ["998", "999", "1000"]
+    assert opened.name(1) == "train-00000-of-00001: photo1.JPEG"
+
+
+def test_a_recordios_images_and_labels_are_those_of_dalis_reader(tmp_path, images):
+    records = [record(image, number % 3, 7 * number) for number, image in enumerate(images)]
+    assert records[-1].count(MAGIC_BYTES) == 4  # its own, two of the parts, the one not aligned
+    path = tmp_path / "train.rec"
+    write_recordio(path, records)
+
+    @pipeline_def(batch_size=len(images), num_threads=1, device_id=None)
+    def reader():
+        index = str(path.with_suffix(".idx"))
+        return tuple(fn.readers.mxnet(path=[str(path)], index_path=[index]))
+
+    encoded, labels = reader().run()
+    opened = open_source(str(tmp_path))
+    assert isinstance(opened, ShardSet) and opened.kind == "RecordIO"
+    assert read_all(opened) == [np.array(image).tobytes() for image in encoded] == images
+    assert opened.labels is not None
+    assert opened.labels.tolist() == [int(np.array(label).item()) for label in labels]
+    assert opened.class_names == ["0", "1", "2"] and opened.name(3) == "train.rec: record 3"
+
+
+def test_names_of_tfds_are_read_and_records_without_a_class_make_no_labels(tmp_path):
+    label = {"image": of_bytes(b"pixels"), "label": of_bytes(b"cat")}
+    others = [of_bytes(b"dog"), of_integer(-1), of_float(0.5)]
+    for number, other in enumerate([*others, None]):
+        last = {"image": of_bytes(b"more"), "file_name": of_bytes(b"2.png")}
+        last |= {} if other is None else {"label": other}
+        write_tfrecord(tmp_path / f"{number}.tfrecord", [label, last])
+        opened = open_source(str(tmp_path / f"{number}.tfrecord"))
+        assert [opened.name(i).split(": ")[1] for i in range(2)] == ["record 0", "2.png"]
+        assert opened.class_names == (["cat", "dog"] if number == 0 else [])
+
+
+def test_a_record_of_several_labels_has_no_class_and_one_of_counts_is_no_image(tmp_path):
+    records = [record(b"", [5.0, 2.0], 0), record(b"one", 1, 1), record(b"two", [1.0, 2.5], 2)]
+    (tmp_path / "faces.rec").write_bytes(b"".join(records))
+    opened = open_source(str(tmp_path))
+    assert isinstance(opened, ShardSet)
+    assert read_all(opened) == [b"one", b"two"] and opened.labels is None
+    assert opened.skipped == {"record without image": 1}
+
+
+@pytest.mark.parametrize(
+    ("features", "told"),
+    [
+        ({"image_raw": of_bytes(b"x"), "height": of_integer(3)}, "but height, image_raw"),
+        ({"image": of_float(0.5)}, "but image"),
+        ({"a": of_bytes(b"")}, "but a"),
+    ],
+    ids=["other names", "floats", "an empty one"],
+)
+def test_a_tfrecord_without_encoded_images_is_refused_with_what_it_has(tmp_path, features, told):
+    write_tfrecord(tmp_path / "x.tfrecord", [features])
+    with pytest.raises(ValueError, match="x.tfrecord is no shard of encoded images: record 0") as e:
+        open_source(str(tmp_path))
+    assert told in str(e.value)
+
+
+def write_small(path: Path) -> bytes:
+    """Three records, the middle one of RecordIO in two parts."""
+    small = [b"abc", b"12" + MAGIC_BYTES + b"3456" + MAGIC_BYTES, b"xy"]
+    small[1] = small[1].rjust(16, b"_")
+    if path.suffix == ".rec":
+        write_recordio(path, [record(image, n, n) for n, image in enumerate(small)])
+    else:
+        write_tfrecord(
+            path, [{"image": of_bytes(s), "label": of_integer(n)} for n, s in enumerate(small)]
+        )
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["x.rec", "x.tfrecord"])
+def test_a_shard_cut_anywhere_is_refused_unless_whole_records_are_left(tmp_path, name):
+    path = tmp_path / name
+    whole = write_small(path)
+    lengths = []
+    for end in range(1, len(whole)):
+        path.write_bytes(whole[:end])
+        try:
+            lengths.append(len(scan_shard(str(path)).names))
+        except ValueError as error:
+            assert str(path) in str(error)
+    assert lengths == [1, 2]
+
+
+@pytest.mark.parametrize("name", ["x.rec", "x.tfrecord"])
+def test_damaged_records_raise_nothing_but_one_line_that_names_the_shard(tmp_path, name):
+    path = tmp_path / name
+    whole = write_small(path)
+    draw = random.Random(0)
+    num_refused = 0
+    for _ in range(300):
+        data = bytearray(whole)
+        for _ in range(draw.randrange(1, 3)):
+            data[draw.randrange(len(data))] = draw.choice((0, 1, 0x7F, 0x80, 0xFF))
+        path.write_bytes(data)
+        try:
+            found = scan_shard(str(path))
+        except ValueError as error:
+            assert str(path) in str(error) and str(error).isprintable()
+            num_refused += 1
+            continue
+        for offset, span in zip(found.offsets, found.spans, strict=True):
+            assert 0 <= offset <= offset + span <= len(data)
+            if found.kind == "RecordIO":
+                try:
+                    unpack_record(np.frombuffer(data, np.uint8)[offset : offset + span])
+                except BadImage as error:
+                    assert str(error).isprintable()
+    assert 50 < num_refused < 250
+
+
+def test_other_bytes_than_a_record_are_a_bad_image():
+    whole = np.frombuffer(record(b"image", 1, 1), np.uint8)
+    assert unpack_record(whole).tobytes() == b"image"
+    for data, reason in (
+        (whole[:4], "truncated RecordIO"),
+        (whole[:20], "truncated RecordIO"),
+        (whole[1:], "no RecordIO record"),
+    ):
+        with pytest.raises(BadImage, match=reason):
+            unpack_record(data)
