@@ -1,0 +1,298 @@
+"""Pack a folder of images into tar shards: `python pipeline/pack.py SRC DEST`.
+
+DEST/images-000000.tar ... are WebDataset shards (members key.jpg and key.cls) in the folder's
+order, each with its index; `--data.root DEST` trains from them as from SRC. Of a SRC with train/
+and val/ both are packed. Every image is read, its header looked at and decoded by PIL, which finds
+more damage than DALI; what fails is left out, told and listed in DEST/left_out.jsonl. The same
+command goes on after a kill and makes the same bytes: it keeps every shard that is whole.
+
+A newcomer's mistake: packing to save the cost of decoding. The images stay as they are; what is
+saved is a million opens on storage that is slow at them.
+"""
+
+import os
+import sys
+
+if not __package__:  # run as a script: the repo root, not this folder, heads sys.path
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+import argparse
+import io
+import json
+import tarfile
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from PIL import Image, UnidentifiedImageError
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from pipeline.header import BadImage, image_size
+from pipeline.records import Contents
+from pipeline.shard_index import (
+    Packed,
+    ShardIndex,
+    build_index,
+    index_path,
+    load_index,
+    read_index,
+    save_index,
+)
+from pipeline.shard_scan import TAR
+from pipeline.sources import ImageFolder, list_images, printable, split_root
+
+RENAMED = b"__renamed__"
+_BLOCK = 64  # images that are read and checked before they are written, in memory at once
+_MAX_NAME_BYTES = 100  # of the tar format; the extensions for longer ones DALI's reader refuses
+
+
+def pack(
+    folder: ImageFolder,
+    dest: Path,
+    *,
+    shard_bytes: int,
+    tell: Callable[[str], None],
+    moved: Callable[[int], None],
+) -> list[ShardIndex]:
+    """Write the shards of a folder that dest lacks; return the indices of all.
+
+    tell is given a line for each shard, moved the number of images done.
+
+    Raises   ValueError when dest holds shards of other images or another size, cannot be written,
+             or no image is good.
+    """
+    dest.mkdir(parents=True, exist_ok=True)
+    Image.init()  # all its plugins now: threads that load them at once miss some
+    indices: list[ShardIndex] = []
+    position = 0
+    try:
+        lock = FileLock(dest / ".lock").acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"{dest} is being packed by another process") from None
+    with lock, ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        while position < len(folder):
+            shard = dest / f"images-{len(indices):06d}.tar"
+            index = _finished(shard, folder, position, shard_bytes)
+            state = "was there"
+            if index is None:
+                images = checked(folder, position, pool, moved)
+                index = _write_shard(shard, folder, position, shard_bytes, images)
+                state = f"{index.num_bytes / 2**20:.1f} MiB"
+            assert index.packed is not None
+            indices.append(index)
+            moved(position := index.packed.end)
+            line = f"{shard.name}: {len(index.ends)} images, {state}"
+            if left_out := index.packed.left_out:
+                line += f", {len(left_out)} left out, such as {': '.join(left_out[0])}"
+            tell(line)
+    listed = [entry for index in indices if index.packed for entry in index.packed.left_out]
+    if listed:
+        lines = [json.dumps({"file": name, "reason": why}) + "\n" for name, why in listed]
+        (dest / "left_out.jsonl").write_text("".join(lines))
+    return indices
+
+
+def _finished(
+    shard: Path, folder: ImageFolder, position: int, shard_bytes: int
+) -> ShardIndex | None:
+    """Return the index of a shard that is whole, None for one to be written."""
+    if not os.path.exists(index_path(str(shard))):
+        if shard.exists():
+            raise ValueError(
+                f"{shard} is there without an index: remove it, or choose another DEST"
+            )
+        return None
+    try:
+        found = read_index(str(shard)).packed
+    except ValueError:  # cut by a power cut
+        return None
+    if found is None or found.source != folder.fingerprint:
+        raise ValueError(
+            f"{shard} holds other images than {folder.root} (files were added, removed or changed "
+            "there): choose another DEST, or empty this one"
+        )
+    if found.shard_bytes != shard_bytes:
+        raise ValueError(
+            f"{shard} was packed with --shard-mib {found.shard_bytes / 2**20:g}: use the same, or "
+            "another DEST"
+        )
+    try:
+        return load_index(str(shard)) if found.first == position else None
+    except (ValueError, OSError):  # the shard is gone, or no longer what it was
+        return None
+
+
+def _write_shard(
+    shard: Path,
+    folder: ImageFolder,
+    first: int,
+    shard_bytes: int,
+    images: Iterator[tuple[int, bytes | str]],
+) -> ShardIndex:
+    """Write the images that fit into a shard, then its index."""
+    contents, left_out, end = Contents(TAR), [], len(folder)
+    keys: set[bytes] = set()
+    temporary = shard.with_name(f".{shard.name}.part")
+    try:
+        with open(temporary, "wb") as file:
+            with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+                for number, data in images:
+                    if isinstance(data, str):
+                        left_out.append([folder.name(number), data])
+                    elif contents.names and tar.offset + len(data) > shard_bytes:
+                        end = number
+                        break
+                    else:
+                        _add(tar, contents, keys, folder, number, data)
+            file.flush()
+            os.fsync(file.fileno())
+        if not contents.names:
+            raise ValueError(
+                f"None of the {len(left_out)} images of {folder.root} is good, such as "
+                f"{': '.join(left_out[0])}"
+            )
+        packed = Packed(
+            source=folder.fingerprint, num_images=len(folder), shard_bytes=shard_bytes,
+            first=first, end=end, left_out=left_out,
+        )  # fmt: skip
+        if left_out:
+            contents.skipped["left out when packed"] = len(left_out)
+        classes = folder.class_names
+        index = build_index(str(temporary), contents, class_names=classes, packed=packed)
+        save_index(str(shard), index)  # first: a shard without one would pass for another tool's
+        os.replace(temporary, shard)
+    except OSError as error:
+        raise ValueError(
+            f"{shard} cannot be written ({error.strerror}): the same command goes on from there"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return index
+
+
+def _add(
+    tar: tarfile.TarFile,
+    contents: Contents,
+    keys: set[bytes],
+    folder: ImageFolder,
+    number: int,
+    data: bytes,
+) -> None:
+    """Append an image and its label; `keys` are those of the shard so far."""
+    path, label = folder.paths[number], None
+    key, dot, extension = path.rpartition(b".")
+    if not is_plain(path) or key in keys:
+        key = b"%b/%09d" % (RENAMED, number)
+    keys.add(key)
+    offset = tar.offset + tarfile.BLOCKSIZE
+    parts = [(key + dot + extension, data)]
+    if folder.labels is not None:
+        label = folder.class_names[folder.labels[number]]
+        parts.append((key + b".cls", b"%d" % folder.labels[number]))
+    contents.add(path, label, size=len(data), offset=offset)
+    for name, content in parts:
+        info = tarfile.TarInfo(name.decode())  # no time and no owner: the same bytes every time
+        info.size = len(content)
+        tar.addfile(info, io.BytesIO(content))
+
+
+def is_plain(path: bytes) -> bool:
+    """Whether an image may keep its name in a shard; the index has the true name of each.
+
+    Not if its stem has a dot, where WebDataset ends the key, nor if it is long or not printable.
+    """
+    is_long = len(path) > _MAX_NAME_BYTES
+    has_dot = b"." in os.path.basename(path).rpartition(b".")[0]
+    is_text = printable(path).encode() == path
+    return is_text and not is_long and not has_dot and not path.startswith(RENAMED)
+
+
+def checked(
+    folder: ImageFolder, first: int, pool: ThreadPoolExecutor, moved: Callable[[int], None]
+) -> Iterator[tuple[int, bytes | str]]:
+    """Yield each image's number from `first` on, and its bytes or why it is not good."""
+    for start in range(first, len(folder), _BLOCK):
+        numbers = range(start, min(start + _BLOCK, len(folder)))
+        yield from zip(numbers, pool.map(lambda n: check(folder, n), numbers), strict=True)
+        moved(numbers.stop)
+
+
+def check(folder: ImageFolder, number: int) -> bytes | str:
+    """Return the bytes of an image that decodes to its end, else the reason."""
+    try:
+        data = folder.read(number).tobytes()
+        image_size(data)
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+    except BadImage as error:
+        if str(error).startswith(("missing", "unreadable")):  # says more of the disk than of it
+            raise ValueError(
+                f"{folder.root}/{folder.name(number)}: {error}. Mend or remove it; the same "
+                "command goes on"
+            ) from None
+        return str(error)
+    except UnidentifiedImageError:  # its message holds an address
+        return "does not decode (PIL knows no such image)"
+    except Exception as error:  # PIL's decoders raise nearly anything; the reason is told
+        return f"does not decode ({error})"
+    return data
+
+
+def pack_root(src: str, dest: Path, *, shard_bytes: int) -> dict:
+    """Pack SRC, or its train/ and its val/; what was made, for the last line of stdout."""
+    train, val = split_root(src)
+    roots = [train] if val is None else [train, val]
+    folders = {dest if val is None else dest / os.path.basename(r): list_images(r) for r in roots}
+    console = Console(stderr=True)
+    bar = Progress(
+        TextColumn("packing"), BarColumn(), MofNCompleteColumn(), TextColumn("ETA"),
+        TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal,
+    )  # fmt: skip
+    total = {"folder": str(dest), "images": 0, "shards": 0, "left_out": 0, "bytes": 0}
+    with bar:
+        for target, folder in folders.items():
+            if target.resolve() == Path(folder.root).resolve():
+                raise ValueError(f"{target} holds the images: choose another DEST")
+            task = bar.add_task("packing", total=len(folder))
+            tell = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+            for kind, count in folder.skipped.items():
+                tell(f"left out under {folder.root}: {count} x {kind}")
+            for index in pack(
+                folder, target, shard_bytes=shard_bytes, tell=tell,
+                moved=lambda done, task=task: bar.update(task, completed=done),
+            ):  # fmt: skip
+                total["images"] += len(index.ends)
+                total["shards"] += 1
+                total["bytes"] += index.num_bytes
+                total["left_out"] += len(index.packed.left_out if index.packed else [])
+    return total
+
+
+def main() -> None:
+    """Read the flags, pack, print what was made as one JSON line."""
+    parser = argparse.ArgumentParser(description="Pack a folder of images into tar shards.")
+    parser.add_argument("src", help="folder of images, or one with train/ and val/")
+    parser.add_argument("dest", type=Path, help="folder for the shards")
+    parser.add_argument("--shard-mib", type=float, default=1024, help="size of a shard in MiB")
+    arguments = parser.parse_args()
+    Image.MAX_IMAGE_PIXELS = None  # image_size has the limit
+    warnings.filterwarnings("ignore", module="PIL")  # of metadata: what counts are the pixels
+    try:
+        if not arguments.shard_mib > 0:
+            raise ValueError(f"--shard-mib must be > 0, got {arguments.shard_mib}")
+        shard_bytes = int(arguments.shard_mib * 2**20)
+        print(json.dumps(pack_root(arguments.src, arguments.dest, shard_bytes=shard_bytes)))
+    except (ValueError, OSError, KeyboardInterrupt) as error:
+        from train.cli import refuse  # brings torch and DALI, which nothing else here needs
+
+        if isinstance(error, KeyboardInterrupt):
+            refuse("stopped: the same command goes on behind the last whole shard", code=130)
+        refuse(str(error), code=1)
+
+
+if __name__ == "__main__":
+    main()
