@@ -28,7 +28,7 @@ import torch
 from harness import open_images, read_flags, with_batch
 from loader_times import ours
 from pipeline.runner import ImageReader
-from pipeline.sources import list_images
+from pipeline.sources import ImageFolder, list_images
 from results import save_json
 from train import distributed
 from train.cli import refuse
@@ -154,6 +154,8 @@ def main() -> None:
             if world.size > 1:
                 raise ValueError("profiling/growth.py measures one process: start it with python")
             reader = open_images(config, world)
+            if not isinstance(reader.source, ImageFolder):
+                raise ValueError("profiling/growth.py links files: give it a folder, not shards")
             m = m.filled(torch.device(world.device))
             found = measure_growth(config, reader, world, n=m.n, images=m.loader_images)
             found |= {"n": m.n, "environment": environment(world.size, world.device)}

@@ -19,7 +19,7 @@ from jsonargparse import ArgumentError
 
 from photos import write_photos
 from pipeline.runner import ImageReader
-from pipeline.sources import ImageFolder, list_images
+from pipeline.shards import ImageSource, open_source
 from train.cli import build_parser, explain, flags, refuse
 from train.config import Config, at_least
 from train.distributed import World, from_main
@@ -117,17 +117,17 @@ def with_batch(config: Config, batch_size: int) -> Config:
 
 def open_images(config: Config, world: World) -> ImageReader:
     """The images of --data.root, listed on rank 0. Raises: ValueError where there are none."""
-    found: object = None
+    found: ImageSource | Exception | None = None
     if world.is_main:
         try:
             root = config.data.root
             if root == PHOTOS:
                 root = str(write_photos(Path(tempfile.gettempdir()) / f"twinturbo-{os.getuid()}"))
-            found = list_images(root)
+            found = open_source(root)
         except (ValueError, OSError) as error:
             found = error
     found = from_main(world, found)
     if isinstance(found, Exception):
         raise found
-    assert isinstance(found, ImageFolder)
+    assert found is not None
     return ImageReader(found, config.data.max_pixels)

@@ -35,6 +35,7 @@ from pipeline.graph import DecodeOptions
 from pipeline.loader import num_threads, view_loader
 from pipeline.order import SampleOrder
 from pipeline.runner import DaliLoader, ImageReader
+from pipeline.sources import ImageFolder
 from train.config import Config
 from train.distributed import World
 from turns import Repetition, Timing, seconds_of, take_turns
@@ -216,7 +217,10 @@ def measure_loader(
             variants["torchvision"] = torchvision_loader(
                 reader, config, world, steps=steps, workers=workers
             )
-        variants["dali_example"] = dali_example(reader, config, world, steps=steps)
+        if isinstance(reader.source, ImageFolder):
+            variants["dali_example"] = dali_example(reader, config, world, steps=steps)
+        else:
+            missing["dali_example"] = "it reads the files of a folder, and these are shards"
     found = take_turns(variants, images=steps * rows, warmup=1, n=n, budget_s=budget_s, world=world)
     return found | {name: Timing(0, not_measured=why) for name, why in missing.items()}
 
