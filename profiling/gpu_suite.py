@@ -186,7 +186,7 @@ def last_line(log: Path) -> str:
 
 def throughput(s: Suite, name: str, what: str, *flags: str) -> dict:
     """A part of profiling/throughput.py on the photos."""
-    size = [*TINY, "--n=1", "--loader_images=32", "--precision=fp32"] if s.rehearse else []
+    size = [*TINY, "--repeats=1", "--loader_images=32", "--precision=fp32"] if s.rehearse else []
     return s.run(
         name, "profiling/throughput.py", f"--data.root={s.imagenet}", f"--what={what}", *size,
         *flags,

@@ -157,8 +157,8 @@ def main() -> None:
             if not isinstance(reader.source, ImageFolder):
                 raise ValueError("profiling/growth.py links files: give it a folder, not shards")
             m = m.filled(torch.device(world.device))
-            found = measure_growth(config, reader, world, n=m.n, images=m.loader_images)
-            found |= {"n": m.n, "environment": environment(world.size, world.device)}
+            found = measure_growth(config, reader, world, n=m.repeats, images=m.loader_images)
+            found |= {"n": m.repeats, "environment": environment(world.size, world.device)}
     except (ValueError, OSError) as error:
         refuse(str(error), code=1)
     if m.save:

@@ -41,7 +41,7 @@ class MeasureConfig:
     """Steps of a repetition; 0 takes 50 on a GPU, 1 on a CPU."""
     warmup: int = 0
     """Steps before the first timed one; 0 takes 20 on a GPU, 1 on a CPU."""
-    n: int = 0
+    repeats: int = 0
     """Repetitions; 0 takes 3 on a GPU, 5 on a CPU."""
     loader_images: int = 0
     """Images of a repetition of the loader; 0 takes 8,192 on a GPU, 512 on a CPU."""
@@ -58,7 +58,7 @@ class MeasureConfig:
 
     def __post_init__(self) -> None:
         """Refuse impossible values."""
-        for name in ("steps", "warmup", "n", "loader_images"):
+        for name in ("steps", "warmup", "repeats", "loader_images"):
             at_least(name, getattr(self, name), 0)
         at_least("gpus", self.gpus, 1)
         if not re.fullmatch(r"[\w.-]*", self.save):
@@ -73,7 +73,7 @@ class MeasureConfig:
             self,
             steps=self.steps or (50 if is_cuda else 1),
             warmup=self.warmup or (20 if is_cuda else 1),
-            n=self.n or (3 if is_cuda else 5),
+            repeats=self.repeats or (3 if is_cuda else 5),
             loader_images=self.loader_images or (8192 if is_cuda else 512),
         )
 

@@ -85,10 +85,16 @@ def measure_loader_part(
     rows = max(LOADER_ROWS, config.data.batch_size // world.size)
     larger = with_batch(config, rows * world.size)
     timings = measure_loader(
-        reader, larger, world, peers=m.peers, n=m.n, budget_s=m.budget_s, images=m.loader_images
+        reader,
+        larger,
+        world,
+        peers=m.peers,
+        n=m.repeats,
+        budget_s=m.budget_s,
+        images=m.loader_images,
     )
     found["loader"] = {name: timing.summary() for name, timing in timings.items()}
-    found["stages"] = measure_stages(reader, larger, world, n=m.n)
+    found["stages"] = measure_stages(reader, larger, world, n=m.repeats)
     found["ratios"] |= ratios("loader", timings)
     found["images_per_s"]["loader"] = round(total_rate(world, timings["ours"])[0], 2)
 
@@ -97,7 +103,13 @@ def measure_step_part(config: Config, m: MeasureConfig, world: World, found: dic
     """The step, its peers, and each rank's part of it."""
     say(world, "step: ours" + (" and its peers" if m.peers else "") + " ...")
     timings = measure_step(
-        config, world, peers=m.peers, steps=m.steps, warmup=m.warmup, n=m.n, budget_s=m.budget_s
+        config,
+        world,
+        peers=m.peers,
+        steps=m.steps,
+        warmup=m.warmup,
+        n=m.repeats,
+        budget_s=m.budget_s,
     )
     found["step"] = {name: timing.summary() for name, timing in timings.items()}
     found["ratios"] |= ratios("step", timings)
@@ -114,7 +126,7 @@ def measure_both(
     """Loader and step together, against the slower of the two."""
     say(world, "end to end ...")
     timing, wait = measure_end_to_end(
-        reader, config, world, steps=max(m.steps, 3), n=m.n, budget_s=m.budget_s
+        reader, config, world, steps=max(m.steps, 3), n=m.repeats, budget_s=m.budget_s
     )
     found["end_to_end"] = {"ours": timing.summary(), "data_wait_pct": round(wait, 2)}
     rates = found["images_per_s"]
@@ -149,7 +161,7 @@ def measure_ranks(config: Config, m: MeasureConfig, world: World, before: dict) 
     if world.is_main:
         one = dataclasses.replace(world, rank=0, size=1, local_size=1)
         timing = measure_step(
-            with_batch(config, rows), one, peers=False, steps=m.steps, warmup=m.warmup, n=m.n,
+            with_batch(config, rows), one, peers=False, steps=m.steps, warmup=m.warmup, n=m.repeats,
             budget_s=m.budget_s,
         )["ours"]  # fmt: skip
         alone = None if timing.not_measured else timing.rate()
@@ -202,7 +214,9 @@ def main() -> None:
             m = m.filled(world.device)
             found = measure(config, m, world)
             found |= {
-                "n": m.n, "config": dataclasses.asdict(config), "measure": dataclasses.asdict(m),
+                "n": m.repeats,
+                "config": dataclasses.asdict(config),
+                "measure": dataclasses.asdict(m),
                 "environment": environment(world.size, world.device),
             }  # fmt: skip
             is_main = world.is_main

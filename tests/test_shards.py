@@ -177,10 +177,8 @@ def test_an_index_that_cannot_be_kept_is_warned_of(tmp_path, monkeypatch, capfd)
 
 def batches(reader: ImageReader) -> list:
     order = SampleOrder(len(reader.source), batch_size=8, seed=0)
-    augment = AugmentConfig(size=24)
-    loader = view_loader(
-        reader, order, range(8), augment=augment, options=DecodeOptions(), device=CPU
-    )
+    views = [AugmentConfig(size=24)] * 2
+    loader = view_loader(reader, order, range(8), views=views, options=DecodeOptions(), device=CPU)
     return list(loader)
 
 

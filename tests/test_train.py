@@ -222,7 +222,7 @@ def test_without_stop_gradient_the_demo_collapses_and_says_so(tmp_path):
     done = subprocess.run(
         [
             sys.executable, "train/main.py", "--config=configs/demo.yaml", f"--out={tmp_path}/run",
-            "--method.stop_gradient=false", "--max_steps=300", "--device=cpu",
+            "--method.stop_gradient=false", "--max_steps=600", "--device=cpu",
         ],
         cwd=ROOT, capture_output=True, text=True, timeout=900, check=True,
     )  # fmt: skip
