@@ -417,23 +417,32 @@ def test_bf16_in_software_is_warned_of(images, tmp_path, monkeypatch):
     assert ("no bf16 instructions" in done.stderr) == (not has_fast_bf16())
 
 
+SIGNALLED_IN_CHECK = """
+import os, signal
+from train import embed, main
+normalize, batches = embed.normalize_views, []
+def signalled(*arguments, **options):
+    batches.append(None)
+    if len(batches) == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return normalize(*arguments, **options)
+embed.normalize_views = signalled
+main.main()
+"""
+
+
 def test_a_signal_during_the_knn_check_stops_it_and_the_check_is_made_up_for(
     straight, images, tmp_path
 ):
     out = tmp_path / "run"
-    process = subprocess.Popen(
-        # 96 batches of one image: the first check takes some seconds
-        command(images, out, "--eval.batch_size=1"), cwd=ROOT, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True,
+    python, _, _, script, *flags = command(images, out, "--eval.batch_size=4")
+    assert script == "train/main.py"
+    done = subprocess.run(
+        [python, "-c", SIGNALLED_IN_CHECK, *flags], cwd=ROOT, capture_output=True, text=True,
+        timeout=300, check=False,
     )  # fmt: skip
-    limit = time.monotonic() + 120
-    log = out / "log.txt"
-    while not (log.exists() and "kNN:" in log.read_text()) and time.monotonic() < limit:
-        time.sleep(0.01)
-    time.sleep(0.3)  # the handler of signals is set before the check begins
-    process.send_signal(signal.SIGTERM)
-    stdout, _ = process.communicate(timeout=120)
-    found = json.loads(stdout.splitlines()[-1])
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = result(done)
     assert (found["state"], found["steps"], found["knn_by_step"]) == ("preempted", 0, {})
     again = result(run(images, out))
     assert again["knn_by_step"] == straight[1]["knn_by_step"]
