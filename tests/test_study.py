@@ -72,7 +72,7 @@ def test_what_so_many_images_do_not_allow_is_left_out(flags, images, reason):
 
 
 def row(name: str, *flags: str, paper: float | None = 50.0, says="worse") -> Row:
-    return Row(name, name.upper(), paper, says, f"says {name}", flags)
+    return Row(name, name.upper(), paper, says, f"|says| {name}", flags)
 
 
 def test_variants_of_one_setting_share_their_runs_and_other_flags_are_other_runs(tmp_path):
@@ -256,9 +256,9 @@ def test_means_ranges_and_outcomes_are_those_worked_out_by_hand(tmp_path):
     lines = markdown(found).splitlines()
     assert lines[2] == "| untrained encoder | | | 40.0 | | | | |"
     assert lines[3] == (
-        "| BASE | 60.0 | says base | 73.0 (70.0 to 76.0) | -0.800 | 0.90 | learns | yes |"
+        "| BASE | 60.0 | \\|says\\| base | 73.0 (70.0 to 76.0) | -0.800 | 0.90 | learns | yes |"
     )
-    assert "| NOT | 50.0 | says not | left out: too few images |" in lines[8]
+    assert "| NOT | 50.0 | \\|says\\| not | left out: too few images |" in lines[8]
     assert "(n = 1)" in lines[7] and "(1 failed)" in lines[9]
     assert lines[-1] == "Otherwise than in the paper: APART (worse here, the same there)."
     draw(found, tmp_path / "picture.png")
@@ -317,3 +317,30 @@ def test_a_study_leaves_tables_and_figures_and_is_not_run_again(tmp_path):
     before = [path.stat().st_mtime_ns for path in results]
     assert len(results) == 2 and go()["run_now"] == 0
     assert [path.stat().st_mtime_ns for path in results] == before
+
+
+def test_recording_a_study_puts_its_table_between_the_marks_of_the_docs(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))  # the script puts its root first
+    import record_study
+    import results
+
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(record_study, "DOCS", tmp_path / "study.md")
+    mark = "a\n<!-- study-small -->\n{}<!-- end -->\nb\n<!-- study-other -->\n<!-- end -->\n"
+    record_study.DOCS.write_text(mark.format("of before\n"))
+    found = small_study(tmp_path / "runs") | {"environment": {"device": "A CPU"}}
+    out = tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(ValueError, match="run train/study.py --out"):
+        record_study.record_study(out)
+    (out / "study-small.png").write_bytes(b"png")
+    (out / "study-small.json").write_text(json.dumps(found))
+    data, picture = record_study.record_study(out)
+    assert json.loads(data.read_text())["study"] == "small" and picture.read_bytes() == b"png"
+    assert data.name.startswith("study-small_a-cpu_") and data.stem == picture.stem
+    block = record_study.shown(found, [data, picture])
+    assert markdown(found) in block and f"(../profiling/results/{picture.name})" in block
+    assert record_study.DOCS.read_text() == mark.format(block)
+    (out / "study-small.json").write_text(json.dumps(found | {"revisions": ["a", "b"]}))
+    with pytest.raises(ValueError, match="are of 2 revisions"):
+        record_study.record_study(out)

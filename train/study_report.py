@@ -142,7 +142,8 @@ def markdown(found: dict) -> str:
         lines.append(f"| untrained encoder | | | {cell(untrained, 1)} | | | | |")
     for row in found["rows"]:
         paper = "" if row["paper"] is None else f"{row['paper']:.1f}"
-        start = f"| {row['label']} | {paper} | {row['paper_says']} |"
+        label, says = (row[key].replace("|", r"\|") for key in ("label", "paper_says"))
+        start = f"| {label} | {paper} | {says} |"
         if "left_out" in row:
             lines.append(f"{start} left out: {row['left_out']} | | | | |")
             continue
