@@ -67,7 +67,7 @@ def explain(message: str, known: Sequence[str] | None = None) -> str:
     keys = re.findall(r"(?:[Kk]ey|[Oo]ption) [\"']([\w.]+)[\"']", message)
     groups = re.findall(r"Group [\"']([\w.]+)[\"']", message)
     unknown += [".".join([*groups[:1], key]) for key in keys]
-    line = " ".join(part.strip() for part in message.splitlines() if part.strip())
+    line = plain(" ".join(part.strip() for part in message.splitlines() if part.strip()))
     hints = []
     for name in unknown:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
@@ -75,6 +75,31 @@ def explain(message: str, known: Sequence[str] | None = None) -> str:
         if near and name not in known:
             hints.append(f"{name} is unknown: perhaps you meant --{near[0]}")
     return "; ".join(hints) or line
+
+
+EXPECTED = {
+    "<class 'int'>": "a whole number",
+    "<class 'float'>": "a number",
+    "<class 'bool'>": "true or false",
+    "<class 'str'>": "a text",
+}
+
+
+def plain(line: str) -> str:
+    """A parser's message with flags as they are typed and types in words."""
+    line = re.sub(r'Parser key "([\w.]+)"', r"--\1", line)
+    for kind, words in EXPECTED.items():
+        line = line.replace(f"Expected a {kind}", f"expected {words}")
+    line = re.sub(
+        r"Expected a typing\.Literal\[([^]]*)\]",
+        lambda found: "expected " + found[1].replace("', '", " or ").strip("'"),
+        line,
+    )
+    line = line.replace(". Got value:", ", got")
+    missing = re.fullmatch(r"the following arguments are required: ([\w., ]+)", line)
+    if missing:
+        line = "required: " + ", ".join(f"--{name}" for name in missing[1].split(", "))
+    return line
 
 
 def first_line(error: BaseException) -> str:
