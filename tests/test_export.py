@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -144,6 +145,28 @@ def test_what_other_tools_do_not_have_is_refused(run):
     assert not (folder / "out").exists()
 
 
+def test_a_cifar_stem_comes_with_what_to_do_in_torchvision(torchvision, run):
+    folder, ours = run(arch="resnet18", stem="cifar")
+    written = export.export_torchvision(folder, folder / "out")
+    model = torchvision.models.resnet18()
+    exec(written["note"].partition("before loading, ")[2].replace(" and ", "; "))
+    missing, unexpected = model.load_state_dict(load_file(written["file"]), strict=False)
+    assert missing == ["fc.weight", "fc.bias"] and not unexpected
+    model.fc = torch.nn.Identity()
+    x = torch.randn(2, 3, 32, 32).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x), ours(x), rtol=1e-4, atol=1e-4)
+
+
+def test_whoever_reads_other_files_reads_an_export(run):
+    folder, _ = run(arch="resnet18")
+    plain = folder / "plain"
+    plain.write_text("")
+    for write, name in (("timm", "model.safetensors"), ("torchvision", "resnet18.safetensors")):
+        export.EXPORTS[write](folder, folder / write)
+        assert (folder / write / name).stat().st_mode == plain.stat().st_mode
+
+
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is not a run folder"):
         export.backbone_weights(tmp_path)
@@ -155,11 +178,11 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
 def test_a_failed_export_leaves_no_half_file(run, monkeypatch):
     folder, _ = run(arch="resnet18")
 
-    def full_disk(tensors, path, metadata):
-        path.write_bytes(b"half")
+    def full_disk(path, data):
+        path.write_text("half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(export, "save_file", full_disk)
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
     with pytest.raises(OSError, match="No space left"):
         export.export_torchvision(folder, folder / "out")
     assert list((folder / "out").iterdir()) == []

@@ -22,7 +22,7 @@ import shutil
 from pathlib import Path
 
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import save  # save_file makes files that only their owner can read
 from torch import Tensor
 
 from train import checkpoint
@@ -30,6 +30,10 @@ from train.cli import refuse
 from train.resnet import LAYERS
 
 PREFIX = "backbone."
+CIFAR_STEM = (
+    "the stem is CIFAR's: before loading, model.conv1 = torch.nn.Conv2d(3, 64, 3, 1, 1, bias=False)"
+    " and model.maxpool = torch.nn.Identity()"
+)
 
 
 def backbone_weights(run: Path) -> tuple[dict[str, Tensor], dict]:
@@ -76,8 +80,9 @@ def export_torchvision(run: Path, target: Path) -> dict:
     check_exchangeable(config, "torchvision")
     path = target / f"{config['model']['arch']}.safetensors"
     about = {"format": "pt", "arch": config["model"]["arch"], "stem": config["model"]["stem"]}
-    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata=about))
-    return {"file": str(path), "tensors": len(tensors), "step": config["step"]}
+    write_whole(path, lambda temporary: temporary.write_bytes(save(tensors, about)))
+    found = {"file": str(path), "tensors": len(tensors), "step": config["step"]}
+    return found | ({"note": CIFAR_STEM} if config["model"]["stem"] == "cifar" else {})
 
 
 def export_timm(run: Path, target: Path) -> dict:
@@ -106,7 +111,7 @@ def export_timm(run: Path, target: Path) -> dict:
     }
     write_whole(
         target / "model.safetensors",
-        lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}),
+        lambda temporary: temporary.write_bytes(save(tensors, {"format": "pt"})),
     )
     write_whole(
         target / "config.json",
@@ -192,7 +197,10 @@ def main() -> None:
     arguments = parser.parse_args()
     target = arguments.out or arguments.run / f"export-{arguments.to}"
     try:
-        print(json.dumps(EXPORTS[arguments.to](arguments.run, target)))
+        found = EXPORTS[arguments.to](arguments.run, target)
+        if "note" in found:
+            print(f"note: {found['note']}", file=sys.stderr)
+        print(json.dumps(found))
     except (ValueError, OSError) as error:
         refuse(str(error), code=1)
 
