@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,9 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+
+from train.config import Config, DataConfig, MethodConfig
+from train.state import check_same_run, comparable
 
 ROOT = Path(__file__).parent.parent
 TINY = [
@@ -100,7 +104,7 @@ def test_a_run_leaves_results_curves_and_everything_to_run_it_again(straight, im
     assert -1 <= found["loss"] <= 1 and 0 < found["z_std"] < 1.5
     assert set(found["knn_by_step"]) == {"0", "6", "12"}
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows if "train/loss" in row] == [2, 4, 6, 8, 10, 12]
+    assert [row["step"] for row in rows if "train/loss" in row] == [1, 2, 4, 6, 8, 10, 12]
     tags = {tag for row in rows for tag in row}
     assert tags >= {
         "train/loss", "train/lr", "train/z_std", "train/grad_norm", "time/data_wait_pct",
@@ -123,7 +127,7 @@ def test_tensorboard_holds_scalars_pictures_and_features(straight):
     tags = board.Tags()
     assert {"train/loss", "eval/knn_top1", "throughput/images_per_sec"} <= set(tags["scalars"])
     assert "views" in tags["images"]
-    assert [event.step for event in board.Scalars("train/loss")] == [2, 4, 6, 8, 10, 12]
+    assert [event.step for event in board.Scalars("train/loss")] == [1, 2, 4, 6, 8, 10, 12]
     assert (out / "tb" / "projector_config.pbtxt").exists()
 
 
@@ -174,6 +178,9 @@ def test_a_signal_saves_and_says_how_to_go_on(straight, images, tmp_path, number
     status = json.loads((out / "status.json").read_text())
     assert status["state"] == "preempted" and status["step"] >= 3
     assert "The same command goes on from there" in stderr
+    assert stderr.count(f"{number.name}: stopping and saving") == 1
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == status["step"] and "train/loss" in rows[-1]
     assert json.loads(stdout.splitlines()[-1])["state"] == "preempted"
     run(images, out, "--log_every=1")
     assert same(weights(out), weights(straight[0]))
@@ -248,6 +255,27 @@ def test_folders_without_images_are_refused(tmp_path):
     for root, part in ((tmp_path / "empty", "empty"), (tmp_path / "text", ".txt")):
         refused(run(root, tmp_path / "run", expect=1), "No images under", str(root), part)
     refused(run(tmp_path / "nowhere", tmp_path / "run", expect=1), str(tmp_path / "nowhere"))
+    assert not (tmp_path / "run").exists()  # nothing ran in it
+
+
+def test_a_wrong_folder_on_resume_keeps_the_run_and_marks_it_failed(straight, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(straight[0], out)
+    refused(run(tmp_path / "nowhere", out, expect=1), "No images under")
+    assert json.loads((out / "status.json").read_text()) == {"state": "failed", "step": 12}
+    assert same(weights(out), weights(straight[0]))
+
+
+def test_a_checkpoint_older_than_a_setting_counts_as_that_settings_default():
+    def facts(**method):
+        config = Config(data=DataConfig(root="x"), method=MethodConfig(**method))
+        return {"config": comparable(config), "data": "same"}
+
+    old = facts()
+    del old["config"]["method.target_steps"]
+    check_same_run(old, facts(), Path("run"))
+    with pytest.raises(ValueError, match="method.target_steps was 1 and is 10"):
+        check_same_run(old, facts(target_steps=10), Path("run"))
 
 
 def test_fewer_images_than_a_batch_are_refused(images, tmp_path):
@@ -444,6 +472,8 @@ def test_a_signal_during_the_knn_check_stops_it_and_the_check_is_made_up_for(
     assert done.returncode == 0, done.stderr[-3000:]
     found = result(done)
     assert (found["state"], found["steps"], found["knn_by_step"]) == ("preempted", 0, {})
+    assert (found["knn_top1"], found["collapsed"]) == (None, None)
+    assert "after 0 steps" in done.stderr and "not measured" in done.stderr
     again = result(run(images, out))
     assert again["knn_by_step"] == straight[1]["knn_by_step"]
     assert same(weights(out), weights(straight[0]))

@@ -8,6 +8,7 @@ import ctypes
 import datetime
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -141,6 +142,9 @@ class StopSignal:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
+        if self.world.is_main:  # not print: a signal may come within one
+            text = f"{self.received.name}: stopping and saving; a second Ctrl-C ends it unsaved\n"
+            os.write(sys.stderr.fileno(), text.encode())
 
     def agreed(self) -> bool:
         """Whether to stop after this step; called once a step by every rank."""

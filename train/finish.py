@@ -26,12 +26,14 @@ def finish(session: Session, *, ended: str) -> dict:
     images = current.step * session.order.batch_size
     steps = sorted(int(step) for step in current.knn)
     z_std = current.last.get("train/z_std")
+    newest = steps[-1] if steps else 0
     result = {
-        "knn_top1": current.knn[str(steps[-1])] if steps else None,
+        "knn_top1": current.knn[str(newest)] if newest else None,
+        "knn_step": newest or None,
         "knn_top1_untrained": None if config.init else current.knn.get("0"),
         "loss": current.last.get("train/loss"),
         "z_std": z_std,
-        "collapsed": z_std is not None and z_std < session.collapse_threshold,
+        "collapsed": None if z_std is None else z_std < session.collapse_threshold,
         "collapse_threshold": session.collapse_threshold,
         "stop_gradient": config.method.stop_gradient,
         "images_per_s": images / current.train_s if current.train_s else None,

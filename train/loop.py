@@ -61,12 +61,12 @@ def train(session: Session) -> str:
             current.step += 1
             window.step_done(loss, scalars, norm)
             is_last = current.step == session.last_step
-            if current.step % config.log_every == 0 or is_last:
+            stopping = stop.agreed()
+            if current.step % config.log_every == 0 or current.step == 1 or is_last or stopping:
                 window.log(lr)
             if knn_is_due(session):
                 window.pause()
                 check_knn(session, stop)
-            stopping = stop.agreed()
             if current.step % save_every == 0 or is_last or stopping:
                 window.pause()
                 save(session)

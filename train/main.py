@@ -126,7 +126,7 @@ def main() -> None:
             print(json.dumps(result))
     except (ValueError, OSError, FloatingPointError) as error:
         if folder is not None:
-            folder.fail(traceback.format_exc())
+            folder.give_up(traceback.format_exc())
         refuse(str(error), code=1)
     except torch.OutOfMemoryError as error:
         if folder is not None:

@@ -58,7 +58,7 @@ def print_table(result: dict) -> None:
     table.add_column("result", justify="right")
     for key, label, form in (
         ("knn_top1_untrained", "kNN top-1, untrained encoder", "{:.1f} %"),
-        ("knn_top1", "kNN top-1, trained encoder", "{:.1f} %"),
+        ("knn_top1", f"kNN top-1 after {result['knn_step'] or result['steps']} steps", "{:.1f} %"),
         ("loss", "loss", "{:.4f}"),
         ("z_std", "std(z/|z|) * sqrt(d)", "{:.3f}"),
         ("images_per_s", "images/s (two views each)", "{:.1f}"),
@@ -68,7 +68,7 @@ def print_table(result: dict) -> None:
         ("run", "run folder", "{}"),
     ):
         value = result[key]
-        table.add_row(label, "none" if value is None else form.format(value))
+        table.add_row(label, "not measured" if value is None else form.format(value))
     console = Console(file=sys.stderr, width=None if sys.stderr.isatty() else 100)
     console.print(table)
     if result["collapsed"]:

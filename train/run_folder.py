@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -34,6 +35,7 @@ class RunFolder:
     def __init__(self, path: str):
         """Make the folder and take it. Raises: ValueError if it cannot be written or is in use."""
         self.path = Path(path)
+        self._is_new = not self.path.exists()
         self.checkpoints = self.path / "checkpoints"
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True, mode=0o750)
@@ -97,6 +99,13 @@ class RunFolder:
             file.write(trace)
         step = self._read("status.json").get("step", 0)
         self.status("failed", step)
+
+    def give_up(self, trace: str) -> None:
+        """After bad input: a folder made now, in which nothing ran, goes; else as `fail`."""
+        if self._is_new and not (self.path / "status.json").exists():
+            shutil.rmtree(self.path)
+        else:
+            self.fail(trace)
 
     def close(self) -> None:
         """Let another process have the folder."""

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from train import checkpoint
-from train.config import Config
+from train.config import Config, DataConfig
 from train.distributed import World
 from train.methods import Method
 from train.optim import GuardedStep
@@ -93,7 +93,8 @@ def check_same_run(found: dict, facts: dict, run: Path) -> None:
             f"{run} holds weights of {found['imported']['file']}, not a run of its own: train on "
             f"from them with --init {run} and another --out"
         )
-    before, now = found["config"], facts["config"]
+    # a setting that is younger than the checkpoint had then what is its default now
+    before, now = comparable(Config(data=DataConfig(root=""))) | found["config"], facts["config"]
     changed = [
         f"{name} was {before.get(name)} and is {now.get(name)}"
         for name in sorted(before.keys() | now.keys())
