@@ -57,3 +57,29 @@ def test_split_of_one_folder_is_disjoint_complete_and_repeatable():
     assert len(queries) == 100
     assert sorted([*bank, *queries]) == list(range(1000))
     np.testing.assert_array_equal(queries, knn.split_bank(labels, seed=3)[1])
+
+
+@pytest.mark.parametrize("k", [10, 60])
+def test_ranked_classes_are_sklearns_by_probability(k):
+    bank, bank_labels, queries, _ = problem()
+    reference = KNeighborsClassifier(
+        k, metric="euclidean", weights=lambda d: np.exp((1 - d**2 / 2) / 0.1)
+    )
+    reference.fit(bank.numpy(), bank_labels.numpy())
+    expected = reference.predict_proba(queries.numpy())
+    similarity, rows = knn.nearest(queries, bank, k)
+    found = knn.ranked(similarity, bank_labels[rows], num_classes=5, temperature=0.1, top=5)
+    for guesses, probabilities in zip(found.tolist(), expected, strict=True):
+        named = [guess for guess in guesses if guess >= 0]
+        assert named == np.argsort(-probabilities)[: len(named)].tolist()
+        assert len(named) == (probabilities > 0).sum() and set(guesses[len(named) :]) <= {-1}
+
+
+def test_ranking_in_chunks_changes_nothing_and_agrees_with_the_vote(monkeypatch):
+    bank, bank_labels, queries, _ = problem()
+    similarity, rows = knn.nearest(queries, bank, 20)
+    options = {"num_classes": 5, "temperature": 0.1}
+    whole = knn.ranked(similarity, bank_labels[rows], top=3, **options)
+    assert torch.equal(whole[:, 0], knn.vote(similarity, bank_labels[rows], **options))
+    monkeypatch.setattr(knn, "SIMILARITIES", 7 * 5)
+    assert torch.equal(knn.ranked(similarity, bank_labels[rows], top=3, **options), whole)

@@ -32,6 +32,20 @@ def autocast(config: Config, device: torch.device):
         yield
 
 
+@torch.no_grad()
+def features_of(backbone: nn.Module, images: Tensor, config: Config) -> Tensor:
+    """What a backbone in evaluation mode gives: (N, S, S, 3) uint8 -> (N, D) fp32."""
+    x = normalize_views(
+        images,
+        config.data.mean,
+        config.data.std,
+        DTYPES[config.precision],
+        kernels=config.model.kernels,
+    )
+    with autocast(config, images.device):
+        return backbone(x).float()
+
+
 class EvaluationStopped(Exception):
     """A signal came while features were made; on every rank in the same round."""
 
@@ -43,12 +57,14 @@ def embed(
     config: Config,
     world: World,
     *,
+    normalized: bool = True,
     tell: Callable[[str], None] = lambda line: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """This rank's share of the set: features of length 1, their labels and ids.
+    """This rank's share of the set: features, their labels and ids.
 
     Shapes: (M, D) fp32, (M,), (M,) int64, on the training device. Unreadable images are left out.
+    `normalized` features have length 1, as kNN takes them; else they are the backbone's own.
     `tell` hears how far it is, now and then. `stop` is asked after each batch, by all ranks equally
     often. Raises: EvaluationStopped when it says so.
     """
@@ -71,20 +87,12 @@ def embed(
     told = time.monotonic()
     rounds = math.ceil(math.ceil(len(images.ids) / world.size) / config.eval.batch_size)
     for batch in loader:
-        x = normalize_views(
-            batch.images,
-            config.data.mean,
-            config.data.std,
-            DTYPES[config.precision],
-            kernels=config.model.kernels,
-        )
-        with autocast(config, world.device):
-            out = backbone(x)
-        features.append(F.normalize(out.float(), dim=1))
+        out = features_of(backbone, batch.images, config)
+        features.append(F.normalize(out, dim=1) if normalized else out)
         ids.append(batch.ids)
         if time.monotonic() - told > TELL_S:
             told = time.monotonic()
-            tell(f"kNN: features of {len(ids)} of {len(loader)} batches")
+            tell(f"features of {len(ids)} of {len(loader)} batches")
         if stop():
             backbone.train(was_training)
             raise EvaluationStopped

@@ -25,9 +25,9 @@ import yaml
 from safetensors.torch import save  # save_file makes files that only their owner can read
 from torch import Tensor
 
-from train import checkpoint
 from train.cli import refuse
 from train.resnet import LAYERS
+from train.run_folder import CONFIG, newest_checkpoint
 
 PREFIX = "backbone."
 CIFAR_STEM = (
@@ -41,16 +41,8 @@ def backbone_weights(run: Path) -> tuple[dict[str, Tensor], dict]:
 
     Raises: ValueError if `run` is no run folder; CheckpointError if no checkpoint is valid.
     """
-    if not (run / "config.yaml").is_file():
-        raise ValueError(
-            f"{run} is not a run folder (no config.yaml): give the --out of a training"
-        )
-    config = yaml.safe_load((run / "config.yaml").read_text())
-    found = checkpoint.load_newest(
-        run / "checkpoints", log=lambda line: print(line, file=sys.stderr)
-    )
-    if found is None:
-        raise ValueError(f"{run} holds no checkpoint yet: let the training save one")
+    found = newest_checkpoint(run, log=lambda line: print(line, file=sys.stderr))
+    config = yaml.safe_load((run / CONFIG).read_text())
     tensors = {
         name.removeprefix(PREFIX): tensor
         for name, tensor in found.tensors["model"].items()

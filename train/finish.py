@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from pipeline.loader import eval_loader
+from pipeline.runner import ImageReader
+from train.config import Config
 from train.distributed import from_main
 from train.embed import embed
 from train.metrics import Metrics
@@ -79,15 +81,17 @@ def write_features(session: Session) -> None:
         data.queries, ids=data.queries.ids[:EMBEDDED], labels=data.queries.labels[:EMBEDDED]
     )
     features, labels, ids = embed(session.state.model.backbone, some, session.config, alone)
-    pictures = thumbnails(session, some.reader, ids)
+    pictures = thumbnails(some.reader, ids, config=session.config, device=session.world.device)
     names = [data.class_names[label] for label in labels.tolist()]
     metrics.embedding(session.state.step, features, names, pictures)
 
 
-def thumbnails(session: Session, reader, ids: Tensor) -> Tensor:
-    """(N, 32, 32, 3) uint8 pictures of the samples."""
+def thumbnails(
+    reader: ImageReader, ids: Tensor, *, config: Config, device: torch.device, side: int = 32
+) -> Tensor:
+    """(N, side, side, 3) uint8 pictures of the samples."""
     loader = eval_loader(
-        reader, ids.cpu().numpy(), resize=32, size=32, batch_size=256,
-        options=session.config.dali, device=session.world.device,
+        reader, ids.cpu().numpy(), resize=side, size=side, batch_size=256, options=config.dali,
+        device=device,
     )  # fmt: skip
     return torch.cat([batch.images for batch in loader])

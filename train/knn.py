@@ -29,11 +29,35 @@ def nearest(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
 
 
-def vote(similarity: Tensor, labels: Tensor, *, num_classes: int, temperature: float) -> Tensor:
-    """The class with the largest sum of exp(similarity / temperature). (Q, k) twice -> (Q,)."""
+def class_scores(
+    similarity: Tensor, labels: Tensor, *, num_classes: int, temperature: float
+) -> Tensor:
+    """Each class's sum of exp(similarity / temperature). (Q, k) twice -> (Q, num_classes)."""
     scores = similarity.new_zeros(len(similarity), num_classes)
-    scores.scatter_add_(1, labels, (similarity / temperature).exp())
+    return scores.scatter_add_(1, labels, (similarity / temperature).exp())
+
+
+def vote(similarity: Tensor, labels: Tensor, *, num_classes: int, temperature: float) -> Tensor:
+    """The class with the largest score. (Q, k) twice -> (Q,)."""
+    scores = class_scores(similarity, labels, num_classes=num_classes, temperature=temperature)
     return scores.argmax(1)
+
+
+def ranked(
+    similarity: Tensor, labels: Tensor, *, num_classes: int, temperature: float, top: int
+) -> Tensor:
+    """The `top` classes with the largest scores, best first; -1 where fewer have a neighbour.
+
+    Shapes: (Q, k) twice -> (Q, top). A class that no neighbour has is no guess: 10 neighbours of
+    two classes would else name three more, and hit by chance.
+    """
+    rows = max(1, SIMILARITIES // num_classes)
+    parts = []
+    for chunk, names in zip(similarity.split(rows), labels.split(rows), strict=True):
+        scores = class_scores(chunk, names, num_classes=num_classes, temperature=temperature)
+        best = scores.topk(top, dim=1)
+        parts.append(best.indices.where(best.values > 0, -1))
+    return torch.cat(parts)
 
 
 def knn_top1(

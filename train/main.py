@@ -34,7 +34,7 @@ from train.loop import train
 from train.methods import build_method
 from train.metrics import Log, Metrics
 from train.optim import GuardedStep, build_optimizer
-from train.run_folder import RunFolder, environment, has_fast_bf16
+from train.run_folder import SLOW_PRECISION, RunFolder, environment, is_slow_precision
 from train.session import Session
 from train.state import TrainState
 
@@ -90,11 +90,8 @@ def run(config: Config, world: World, out: Path, folder: RunFolder | None, log: 
         folder.status("running", current.step)
         metrics = Metrics(out, step=current.step, log=log)
         metrics.text("config", (out / "config.yaml").read_text())
-    if config.precision == "bf16" and world.device.type == "cpu" and not has_fast_bf16():
-        log.warn(
-            "this CPU has no bf16 instructions: software computes them, 17 times slower than "
-            "--precision fp32 where that was measured (profiling/LOG.md)"
-        )
+    if is_slow_precision(config.precision, world.device):
+        log.warn(SLOW_PRECISION)
     if world.device.type == "cuda" and (wheel := doctor.dali()).ok is False:
         log.warn(f"{wheel.found}: {wheel.remedy}")
     log(

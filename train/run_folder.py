@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,17 @@ import torch
 import yaml
 from filelock import FileLock, Timeout
 
+from train import checkpoint
+
 PACKAGES = ("torch", "triton", "numpy", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "apex",
             "tensorboard", "safetensors", "opencv-python-headless", "torchvision", "lightly",
-            "solo-learn")  # fmt: skip
+            "solo-learn", "pytorch-optimizer")  # fmt: skip
+
+CONFIG = "config.yaml"
+SLOW_PRECISION = (
+    "this CPU has no bf16 instructions: software computes them, 17 times slower than "
+    "--precision fp32 where that was measured (profiling/LOG.md)"
+)
 
 
 class RunFolder:
@@ -70,7 +79,7 @@ class RunFolder:
 
     def describe(self, config: dict, environment: dict) -> None:
         """Keep what is needed to run this again."""
-        (self.path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+        (self.path / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False))
         (self.path / "command.txt").write_text(self.command() + "\n")
         self.write("env.json", environment)
 
@@ -112,6 +121,19 @@ class RunFolder:
         self._lock.release()
 
 
+def newest_checkpoint(run: Path, *, log: Callable[[str], None]) -> checkpoint.Checkpoint:
+    """The newest valid checkpoint of a run folder; `log` hears of rejected ones.
+
+    Raises: ValueError if `run` is no run folder or has none yet; CheckpointError if none is valid.
+    """
+    if not (run / CONFIG).is_file():
+        raise ValueError(f"{run} is not a run folder (no {CONFIG}): give the --out of a training")
+    found = checkpoint.load_newest(run / "checkpoints", log=log)
+    if found is None:
+        raise ValueError(f"{run} holds no checkpoint yet: let the training save one")
+    return found
+
+
 def environment(world_size: int, device: torch.device) -> dict:
     """Versions, machine and revision; no environment variables, which may hold secrets."""
     versions = {}
@@ -141,6 +163,11 @@ def has_fast_bf16() -> bool:
     """Whether this CPU multiplies bf16 in hardware: AVX-512 BF16, AMX; not known but for x86-64."""
     flags = Path("/proc/cpuinfo").read_text()
     return platform.machine() != "x86_64" or "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def is_slow_precision(precision: str, device: torch.device) -> bool:
+    """Whether the device computes this precision in software."""
+    return precision == "bf16" and device.type == "cpu" and not has_fast_bf16()
 
 
 def cpu_name() -> str:
