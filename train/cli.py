@@ -43,6 +43,14 @@ def build_parser() -> ArgumentParser:
 
 def read_config(arguments: Sequence[str] | None = None) -> Config:
     """The Config of a command line. Exits with 2 and one line for a mistake in it."""
+    try:
+        return parse_config(arguments)
+    except ValueError as error:
+        refuse(str(error))
+
+
+def parse_config(arguments: Sequence[str] | None = None) -> Config:
+    """The Config of a command line. Raises: ValueError with one line for a mistake in it."""
     parser = build_parser()
     try:
         namespace = parser.parse_args(arguments)
@@ -54,7 +62,7 @@ def read_config(arguments: Sequence[str] | None = None) -> Config:
             }
         )
     except (ArgumentError, ValueError, TypeError, OSError) as error:
-        refuse(explain(str(error)))
+        raise ValueError(explain(str(error))) from error
 
 
 def explain(message: str, known: Sequence[str] | None = None) -> str:

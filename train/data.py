@@ -31,6 +31,12 @@ class EvalSet:
     ids: np.ndarray
     labels: np.ndarray
 
+    def labels_by_id(self) -> np.ndarray:
+        """(max(ids) + 1,) int64: the label of each image of the set, -1 for others."""
+        labels = np.full(int(self.ids.max()) + 1, -1)
+        labels[self.ids] = self.labels
+        return labels
+
 
 @dataclass(frozen=True)
 class RunData:

@@ -69,8 +69,7 @@ def embed(
     often. Raises: EvaluationStopped when it says so.
     """
     share = slice(world.rank, None, world.size)
-    labels = torch.full((int(images.ids.max()) + 1,), -1)
-    labels[torch.from_numpy(images.ids)] = torch.from_numpy(images.labels)
+    labels = torch.from_numpy(images.labels_by_id())
     loader = eval_loader(
         images.reader,
         images.ids[share],

@@ -46,6 +46,17 @@ def build_optimizer(
     return torch.optim.SGD(groups, fused=True, **options)
 
 
+def find_lars() -> Callable[..., torch.optim.Optimizer]:
+    """pytorch_optimizer's LARS. Raises: ValueError if it is not installed."""
+    try:
+        from pytorch_optimizer import LARS  # imports a hundred optimizers: only where one is needed
+    except ImportError as error:
+        raise ValueError(
+            "LARS needs pytorch_optimizer, which is not installed: pip install -r requirements.txt"
+        ) from error
+    return LARS
+
+
 def find_apex_sgd(device: torch.device) -> Callable[..., torch.optim.Optimizer]:
     """NVIDIA apex's FusedSGD. Raises: ValueError that says what is missing."""
     if (why := why_no_apex()) is not None:

@@ -1,0 +1,175 @@
+"""The flags of train/evaluate.py; what is not given is the run's own.
+
+A newcomer's mistake: looking for --model.width or --data.mean. They belong to the weights, and are
+read from the run's config.yaml.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+from train.cli import explain, flags, parse_config, refuse
+from train.config import Config, at_least
+from train.run_folder import CONFIG
+
+LISTS = ("--k", "--fast.lrs", "--linear.lrs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagesConfig:
+    """Which images; null takes the run's own."""
+
+    root: str | None = None
+    """Folder of images with class folders, or one with train/ and val/ of them, as in training."""
+    val: str | None = None
+    """Folder of labelled test images, with the same class folders as root."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LookConfig:
+    """How images are looked at and neighbours vote; null is as in the run."""
+
+    resize: int | None = None
+    """Shorter side before the centre crop, pixels."""
+    size: int | None = None
+    """Side of the crop, pixels; of the linear probe's random crops too."""
+    batch_size: int | None = None
+    """Images a forward pass and process."""
+    temperature: float | None = None
+    """A neighbour of cosine similarity s votes with weight exp(s / temperature)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FastProbeConfig:
+    """The fast probe: one linear classifier on cached features for each learning rate."""
+
+    lrs: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+    """Learning rates of SGD on standardised features; a held-out part of the training set picks."""
+    epochs: int = 50
+    """Passes over the cached features."""
+    batch_size: int = 256
+    """Rows a step."""
+
+    def __post_init__(self) -> None:
+        """Refuse impossible values."""
+        check_rates("fast.lrs", self.lrs)
+        for name in ("epochs", "batch_size"):
+            at_least(f"fast.{name}", getattr(self, name), 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearProbeConfig:
+    """The paper's linear evaluation: LARS on augmented images through the frozen backbone."""
+
+    lrs: tuple[float, ...] = (0.02, 0.1)
+    """Learning rates for a batch of 256, scaled linearly with the batch: the paper's and the
+    official code's. A classifier for each is trained on the same features."""
+    batch_size: int = 4096
+    """Images a step over all processes; fewer, with a warning, where there are fewer images."""
+    epochs: int = 90
+    """Passes over the training images; the cosine schedule ends there."""
+
+    def __post_init__(self) -> None:
+        """Refuse impossible values."""
+        check_rates("linear.lrs", self.lrs)
+        for name in ("epochs", "batch_size"):
+            at_least(f"linear.{name}", getattr(self, name), 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """One evaluation of the newest checkpoint of a run."""
+
+    k: tuple[int, ...] = (10, 20, 100, 200)
+    """Numbers of neighbours, e.g. --k 10,20; [] for no kNN."""
+    probe: Literal["fast", "linear", "both", "none"] = "both"
+    """fast: minutes, on cached features. linear: the paper's recipe, 90 epochs of forward passes;
+    it is saved each epoch, and the same command continues it. both: fast first, then linear."""
+    out: str = ""
+    """Folder for evaluation.json, pictures and the linear probe. Empty: RUN/evaluation."""
+    device: Literal["auto", "cpu", "cuda"] | None = None
+    """auto: a CUDA device where there is one; null: as in the run."""
+    precision: Literal["bf16", "fp16", "fp32"] | None = None
+    """Autocast of the backbone; probes are fp32. null: as in the run."""
+    data: ImagesConfig = field(default_factory=ImagesConfig)
+    eval: LookConfig = field(default_factory=LookConfig)
+    fast: FastProbeConfig = field(default_factory=FastProbeConfig)
+    linear: LinearProbeConfig = field(default_factory=LinearProbeConfig)
+
+    def __post_init__(self) -> None:
+        """Refuse impossible values."""
+        for k in self.k:
+            at_least("k", k, 1)
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether anything but RankMe, the collapse meter and neighbours is asked for."""
+        return bool(self.k) or self.probe != "none"
+
+
+def check_rates(name: str, rates: tuple[float, ...]) -> None:
+    """Raise ValueError for an empty sweep or an impossible learning rate."""
+    if not rates or not all(0 < rate < float("inf") for rate in rates):
+        raise ValueError(f"{name} takes learning rates > 0, such as 0.02,0.1, got {list(rates)}")
+
+
+def read_flags(arguments: Sequence[str] | None = None) -> tuple[Path, EvaluateConfig]:
+    """The run folder and what to do with it. Exits with 2 and one line for a mistake in it."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        prog="train/evaluate.py",
+        description="Evaluate the newest checkpoint of a run: kNN, probes, RankMe, pictures.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", type=str, help="the --out folder of a training")
+    parser.add_class_arguments(EvaluateConfig, as_group=True)
+    words = with_brackets(sys.argv[1:] if arguments is None else arguments)
+    try:
+        found = vars(parser.instantiate(parser.parse_args(words)))
+        return Path(found.pop("run")), EvaluateConfig(**found)
+    except (ArgumentError, ValueError, TypeError, OSError) as error:
+        refuse(explain(str(error), flags(EvaluateConfig)))
+
+
+def with_brackets(words: Sequence[str]) -> list[str]:
+    """10,20 after a flag that takes several values becomes [10,20], which jsonargparse reads."""
+    done: list[str] = []
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if equals and flag in LISTS and not value.startswith("["):
+            word = f"{flag}=[{value}]"
+        elif done and done[-1] in LISTS and not word.startswith("["):
+            word = f"[{word}]"
+        done.append(word)
+    return done
+
+
+def run_config(run: Path, chosen: EvaluateConfig) -> Config:
+    """The run's configuration with the images, device and look that were asked for."""
+    try:
+        saved = parse_config(["--config", str(run / CONFIG)])
+    except ValueError as error:
+        raise ValueError(f"{run / CONFIG} is not a training's: {error}") from error
+    data = saved.data
+    if chosen.data.root is not None:  # the run's --data.val goes with its --data.root
+        data = dataclasses.replace(data, root=chosen.data.root, val=None)
+    if chosen.data.val is not None:
+        data = dataclasses.replace(data, val=chosen.data.val)
+    if not data.root:
+        raise ValueError(f"{run} was imported and has no images of its own: give --data.root DIR")
+    look = {name: v for name, v in dataclasses.asdict(chosen.eval).items() if v is not None}
+    return dataclasses.replace(
+        saved,
+        data=data,
+        eval=dataclasses.replace(saved.eval, **look),
+        device=chosen.device or saved.device,
+        precision=chosen.precision or saved.precision,
+        # a run of a GPU may be evaluated without one
+        model=dataclasses.replace(saved.model, kernels="auto", recompute=False),
+    )

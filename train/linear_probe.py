@@ -1,0 +1,255 @@
+"""The paper's linear evaluation: a linear classifier on augmented images, trained with LARS.
+
+The backbone is frozen and in evaluation mode; images are cropped at random (8 to 100 % of the area)
+and flipped as in training, by training's own pipeline. 90 epochs in batches of 4,096, LARS with
+trust coefficient 0.001 on weights and biases, momentum 0.9, no weight decay, a cosine schedule set
+at each epoch. One classifier for each learning rate: the forward passes are what costs. Reported is
+the last epoch, not the one that did best on the test images.
+A newcomer's mistake: this recipe on a small set. LARS moves a weight by 0.1 % of its size a step
+(times lr); ImageNet gives it 28,000 steps. 450 steps on the digits' 1,437 images end at 11 %
+where learning rate 30 ends at 93 and the fast probe at 96 (the demo's encoder, 50 epochs).
+
+Source: SimSiam appendix A and the official main_lincls.py.
+"""
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline.augment import AugmentConfig
+from pipeline.loader import view_loader
+from pipeline.order import SampleOrder
+from train import checkpoint, distributed
+from train.config import Config
+from train.data import EvalSet
+from train.distributed import World
+from train.embed import features_of
+from train.evaluate_config import LinearProbeConfig
+from train.metrics import Log
+from train.optim import find_lars, lr_at
+
+CROP_SCALE = (0.08, 1.0)  # torchvision's RandomResizedCrop, as the official code has it
+TRUST, MOMENTUM = 0.001, 0.9
+FEW_STEPS = 2800  # a tenth of ImageNet's
+
+
+class Head(nn.Module):
+    """A linear classifier, drawn as the official one: N(0, 0.01), bias 0."""
+
+    def __init__(self, features: int, classes: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(classes, features).normal_(std=0.01))
+        # (1, C) and not (C,): the library adapts what has two dimensions, the official code all
+        self.bias = nn.Parameter(torch.zeros(1, classes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shapes: (N, D) -> (N, C)."""
+        return F.linear(x, self.weight) + self.bias
+
+
+def build_lars(heads: nn.ModuleList) -> torch.optim.Optimizer:
+    """LARS with a parameter group for each classifier, whose learning rate is set later.
+
+    buffer = 0.9 buffer + 0.001 |w| / |g| g (g alone where |w| or |g| is 0); w = w - lr buffer
+    """
+    groups = [{"params": list(head.parameters())} for head in heads]
+    return find_lars()(groups, momentum=MOMENTUM, trust_coefficient=TRUST)
+
+
+class LinearProbe:
+    """Owns the classifiers, their optimizer, how far they are, and their way to disk and back.
+
+    `about` is what a checkpoint in `folder` must agree with to be continued: plain values.
+    """
+
+    def __init__(
+        self, config: LinearProbeConfig, *, features: int, classes: int, world: World, folder: Path,
+        about: dict,
+    ):  # fmt: skip
+        self.config, self.world, self.folder, self.about = config, world, folder, about
+        self.heads = nn.ModuleList([Head(features, classes) for _ in config.lrs]).to(world.device)
+        self.optimizer = build_lars(self.heads)
+        self.epochs_done = 0
+
+    def set_rates(self) -> None:
+        """The learning rates of the coming epoch, for the whole batch."""
+        for group, lr in zip(self.optimizer.param_groups, self.config.lrs, strict=True):
+            base = lr * self.config.batch_size / 256
+            group["lr"] = lr_at(self.epochs_done, base=base, total=self.config.epochs)
+
+    def step(self, x: Tensor, labels: Tensor) -> Tensor:
+        """One step of every classifier on this rank's rows of a batch; their losses (L,)."""
+        losses = torch.stack([F.cross_entropy(head(x), labels) for head in self.heads])
+        losses.sum().backward()  # the classifiers share nothing
+        for parameter in self.heads.parameters():
+            assert parameter.grad is not None
+            distributed.mean(self.world, parameter.grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return losses.detach()
+
+    @torch.no_grad()
+    def guesses(self, x: Tensor, *, top: int) -> list[Tensor]:
+        """Each classifier's `top` guesses, best first: (N, D) -> (N, top)."""
+        return [head(x).topk(top).indices for head in self.heads]
+
+    @property
+    def names(self) -> dict[nn.Parameter, str]:
+        """Parameter names, by which the optimizer's state is kept."""
+        return {parameter: name for name, parameter in self.heads.named_parameters()}
+
+    def save(self) -> None:
+        """Write a checkpoint of the epochs done, on rank 0. Raises: CheckpointError."""
+        if not self.world.is_main:
+            return
+        state, options = checkpoint.flatten_optimizer(self.optimizer, self.names)
+        tensors = {"heads": dict(self.heads.state_dict()), "optimizer": state}
+        values = {"optimizer": options}
+        checkpoint.save(self.folder, self.epochs_done, tensors, values, about=self.about)
+
+    def restore(self, log: Log) -> None:
+        """Go on from the newest checkpoint, if there is one. Raises: ValueError for another's."""
+        found = checkpoint.load_newest(self.folder, log=log.warn)
+        if found is None:
+            return
+        changed = [
+            f"{name} was {found.about.get(name)} and is {value}"
+            for name, value in self.about.items()
+            if found.about.get(name) != value
+        ]
+        if changed:
+            raise ValueError(
+                f"{self.folder} holds a linear probe of other settings: {'; '.join(changed)}. "
+                "Give the same ones to continue it, or another --out"
+            )
+        self.heads.load_state_dict(found.tensors["heads"])
+        checkpoint.restore_optimizer(
+            self.optimizer, self.names, found.tensors["optimizer"], found.state["optimizer"]
+        )
+        self.epochs_done = found.step
+        log(f"linear probe: {self.epochs_done} of {self.config.epochs} epochs are done")
+
+
+def fit_batch(config: LinearProbeConfig, images: int, log: Log) -> LinearProbeConfig:
+    """The recipe itself, or, with a warning, with a smaller batch where the images fill none."""
+    if images >= config.batch_size:
+        return config
+    batch = 1 << images.bit_length() - 1
+    log.warn(
+        f"linear probe: {images} training images do not fill --linear.batch_size "
+        f"{config.batch_size}: it is {batch} here, and the learning rates are scaled for it"
+    )
+    return dataclasses.replace(config, batch_size=batch)
+
+
+def images_a_pass(config: LinearProbeConfig, *, per_rank: int, world: World) -> int:
+    """Images of all ranks in one forward pass: as many as fit `per_rank` and divide the batch.
+
+    Raises: ValueError where the ranks do not divide the batch.
+    """
+    batch = config.batch_size
+    if batch % world.size:
+        raise ValueError(
+            f"{world.size} processes do not divide --linear.batch_size {batch}: change one of them"
+        )
+    rows = batch // world.size
+    return world.size * next(n for n in range(min(rows, per_rank), 0, -1) if rows % n == 0)
+
+
+def train_probe(
+    probe: LinearProbe, backbone: nn.Module, images: EvalSet, test: tuple[Tensor, Tensor], *,
+    config: Config, log: Log,
+) -> None:  # fmt: skip
+    """Train for the epochs that are left, with a checkpoint and a line after each.
+
+    Shapes: test is features (M, D) and labels (M,), of which an epoch's accuracy is logged.
+    """
+    test_features, test_labels = test
+    first, last, start = probe.epochs_done, probe.config.epochs, time.monotonic()
+    if (steps := last * (len(images.ids) // probe.config.batch_size)) < FEW_STEPS:
+        log.warn(
+            f"linear probe: {steps} steps in all, where the recipe's learning rates are for "
+            "ImageNet's 28,000: try --linear.lrs 0.1,1,10,30, or take the fast probe's figure"
+        )
+    log.start_bar(last, first)
+    try:
+        while probe.epochs_done < last:
+            loss = train_epoch(probe, backbone, images, config)
+            probe.epochs_done += 1
+            probe.save()
+            top1 = [
+                100 * (guess[:, 0] == test_labels).float().mean()
+                for guess in probe.guesses(test_features, top=1)
+            ]
+            epoch_s = (time.monotonic() - start) / (probe.epochs_done - first)
+            log.advance(probe.epochs_done, "linear probe")
+            log(
+                f"linear probe: epoch {probe.epochs_done}/{last}  "
+                f"loss {' '.join(f'{value:.4f}' for value in loss.tolist())}  "
+                f"top-1 {' '.join(f'{value:.2f}' for value in top1)} %  {epoch_s:.1f} s an epoch  "
+                f"ETA {epoch_s * (last - probe.epochs_done):.0f} s"
+            )
+    finally:
+        log.stop_bar()
+
+
+def train_epoch(probe: LinearProbe, backbone: nn.Module, images: EvalSet, config: Config) -> Tensor:
+    """One pass over the images; the mean loss of each classifier (L,)."""
+    losses = []
+    x: list[Tensor] = []
+    labels: list[Tensor] = []
+    probe.set_rates()
+    for features, target in augmented_features(probe, backbone, images, config):
+        x.append(features)
+        labels.append(target)
+        if sum(map(len, x)) * probe.world.size == probe.config.batch_size:
+            losses.append(probe.step(torch.cat(x), torch.cat(labels)))
+            x, labels = [], []
+    return distributed.mean(probe.world, torch.stack(losses).mean(0))
+
+
+class PartOrder(SampleOrder):
+    """SampleOrder over the samples of `ids` alone: the training part of a folder or of shards."""
+
+    def __init__(self, ids: np.ndarray, *, batch_size: int, seed: int):
+        super().__init__(len(ids), batch_size=batch_size, seed=seed)
+        self.ids = ids
+
+    def permutation(self, epoch: int) -> np.ndarray:
+        """(len(ids),) int64: the epoch's order; every sample of the part once."""
+        return self.ids[super().permutation(epoch)]
+
+    def replacement(self, step: int, row: int, attempt: int) -> int:
+        """A stand-in out of the part."""
+        return int(self.ids[super().replacement(step, row, attempt)])
+
+
+def augmented_features(
+    probe: LinearProbe, backbone: nn.Module, images: EvalSet, config: Config
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Features and labels of this rank's part of the coming epoch, a forward pass at a time.
+
+    Whole batches only: what is left of the epoch is another random part in the next one.
+    """
+    world = probe.world
+    labels = torch.from_numpy(images.labels_by_id())
+    chunk = images_a_pass(probe.config, per_rank=config.eval.batch_size, world=world)
+    order = PartOrder(images.ids, batch_size=chunk, seed=config.seed)
+    passes = len(images.ids) // probe.config.batch_size * (probe.config.batch_size // chunk)
+    start = probe.epochs_done * order.steps_per_epoch
+    view = AugmentConfig(
+        size=config.eval.size, scale=CROP_SCALE, flip=config.augment.flip, jitter=0, gray=0, blur=0
+    )
+    loader = view_loader(
+        images.reader, order, range(start, start + passes),
+        views=[view], options=config.dali, device=world.device, rank=world.rank, world=world.size,
+        local_world=world.local_size,
+    )  # fmt: skip
+    for batch in loader:
+        yield features_of(backbone, batch.images, config), labels[batch.ids].to(world.device)
