@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from train.metrics import read_metrics
+from train.spread import COLLAPSED
 
 
 def collapse_threshold(batch_per_rank: int) -> float:
@@ -51,6 +52,11 @@ def draw_curves(metrics: Path, picture: Path, *, threshold: float) -> None:
     figure.savefig(picture, dpi=120)
 
 
+def stderr_console() -> Console:
+    """The terminal's width where there is one."""
+    return Console(file=sys.stderr, width=None if sys.stderr.isatty() else 100)
+
+
 def print_table(result: dict) -> None:
     """The results for people, on stderr; the JSON line on stdout is for programs."""
     table = Table(title="SimSiam run")
@@ -69,7 +75,7 @@ def print_table(result: dict) -> None:
     ):
         value = result[key]
         table.add_row(label, "not measured" if value is None else form.format(value))
-    console = Console(file=sys.stderr, width=None if sys.stderr.isatty() else 100)
+    console = stderr_console()
     console.print(table)
     if result["collapsed"]:
         advice = collapse_advice(
@@ -78,6 +84,39 @@ def print_table(result: dict) -> None:
             stop_gradient=result["stop_gradient"],
         )
         console.print(advice, soft_wrap=True)
+
+
+def print_evaluation(result: dict, *, stop_gradient: bool) -> None:
+    """The results of train/evaluate.py for people, on stderr."""
+    table = Table(title=f"Encoder after step {result['step']}")
+    for name in ("", "top-1", "top-5"):
+        table.add_column(name, justify="right" if name else "left")
+    rows = [(f"kNN, k = {k}", found) for k, found in result["knn"].items()]
+    if (fast := result["fast_probe"]) is not None:
+        rows.append((f"fast probe on cached features, learning rate {fast['lr']}", fast))
+    if (linear := result["linear_probe"]) is not None:
+        rows += [
+            (f"linear probe (LARS, {linear['epochs']} epochs), learning rate {lr}", found)
+            for lr, found in linear["by_lr"].items()
+        ]
+    for label, found in rows:
+        top5 = "needs 5 classes" if found["top5"] is None else f"{found['top5']:.2f} %"
+        table.add_row(label, f"{found['top1']:.2f} %", top5)
+    for key, label in (
+        ("rankme", "RankMe of the projector's outputs (the paper's)"),
+        ("rankme_features", "RankMe of the backbone's features"),
+        ("collapse_meter", "collapse meter std(z/|z|) * sqrt(d)"),
+    ):
+        value = result[key]
+        table.add_row(label, "no projector" if value is None else f"{value:.3g}", "")
+    console = stderr_console()
+    console.print(table)
+    if result["collapsed"]:
+        advice = collapse_advice(
+            result["collapse_meter"], threshold=COLLAPSED, stop_gradient=stop_gradient
+        )
+        console.print(advice, soft_wrap=True)
+    console.print(f"pictures and evaluation.json: {result['out']}", soft_wrap=True)
 
 
 def collapse_advice(z_std: float, *, threshold: float, stop_gradient: bool) -> str:

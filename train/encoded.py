@@ -1,0 +1,130 @@
+"""A checkpoint's encoder, training and test images as it sees them, and how guesses are counted.
+
+A newcomer's mistake: a share of the set. With several ranks each makes its part of the features,
+and all of them get the whole: what follows is the same on every rank.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from train import distributed
+from train.checkpoint import Checkpoint
+from train.config import Config
+from train.data import EvalSet, RunData
+from train.distributed import World
+from train.embed import embed
+from train.evaluate_config import EvaluateConfig
+from train.knn import gather_rows, split_bank
+from train.methods import build_method
+from train.metrics import Log
+from train.resnet import ResNet
+from train.state import check_fits
+
+TOP = 5
+PARTS = ("backbone", "projector")  # the encoder; what else a checkpoint holds is for training
+
+
+class Encoded(NamedTuple):
+    """A set through the backbone, in the order of the ids.
+
+    Shapes: features (N, D) fp32, labels (N,) int64 (-1 for none), ids (N,) int64.
+    """
+
+    features: Tensor
+    labels: Tensor
+    ids: Tensor
+
+
+def load_encoder(
+    found: Checkpoint, config: Config, *, device: torch.device
+) -> tuple[ResNet, nn.Module | None]:
+    """Backbone and projector in evaluation mode; an imported checkpoint may have no projector.
+
+    Raises: ValueError if the weights are of another network than the configuration's.
+    """
+    # targets that a run of these keeps are no part of its encoder, nor is how many images it had
+    method = dataclasses.replace(config.method, target_steps=1, moving_average=0.0)
+    config = dataclasses.replace(config, method=method)
+    model = build_method(config, images=config.data.batch_size, device=device)
+    weights = {
+        name: tensor
+        for name, tensor in found.tensors["model"].items()
+        if name.split(".")[0] in PARTS
+    }
+    try:
+        check_fits(model.state_dict(), weights)
+    except ValueError as error:
+        raise ValueError(
+            f"{found.path} holds another network than the run's config.yaml names: {error}. "
+            "Give the run that the checkpoint is of, or restore its config.yaml"
+        ) from error
+    missing = model.load_state_dict(weights, strict=False).missing_keys
+    assert not any(name.startswith("backbone.") for name in missing)
+    model = model.to(device=device).to(memory_format=torch.channels_last)  # type: ignore[call-overload] - missing in torch's stub
+    model.eval()
+    has_projector = any(name.startswith("projector.") for name in weights)
+    return model.backbone, model.get_submodule("projector") if has_projector else None
+
+
+def open_sets(data: RunData, chosen: EvaluateConfig, *, seed: int) -> tuple[EvalSet, EvalSet]:
+    """Training and test images. Raises: ValueError for missing labels and for a k too large."""
+    if data.bank is not None and data.queries is not None:
+        train, test = data.bank, data.queries
+    elif chosen.needs_labels:
+        raise ValueError(
+            f"{data.train.source.root} has no class folders, and kNN and probes need labels: give "
+            "--data.root a folder with class folders, or --k [] --probe none for what needs none"
+        )
+    else:
+        none = np.full(len(data.train.source), -1)
+        train, test = (EvalSet(data.train, ids, none[ids]) for ids in split_bank(none, seed=seed))
+    check_k(chosen.k, len(train.ids))
+    return train, test
+
+
+def check_k(ks: tuple[int, ...], images: int) -> None:
+    """Raise ValueError where a number of neighbours exceeds the training images."""
+    if too_large := [k for k in ks if k > images]:
+        fitting = [k for k in ks if k <= images] or [images]
+        raise ValueError(
+            f"--k {too_large[0]} exceeds the {images} training images: leave it out, as in "
+            f"--k {','.join(map(str, fitting))}"
+        )
+
+
+def encode(backbone: nn.Module, images: EvalSet, config: Config, world: World, log: Log) -> Encoded:
+    """The whole set, on every rank. Raises: ValueError if nothing can be read, or for NaN."""
+    parts = embed(backbone, images, config, world, normalized=False, tell=log)
+    features, labels, ids = (gather_rows(world, part) for part in parts)
+    reader = images.reader
+    bad = [item for part in distributed.gather(world, reader.bad) for item in part.items()]
+    if bad:
+        index, reason = bad[0]
+        log.warn(
+            f"{len(bad)} unreadable images of {reader.source.root} are left out, such as "
+            f"{reader.source.name(index)}: {reason}"
+        )
+    if not len(ids):
+        raise ValueError(f"no image under {reader.source.root} can be read: give another folder")
+    if not features.isfinite().all():
+        raise ValueError(
+            "the encoder's features are not finite: its training diverged, and there is nothing "
+            "to measure. Give the folder of another run"
+        )
+    if world.size > 1:  # ranks took every size-th image each
+        order = ids.argsort()
+        features, labels, ids = features[order], labels[order], ids[order]
+    return Encoded(features, labels, ids)
+
+
+def accuracy(guesses: Tensor, labels: Tensor) -> dict[str, float | None]:
+    """Top-1 and top-5 in percent; top-5 is None with fewer than five guesses.
+
+    Shapes: guesses (N, G), best first; labels (N,).
+    """
+    hits = (guesses == labels[:, None]).float().mean(0).cumsum(0) * 100
+    return {"top1": hits[0].item(), "top5": hits[TOP - 1].item() if len(hits) >= TOP else None}
