@@ -1,7 +1,8 @@
 """Keep the results of finished runs: `python profiling/record.py NAME RUN [RUN ...]`.
 
 Reads result.json, env.json, config.yaml and the metrics of each run folder and writes
-profiling/results/NAME_<device>_<yyyymm>.json. README's figures point to these files.
+profiling/results/NAME_<device>_<yyyymm>.json. The figures of README and
+docs/measured.md point to these files.
 A newcomer's mistake: recording runs of different code together. They must share one revision.
 """
 

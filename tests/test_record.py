@@ -1,4 +1,4 @@
-"""Results are recorded from finished runs of one revision; README's figures are in those files."""
+"""Results are recorded from finished runs of one revision; the docs' figures are in those files."""
 
 import json
 import re
@@ -46,8 +46,12 @@ def test_unfinished_or_unlike_runs_are_refused(tmp_path):
         record["record"]("name", runs)
 
 
+# README's first screen and the tables behind it
+FIGURES = (ROOT / "README.md").read_text() + (ROOT / "docs" / "measured.md").read_text()
+
+
 def test_every_result_that_readme_links_to_exists_and_every_result_is_json():
-    links = re.findall(r"\((profiling/results/[^)]+)\)", (ROOT / "README.md").read_text())
+    links = re.findall(r"\((?:\.\./)?(profiling/results/[^)]+)\)", FIGURES)
     assert links
     assert all((ROOT / link).is_file() for link in links)
     for path in (ROOT / "profiling" / "results").glob("*.json"):
@@ -55,7 +59,7 @@ def test_every_result_that_readme_links_to_exists_and_every_result_is_json():
 
 
 def test_readmes_counted_figures_are_those_of_the_results():
-    results, text = ROOT / "profiling/results", (ROOT / "README.md").read_text()
+    results, text = ROOT / "profiling/results", FIGURES
     kept = json.loads(next(results.glob("compiled-resnet50_*.json")).read_text())
     ours, plain, less = kept["ours"], kept["plain"], kept["recompute"]
     assert f"[{ours['mb_per_image']:.1f} MB]" in text and f"{plain['mb_per_image']:.1f} MB" in text
@@ -69,7 +73,7 @@ def test_readmes_counted_figures_are_those_of_the_results():
 
 def test_readmes_knn_figures_are_those_of_the_recorded_runs():
     kept = json.loads(next((ROOT / "profiling/results").glob("demo-digits_*.json")).read_text())
-    text = (ROOT / "README.md").read_text()
+    text = FIGURES
     for run in kept["runs"]:
         found = run["result"]
         assert f"{found['knn_top1_untrained']:.1f} -> {found['knn_top1']:.1f}" in text
@@ -78,7 +82,7 @@ def test_readmes_knn_figures_are_those_of_the_recorded_runs():
 
 def test_readmes_throughput_figures_are_those_of_the_results_and_hold_the_loaders_goals():
     kept = ROOT / "profiling/results"
-    text = (ROOT / "README.md").read_text()
+    text = FIGURES
     large, small, growth = (
         json.loads(next(kept.glob(f"{name}_*.json")).read_text())
         for name in ("throughput-resnet50-224", "throughput-resnet18-32", "growth")
