@@ -34,15 +34,18 @@ PROGRAMS = 1024  # of a reduction: about 8 for each multiprocessor of an H200.
 def use_triton(kernels: Kernels, x: Tensor) -> bool:
     """Whether an operation on x runs its Triton kernels.
 
-    auto: on CUDA tensors. "triton" also takes CPU tensors where Triton's interpreter runs or the
-    tensors are fake (a trace that is never run). Raises: ValueError for "triton" elsewhere.
+    auto: on CUDA tensors, but for float64, as the kernels compute in float32. "triton" also takes
+    CPU tensors where Triton's interpreter runs or the tensors are fake (a trace that is never run).
+    Raises: ValueError for "triton" elsewhere, and for float64.
     """
     if kernels == "auto":
-        return x.is_cuda and HAS_TRITON
+        return x.is_cuda and HAS_TRITON and x.dtype != torch.float64
     if kernels == "plain":
         return False
     if not HAS_TRITON:
         raise ValueError("--model.kernels triton: the package triton is not installed; use plain")
+    if x.dtype == torch.float64:
+        raise ValueError("the Triton kernels compute in float32: use float32, or kernels='plain'")
     traced = torch.compiler.is_compiling() or detect_fake_mode(x) is not None
     if not (x.is_cuda or INTERPRETED or traced):
         raise ValueError(

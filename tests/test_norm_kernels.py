@@ -328,3 +328,10 @@ def test_wrong_layouts_dtypes_and_shapes_are_refused(call, message, kernels, mon
     monkeypatch.setitem(batch_norm_act.__kwdefaults__, "kernels", kernels)
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_float64_is_refused_by_kernels_that_compute_in_float32():
+    x = torch.randn(4, 8, dtype=torch.float64)
+    with pytest.raises(ValueError, match="compute in float32: use float32"):
+        batch_norm_act(x, None, None, None, None, kernels="triton")
+    assert batch_norm_act(x, None, None, None, None, kernels="plain").dtype == torch.float64
