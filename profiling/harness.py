@@ -20,7 +20,7 @@ from jsonargparse import ArgumentError
 from photos import write_photos
 from pipeline.runner import ImageReader
 from pipeline.shards import ImageSource, open_source
-from train.cli import build_parser, explain, flags, refuse
+from train.cli import build_parser, explain, flags, refuse, with_brackets
 from train.config import Config, at_least
 from train.distributed import World, from_main
 from train.run_folder import has_fast_bf16
@@ -84,9 +84,7 @@ def read_flags(program: str, what: str) -> tuple[Config, MeasureConfig]:
     parser.prog, parser.description = program, what
     parser.add_class_arguments(MeasureConfig, as_group=True)
     words = ["--dry_run=true" if word == "--dry-run" else word for word in sys.argv[1:]]
-    for at, word in enumerate(words[:-1]):
-        if word == "--what" and not words[at + 1].startswith("["):
-            words[at + 1] = f"[{words[at + 1]}]"  # one part, or parts between commas
+    words = with_brackets(words, ["--what"])
     is_dry = "--dry_run=true" in words
     is_cuda = torch.cuda.is_available() or is_dry
     rows = 256 if is_cuda else 16

@@ -291,8 +291,9 @@ def test_a_mistaken_flag_gets_one_line_and_exit_code_2(arguments, message, monke
     assert stop.value.code == 2 and len(lines) == 1 and message in lines[0]
 
 
-def test_parts_are_named_between_commas(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["throughput.py", "--what", "loader,limit"])
+@pytest.mark.parametrize("words", [["--what", "loader,limit"], ["--what=loader,limit"]])
+def test_parts_are_named_between_commas(words, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["throughput.py", *words])
     assert read_flags("profiling/throughput.py", "Measure.")[1].what == ("loader", "limit")
 
 

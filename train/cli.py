@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NoReturn
 
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
@@ -25,6 +25,22 @@ def flags(config: type = Config, prefix: str = "") -> list[str]:
         if dataclasses.is_dataclass(part.type) and isinstance(part.type, type):
             names += flags(part.type, f"{prefix}{part.name}.")
     return names
+
+
+def with_brackets(words: Sequence[str], lists: Collection[str]) -> list[str]:
+    """10,20 after a flag that takes several values becomes [10,20], which jsonargparse reads.
+
+    lists: those flags, dashes included.
+    """
+    done: list[str] = []
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if equals and flag in lists and not value.startswith("["):
+            word = f"{flag}=[{value}]"
+        elif done and done[-1] in lists and not word.startswith("["):
+            word = f"[{word}]"
+        done.append(word)
+    return done
 
 
 def build_parser() -> ArgumentParser:

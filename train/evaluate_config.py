@@ -13,7 +13,7 @@ from typing import Literal
 
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
-from train.cli import explain, flags, parse_config, refuse
+from train.cli import explain, flags, parse_config, refuse, with_brackets
 from train.config import Config, at_least
 from train.run_folder import CONFIG
 
@@ -129,25 +129,12 @@ def read_flags(arguments: Sequence[str] | None = None) -> tuple[Path, EvaluateCo
     )
     parser.add_argument("run", type=str, help="the --out folder of a training")
     parser.add_class_arguments(EvaluateConfig, as_group=True)
-    words = with_brackets(sys.argv[1:] if arguments is None else arguments)
+    words = with_brackets(sys.argv[1:] if arguments is None else arguments, LISTS)
     try:
         found = vars(parser.instantiate(parser.parse_args(words)))
         return Path(found.pop("run")), EvaluateConfig(**found)
     except (ArgumentError, ValueError, TypeError, OSError) as error:
         refuse(explain(str(error), flags(EvaluateConfig)))
-
-
-def with_brackets(words: Sequence[str]) -> list[str]:
-    """10,20 after a flag that takes several values becomes [10,20], which jsonargparse reads."""
-    done: list[str] = []
-    for word in words:
-        flag, equals, value = word.partition("=")
-        if equals and flag in LISTS and not value.startswith("["):
-            word = f"{flag}=[{value}]"
-        elif done and done[-1] in LISTS and not word.startswith("["):
-            word = f"[{word}]"
-        done.append(word)
-    return done
 
 
 def run_config(run: Path, chosen: EvaluateConfig) -> Config:
