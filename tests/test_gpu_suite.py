@@ -7,7 +7,9 @@ import time
 import pytest
 
 import gpu_suite
-from gpu_suite import Check, StageFailed, Suite, count_tests, run_stage, summary
+from gpu_suite import STAGES, Check, StageFailed, Suite, count_tests, run_stage, summary
+from harness import read_flags
+from train.cli import parse_config
 
 
 @pytest.fixture
@@ -67,6 +69,35 @@ def test_at_the_limit_a_training_may_save_and_another_program_is_ended(suite, mo
     suite.deadline = time.monotonic() + 0.5
     with pytest.raises(StageFailed, match=r"took longer than"):
         suite.run("hangs", "-c", SAVES)
+
+
+SOMETHING = {
+    "images_per_s": {"step": 1.0, "loader": 1.0}, "ratios": {}, "limit": {}, "memory": {},
+    "end_to_end": {}, "state": "finished", "steps": 1, "train_s": 1.0, "knn_top1": 1.0, "loss": 1.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rehearse", [False, True])
+@pytest.mark.parametrize(
+    "stage",
+    ["step", "step-variants", "loader", "decoder-load", "end-to-end", "cifar10", "precision"],
+)
+def test_the_flags_that_a_stage_gives_are_flags(stage, rehearse, suite, monkeypatch):
+    ran = []
+
+    def run(self: Suite, name: str, program: str, *flags: str, ends_itself: bool = True) -> dict:
+        if program == "train/main.py":
+            parse_config(flags)
+        else:
+            monkeypatch.setattr(sys, "argv", [program, *flags])
+            read_flags(program, "")
+        ran.append(name)
+        return SOMETHING
+
+    monkeypatch.setattr(Suite, "run", run)
+    suite.rehearse, suite.out = rehearse, suite.out.resolve()
+    STAGES[stage](suite)
+    assert ran
 
 
 def test_tests_that_failed_and_that_were_skipped_are_told_apart(tmp_path):
