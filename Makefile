@@ -1,6 +1,7 @@
 # make demo   trains on an embedded data set and shows that it learned (CPU or GPU)
 # make test   lint, type check and all CPU tests
 # make container-test   build the image without Docker, run demo and tests in it (tests/container.sh)
+# make cluster-test   runs on four hosts of network namespaces (root; says why where it cannot)
 # ARGS="..."  goes to the program:  make demo ARGS="--seed 1"
 # PIP_ARGS    goes to pip, e.g. an index with CPU builds of torch
 
@@ -11,7 +12,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 
-.PHONY: demo test check test-gpu container-test clean
+.PHONY: demo test check cluster-test test-gpu container-test clean
 
 demo: $(VENV)/.ready
 	$(RUN) train/main.py --config configs/demo.yaml $(ARGS)
@@ -26,6 +27,10 @@ check: $(VENV)/.ready-dev
 	$(VENV)/bin/codespell README.md CONTRIBUTING.md docs pipeline kernels train profiling tests configs deploy
 	$(VENV)/bin/shellcheck deploy/slurm.sh tests/container.sh
 	$(VENV)/bin/basedpyright --pythonpath $(RUN)
+
+# mostly waits: more processes than cores
+cluster-test: $(VENV)/.ready-dev
+	OMP_WAIT_POLICY=passive $(RUN) -m pytest -m cluster -n 4 --dist loadfile -rs $(ARGS)
 
 test-gpu: $(VENV)/.ready-dev
 	$(RUN) -m pytest -m gpu $(ARGS)

@@ -2,6 +2,8 @@
 
 import io
 import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ if not torch.cuda.is_available():
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from cluster import Cluster, why_not
 from peers import import_torchvision
 
 
@@ -60,3 +63,12 @@ def jpegs(photos) -> list[np.ndarray]:
         Image.fromarray(photo).save(buffer, "JPEG", quality=92)
         files.append(np.frombuffer(buffer.getvalue(), np.uint8))
     return files
+
+
+@pytest.fixture(scope="module")
+def clusters() -> Iterator[Callable[[int], Cluster]]:
+    """Makes clusters of so many hosts; they are taken down after the module."""
+    if (reason := why_not()) is not None:
+        pytest.skip(reason)
+    with ExitStack() as made:
+        yield lambda num_hosts: made.enter_context(Cluster(num_hosts))
