@@ -150,7 +150,7 @@ def main() -> None:
     """Read the flags, measure, print one JSON line."""
     config, m = read_flags("profiling/growth.py", "Measure how cost grows.")
     try:
-        with distributed.start(config.device) as world:
+        with distributed.start(config.device, config) as world:
             if world.size > 1:
                 raise ValueError("profiling/growth.py measures one process: start it with python")
             reader = open_images(config, world)

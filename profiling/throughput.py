@@ -198,7 +198,7 @@ def main() -> None:
         if m.dry_run:
             print(json.dumps(forecast(config, gpu=m.gpu, gpus=m.gpus)))
             return
-        with distributed.start(config.device) as world:
+        with distributed.start(config.device, config) as world:
             if config.data.batch_size % world.size:
                 raise ValueError(
                     f"{world.size} processes do not divide --data.batch_size "

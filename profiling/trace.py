@@ -34,7 +34,7 @@ def main() -> None:
     config, _ = read_flags("profiling/trace.py", "Write a profiler trace of training steps.")
     out = Path(config.out or "trace.json.gz")
     try:
-        with distributed.start(config.device) as world:
+        with distributed.start(config.device, config) as world:
             reader = open_images(config, world)
             session = open_session(config, world)
             order, _ = endless_order(reader, config, world)

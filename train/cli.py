@@ -5,6 +5,7 @@ A newcomer's mistake: adding a flag here. A flag is a field in train/config.py.
 
 import dataclasses
 import difflib
+import os
 import re
 import sys
 from collections.abc import Collection, Sequence
@@ -13,6 +14,7 @@ from typing import NoReturn
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from train.config import Config
+from train.watch import end_torchrun
 
 USAGE_ERROR = 2
 
@@ -132,6 +134,9 @@ def first_line(error: BaseException) -> str:
 
 
 def refuse(message: str, *, code: int = USAGE_ERROR) -> NoReturn:
-    """One line on stderr, then the exit code."""
-    print(f"error: {message}", file=sys.stderr)
+    """One line on stderr, then the exit code; a mistake in the flags is told once a host."""
+    if code != USAGE_ERROR or os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    if code == USAGE_ERROR:
+        end_torchrun()
     raise SystemExit(code)

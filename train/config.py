@@ -211,6 +211,9 @@ class Config:
     """Steps between two lines of metrics; only then does the program wait for the device."""
     checkpoint_every: int = 0
     """Steps between two checkpoints; 0: one an epoch. SIGTERM and Ctrl-C save one too."""
+    timeout_s: float = 60.0
+    """Several processes: end when one gives no sign of life for so long (stopped, its host or link
+    down). One that lives but keeps the others waiting has ten times as long."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
@@ -222,6 +225,7 @@ class Config:
         """Refuse impossible values."""
         at_least("epochs", self.epochs, 1)
         at_least("log_every", self.log_every, 1)
+        at_least("timeout_s", self.timeout_s, 5)
         for name in ("seed", "max_steps", "checkpoint_every"):
             at_least(name, getattr(self, name), 0)
 
@@ -236,7 +240,7 @@ class Config:
         return self.optim.lr * self.data.batch_size / 256
 
 
-def at_least(name: str, value: int, low: int) -> None:
+def at_least(name: str, value: float, low: int) -> None:
     """Raise ValueError if a flag's value is below its least one."""
     if value < low:
         raise ValueError(f"{name} must be at least {low}, got {value}")

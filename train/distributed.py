@@ -5,20 +5,23 @@ A newcomer's mistake: a collective on one rank only. Every function here is call
 """
 
 import ctypes
-import datetime
 import os
 import signal
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-TIMEOUT_S = 600
+from train.config import Config
+from train.watch import PATIENCE, Watch, may_restart
+
 PR_SET_PDEATHSIG = 1
 
 
@@ -33,6 +36,8 @@ class World:
     device: torch.device
     host_group: Any
     """A gloo group of all ranks, for what the host decides; None in a world of one."""
+    watch: Watch | None = None
+    """Knows which rank is gone; None in a world of one."""
 
     @property
     def is_main(self) -> bool:
@@ -46,44 +51,112 @@ class World:
 
 
 @contextmanager
-def start(device: str) -> Iterator[World]:
+def start(device: str, config: Config | None = None) -> Iterator[World]:
     """Join the other processes that torchrun started, if any; leave them at the end.
 
-    Raises: ValueError when --device cuda is asked for where there is none.
+    device: as --device. config: of a run, the same on all ranks.
+
+    Raises: ValueError when --device cuda is asked for where there is none; ConnectionError, in
+    place of what a broken connection raised, with the rank that is gone; SystemExit where rank 0
+    has told the user already.
     """
-    kind = resolve_device(device)
     rank, size, local_rank, local_size = (
         int(os.environ.get(name, default))
         for name, default in (
             ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1),
         )
     )  # fmt: skip
-    where = torch.device("cuda", local_rank) if kind == "cuda" else torch.device("cpu")
-    if kind == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            raise ValueError(
-                f"{local_size} processes on this machine but {torch.cuda.device_count()} GPUs: "
-                "lower --nproc-per-node"
-            )
-        torch.cuda.set_device(where)
-        torch.backends.cudnn.benchmark = True  # shapes never change: the search is paid once
-    else:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     if "WORLD_SIZE" in os.environ:
-        # what was started by torchrun or a study must not outlive it and hold its GPU
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        follow_launcher()
     if size == 1:
+        where = take_device(device, local_rank, local_size)
         yield World(rank, size, local_rank, local_size, where, None)
         return
-    timeout = datetime.timedelta(seconds=TIMEOUT_S)
-    if kind == "cuda":
-        dist.init_process_group("nccl", timeout=timeout, device_id=where)
-        host_group = dist.new_group(backend="gloo", timeout=timeout)
-    else:
-        dist.init_process_group("gloo", timeout=timeout)
-        host_group = dist.group.WORLD
-    yield World(rank, size, local_rank, local_size, where, host_group)
-    dist.destroy_process_group()  # not after an error: it could wait for a rank that is gone
+    timeout_s = Config.timeout_s if config is None else config.timeout_s
+    patience = timedelta(seconds=PATIENCE * timeout_s)
+    store = open_store(rank, size, patience)
+    watch = Watch(store, rank=rank, local_rank=local_rank, size=size, timeout_s=timeout_s)
+    try:
+        check_restarts()
+        where = take_device(device, local_rank, local_size)
+        groups = {"store": dist.PrefixStore("groups", store), "rank": rank, "world_size": size}
+        if where.type == "cuda":
+            # NCCL's time-out ends the process without a name: gloo's, which is caught, comes first
+            later = patience + timedelta(seconds=60)
+            dist.init_process_group("nccl", timeout=later, device_id=where, **groups)
+            host_group: Any = dist.new_group(backend="gloo", timeout=patience)
+        else:
+            dist.init_process_group("gloo", timeout=patience, **groups)
+            host_group = dist.group.WORLD
+        yield World(rank, size, local_rank, local_size, where, host_group, watch)
+        watch.close()
+        dist.barrier(group=host_group)  # rank 0 keeps the store until no watch needs it
+        dist.destroy_process_group()  # not after an error: it could wait for a rank that is gone
+    except Exception as error:
+        reason = watch.last_words(error)
+        if reason is error:
+            raise
+        raise reason from error
+
+
+def open_store(rank: int, size: int, timeout: timedelta) -> dist.TCPStore:
+    """The store that rank 0 keeps, at the address that torchrun chose.
+
+    Raises: ConnectionError when rank 0 is not there in time, ValueError without torchrun.
+    """
+    if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
+        raise ValueError(
+            "WORLD_SIZE is set but MASTER_ADDR and MASTER_PORT are not: start the ranks with "
+            "torchrun or train/launch.py, or unset it"
+        )
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    is_torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    try:
+        return dist.TCPStore(
+            address, port, size, is_master=rank == 0 and not is_torchruns, timeout=timeout,
+            wait_for_workers=False, multi_tenant=True,
+        )  # fmt: skip
+    except dist.DistError as error:
+        raise ConnectionError(
+            f"rank {rank} on host {socket.gethostname()} cannot reach rank 0 at {address}:{port}: "
+            "it did not start (the output on its host says why), or a firewall is between the two"
+        ) from error
+
+
+def check_restarts() -> None:
+    """Raise ValueError where torchrun would restart and could not succeed."""
+    if may_restart() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # seen with torch 2.13: 1 of 8, 2 of 5, 2 of 5, 1 of 6 restarts worked (pytorch #135712)
+        raise ValueError(
+            "--max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment, "
+            "else a restart reads the keys of the attempt before and fails; train/launch.py sets it"
+        )
+
+
+def follow_launcher() -> None:
+    """Have SIGTERM sent here when torchrun or a study is killed: or its GPU would stay held."""
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # killed in between
+        raise SystemExit(1)
+
+
+def take_device(device: str, local_rank: int, local_size: int) -> torch.device:
+    """This process's GPU, or the CPU with its share of the cores.
+
+    Raises: ValueError where there are no GPUs, or fewer than processes.
+    """
+    if resolve_device(device) == "cpu":
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"{local_size} processes on this machine but {torch.cuda.device_count()} GPUs: "
+            "lower --nproc-per-node"
+        )
+    torch.cuda.set_device(local_rank)
+    torch.backends.cudnn.benchmark = True  # shapes never change: the search is paid once
+    return torch.device("cuda", local_rank)
 
 
 def resolve_device(device: str) -> str:
@@ -127,15 +200,18 @@ def mean(world: World, value: Tensor) -> Tensor:
 class StopSignal:
     """SIGTERM or Ctrl-C on any rank stops all ranks at the same step.
 
-    The ranks' flags are summed without waiting: what was asked for in one step is known to all in
+    The ranks' flags are compared without waiting: what was asked for in one step is known to all in
     the next. A second Ctrl-C ends the program at once.
     """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
     def __init__(self, world: World):
         self.world = world
         self.received: signal.Signals | None = None
+        self._parent = os.getppid()
         self._pending: tuple[Any, Tensor] | None = None
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for number in self.SIGNALS:
             signal.signal(number, self._receive)
 
     def _receive(self, number: int, _frame: object) -> None:
@@ -150,6 +226,8 @@ class StopSignal:
         """Whether to stop after this step; called once a step by every rank."""
         if self.world.size == 1:
             return self.received is not None
+        assert self.world.watch is not None
+        self.world.watch.progress += 1
         stop = False
         if self._pending is not None:
             work, flag = self._pending
@@ -160,10 +238,26 @@ class StopSignal:
         self._pending = work, flag
         return stop
 
+    def check_torchrun(self) -> None:
+        """Raise ConnectionError on all ranks if it was the death of one's torchrun that stopped us.
+
+        Not as after a signal from outside, with success: the other torchruns are to restart their
+        ranks, and so wait for the one that is missing.
+        """
+        if self.world.size == 1:
+            return
+        lost = socket.gethostname() if os.getppid() != self._parent else None
+        for rank, host in enumerate(gather(self.world, lost)):
+            if host is not None:
+                raise ConnectionError(
+                    f"torchrun was killed on host {host} (rank {rank}); saved at this step. Start "
+                    "it there again, with the same command"
+                )
+
     def close(self) -> None:
         """Give the signals back and finish the last exchange."""
-        if self._pending is not None:
-            self._pending[0].wait()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for number in self.SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self._pending is not None:
+            self._pending[0].wait()

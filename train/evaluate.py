@@ -246,7 +246,7 @@ def main() -> None:
     try:
         found = newest_checkpoint(run, log=lambda line: print(f"warning: {line}", file=sys.stderr))
         config = run_config(run, chosen)
-        with distributed.start(config.device) as world:
+        with distributed.start(config.device, config) as world:
             if world.is_main:
                 if any((out / "checkpoints").glob("step-*")):  # its config.yaml is to stay
                     raise ValueError(f"--out {out} is the folder of a training: give another")

@@ -22,7 +22,8 @@ PICTURES = 8  # images whose two views are shown
 def train(session: Session) -> str:
     """Run to the last step or to a signal; returns "finished" or "preempted".
 
-    Raises: ValueError for too many bad images, FloatingPointError for gradients that stay bad.
+    Raises: ValueError for too many bad images, FloatingPointError for gradients that stay bad,
+    ConnectionError on all ranks when the torchrun of one was killed, after a checkpoint.
     """
     config, current, world = session.config, session.state, session.world
     stop = StopSignal(world)
@@ -80,6 +81,8 @@ def train(session: Session) -> str:
     finally:
         session.log.stop_bar()
         stop.close()
+    if ended == "preempted":
+        stop.check_torchrun()
     return ended
 
 

@@ -37,6 +37,7 @@ from train.optim import GuardedStep, build_optimizer
 from train.run_folder import SLOW_PRECISION, RunFolder, environment, is_slow_precision
 from train.session import Session
 from train.state import TrainState
+from train.watch import may_restart
 
 
 def build_state(config: Config, world: World, images: int) -> tuple[TrainState, nn.Module]:
@@ -111,13 +112,17 @@ def main() -> None:
     config = read_config()
     folder, log = None, Log(None)
     try:
-        doctor.refuse_old_driver(config.device)
-        with distributed.start(config.device) as world:
+        with distributed.start(config.device, config) as world:
+            doctor.refuse_old_driver(config.device)
+            if not config.out and may_restart():
+                raise ValueError("--max-restarts needs --out DIR: a restart would begin a new run")
             out = Path(config.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
             out = Path(from_main(world, str(out)))
             if world.is_main:
                 folder = RunFolder(str(out))
                 log = Log(folder.path / "log.txt")
+                if world.watch is not None:
+                    world.watch.on_end = folder.fail
             result = run(config, world, out, folder, log)
         if folder is not None:
             print(json.dumps(result))

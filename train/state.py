@@ -19,7 +19,8 @@ from train.methods import Method
 from train.optim import GuardedStep
 
 # what may differ between two starts of one run: it changes neither the weights nor the batches
-FREE = {"out", "max_steps", "log_every", "checkpoint_every", "device", "compile", "eval", "dali"}
+FREE = {"out", "max_steps", "log_every", "checkpoint_every", "timeout_s", "device", "compile",
+        "eval", "dali"}  # fmt: skip
 FREE_PARTS = {"data.root", "data.val", "data.max_bad_fraction", "model.recompute"}
 # the fingerprint stands for the images; recomputing gives the same bits
 
