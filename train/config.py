@@ -5,7 +5,7 @@ a property; nothing is changed after reading. A newcomer's mistake: a learning r
 use. optim.lr is for 256 images and is scaled with the *global* batch.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 from kernels.launch import Kernels
@@ -238,6 +238,17 @@ class Config:
     def lr(self) -> float:
         """The learning rate at the start: optim.lr scaled with the global batch."""
         return self.optim.lr * self.data.batch_size / 256
+
+
+def flat(config: Config) -> dict[str, str]:
+    """Every setting as text, by flag name."""
+    settings = {}
+    for name, value in asdict(config).items():
+        if isinstance(value, dict):
+            settings |= {f"{name}.{part}": str(inner) for part, inner in value.items()}
+        else:
+            settings[name] = str(value)
+    return settings
 
 
 def at_least(name: str, value: float, low: int) -> None:

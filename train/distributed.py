@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from train.agreement import agree, facts
 from train.config import Config
 from train.watch import PATIENCE, Watch, may_restart
 
@@ -56,9 +57,9 @@ def start(device: str, config: Config | None = None) -> Iterator[World]:
 
     device: as --device. config: of a run, the same on all ranks.
 
-    Raises: ValueError when --device cuda is asked for where there is none; ConnectionError, in
-    place of what a broken connection raised, with the rank that is gone; SystemExit where rank 0
-    has told the user already.
+    Raises: ValueError when --device cuda is asked for where there is none, or when processes
+    differ (train/agreement.py); ConnectionError, in place of what a broken connection raised, with
+    the rank that is gone; SystemExit where rank 0 has told the user already.
     """
     rank, size, local_rank, local_size = (
         int(os.environ.get(name, default))
@@ -77,8 +78,15 @@ def start(device: str, config: Config | None = None) -> Iterator[World]:
     store = open_store(rank, size, patience)
     watch = Watch(store, rank=rank, local_rank=local_rank, size=size, timeout_s=timeout_s)
     try:
-        check_restarts()
-        where = take_device(device, local_rank, local_size)
+        where, fault = torch.device("cpu"), None
+        try:
+            check_restarts()
+            where = take_device(device, local_rank, local_size)
+        except ValueError as error:
+            fault = str(error)
+        mine = facts(config, where.type, fault)
+        if warning := agree(store, mine, rank=rank, size=size):
+            print(f"warning: {warning}", file=sys.stderr)
         groups = {"store": dist.PrefixStore("groups", store), "rank": rank, "world_size": size}
         if where.type == "cuda":
             # NCCL's time-out ends the process without a name: gloo's, which is caught, comes first

@@ -28,6 +28,7 @@ from torch.cuda import nccl
 
 from kernels.launch import HAS_TRITON
 from train import distributed
+from train.agreement import SHARED_MEMORY
 from train.cli import first_line
 from train.distributed import World, gather
 from train.optim import NO_APEX, why_no_apex
@@ -35,8 +36,6 @@ from train.optim import NO_APEX, why_no_apex
 MIN_DRIVER = {12: "525", 13: "580"}
 """First driver release for a CUDA major. Source: docs.nvidia.com/deploy/cuda-compatibility, and
 DALI's installation page for its wheels."""
-SHARED_MEMORY = 1 << 30
-"""Bytes. Source: NCCL's troubleshooting page, which asks containers for --shm-size=1g."""
 FILES_A_RANK = 128
 """NCCL opens sockets to other ranks: 1,024 files ran out at 32 ranks on 4 nodes
 (github.com/goodfire-ai/spd, pull request 957), 4,096 sufficed in NVIDIA/nccl issue 127."""

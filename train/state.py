@@ -4,7 +4,6 @@ A newcomer's mistake: adding something random without a key. Order and views are
 (seed, step), so that the position is one integer; what else changes from step to step belongs here.
 """
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from torch import nn
 
 from train import checkpoint
-from train.config import Config, DataConfig
+from train.config import Config, DataConfig, flat
 from train.distributed import World
 from train.methods import Method
 from train.optim import GuardedStep
@@ -57,15 +56,8 @@ def about(config: Config, fingerprint: str, world: World) -> dict:
 
 def comparable(config: Config) -> dict[str, str]:
     """The settings that change the result, by flag name, as text."""
-    settings = {}
-    for name, value in dataclasses.asdict(config).items():
-        if name in FREE:
-            continue
-        parts = value.items() if isinstance(value, dict) else [("", value)]
-        for part, inner in parts:
-            if f"{name}.{part}" not in FREE_PARTS:
-                settings[f"{name}.{part}".rstrip(".")] = str(inner)
-    return settings
+    free = FREE | FREE_PARTS
+    return {n: v for n, v in flat(config).items() if not {n, n.split(".")[0]} & free}
 
 
 def save(state: TrainState, folder: Path, facts: dict) -> Path:
