@@ -84,11 +84,15 @@ class RunFolder:
         self.write("env.json", environment)
 
     def command(self) -> str:
-        """What starts this run again, its folder named; under torchrun with the same number."""
+        """What starts this run again, its folder named; with the same number of processes."""
         words = [sys.executable, *sys.argv]
-        if (ranks := os.environ.get("LOCAL_WORLD_SIZE", "1")) != "1":
-            nodes = int(os.environ["WORLD_SIZE"]) // int(ranks)
-            words = ["torchrun", "--nnodes", str(nodes), "--nproc-per-node", ranks, *sys.argv]
+        size, local = (int(os.environ.get(n, "1")) for n in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+        if size > 1:
+            start = ["torchrun"]
+            if size > local:  # on each of the hosts; HOST:PORT is not told to the ranks
+                start = [sys.executable, "train/launch.py", "--rdzv-endpoint", "HOST:PORT"]
+            numbers = ["--nnodes", str(size // local), "--nproc-per-node", str(local)]
+            words = [*start, *numbers, *sys.argv]
         if not any(word.startswith("--out") for word in sys.argv):
             words += ["--out", str(self.path)]
         return shlex.join(words)

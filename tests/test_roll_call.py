@@ -1,0 +1,143 @@
+"""Before ranks start: a port that is taken, hosts that are missing, clocks that are apart."""
+
+import socket
+import subprocess
+import sys
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from train import roll_call as calls
+from train.roll_call import (
+    answer,
+    compare_clocks,
+    is_free_here,
+    keep_contact,
+    open_store,
+    roll_call,
+    wait_for,
+)
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+@pytest.fixture
+def store(port, monkeypatch) -> dist.TCPStore:
+    monkeypatch.setattr(calls, "POLL_S", 0.01)
+    return dist.TCPStore(
+        "localhost", port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=5)
+    )
+
+
+def test_a_port_of_this_host_is_free_taken_or_another_hosts(port):
+    assert is_free_here("localhost", port)
+    with socket.socket() as other:
+        other.bind(("localhost", port))
+        other.listen()
+        with pytest.raises(ValueError, match=rf"port {port} of host .* cannot be had .*--rdzv-end"):
+            is_free_here("localhost", port)
+    assert not is_free_here("192.0.2.1", port)  # an address for documentation: nobody's
+    assert not is_free_here("no-such-host.invalid", port)
+
+
+def test_an_endpoint_where_nobody_answers_is_named_early_and_given_up_in_time(
+    port, monkeypatch, capsys
+):
+    monkeypatch.setattr(calls, "TELL_S", 0.1)
+    monkeypatch.setattr(calls, "POLL_S", 0.05)
+    line = rf"finds nobody at localhost:{port} \(Connection refused\): .*--rdzv-endpoint"
+    with pytest.raises(ValueError, match=line):
+        wait_for("localhost", port, time.monotonic() + 0.5)
+    assert capsys.readouterr().err.count("warning: host") == 1
+
+
+def test_another_program_at_the_endpoint_is_no_rendezvous(monkeypatch):
+    monkeypatch.setattr(calls, "ANSWER_S", 0.3)
+    with socket.socket() as other:
+        other.bind(("localhost", 0))
+        other.listen()
+        with pytest.raises(ValueError, match="is not a rendezvous.*--rdzv-endpoint"):
+            open_store("localhost", other.getsockname()[1], False)
+    for thread in threading.enumerate():  # alive at Python's end, it would abort the process
+        if thread.name == "open-store":
+            thread.join(20)
+            assert not thread.is_alive()
+
+
+def test_hosts_that_are_missing_are_counted_and_those_that_came_named(store, monkeypatch, capsys):
+    monkeypatch.setattr(calls, "TELL_S", 0.1)
+    store.set("clock", str(time.time()))
+    compare_clocks(store, "node0")
+    with pytest.raises(ValueError, match=f"1 of 4 hosts have come: {socket.gethostname()}. Start"):
+        answer(store, True, "node0:29500", 4, time.monotonic() + 0.5)
+    assert "warning: 1 of 4 hosts have come" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="1 of 4 hosts"):  # the other hosts say the same
+        answer(store, False, "node0:29500", 4, time.monotonic() + 60)
+
+
+@pytest.mark.parametrize(("shift", "order"), [(60, "behind"), (-60, "ahead of")])
+def test_a_clock_that_is_apart_is_refused_on_all_hosts(store, shift, order):
+    store.set("clock", str(time.time() + shift))
+    compare_clocks(store, "node0")
+    line = f"the clock of host {socket.gethostname()} is 60 s {order} that of node0: synchronise"
+    for is_keeper in (True, False):
+        with pytest.raises(ValueError, match=line):
+            answer(store, is_keeper, "node0:29500", 2, time.monotonic() + 5)
+
+
+def test_a_clock_that_is_near_is_not_refused(store):
+    store.set("clock", str(time.time() + 2))
+    compare_clocks(store, "node0")
+    answer(store, False, "node0:29500", 1, time.monotonic() + 5)
+
+
+def test_the_keepers_clock_goes_on_for_hosts_that_come_later(port, monkeypatch):
+    monkeypatch.setattr(calls, "POLL_S", 0.01)
+    with roll_call("localhost", port, run="x", lowest=1, limit_s=5):
+        late = dist.PrefixStore("roll-call/x", open_store("localhost", port, False))
+        before = float(late.get("clock"))
+        time.sleep(0.2)
+        assert time.time() - 0.2 < float(late.get("clock")) > before
+        assert any(thread.name == "roll-call" for thread in threading.enumerate())
+    assert not any(thread.name == "roll-call" for thread in threading.enumerate())
+
+
+def test_a_host_that_cannot_reach_the_endpoint_any_more_ends_in_time(port, monkeypatch, capfd):
+    codes, over = [], threading.Event()
+    monkeypatch.setattr(calls, "CONTACT_S", 0.05)
+    monkeypatch.setattr(calls.os, "_exit", lambda code: (codes.append(code), over.set()))
+    with socket.socket() as server:
+        server.bind(("localhost", port))
+        server.listen()
+        contact = threading.Thread(target=keep_contact, args=("localhost", port, 0.3, over))
+        contact.start()
+        time.sleep(0.6)
+        assert codes == []
+    contact.join(20)
+    assert codes == [1]
+    assert f"no rendezvous at localhost:{port} any more" in capfd.readouterr().err
+
+
+def test_the_launcher_starts_ranks_with_the_settings_that_restarts_need(port, tmp_path):
+    show = tmp_path / "show.py"
+    names = ("TORCHELASTIC_MAX_RESTARTS", "TORCHELASTIC_USE_AGENT_STORE",
+             "TORCHELASTIC_SIGNALS_TO_HANDLE", "WORLD_SIZE")  # fmt: skip
+    show.write_text(f"import os\nprint([os.environ[name] for name in {names}])")
+    done = subprocess.run(
+        [sys.executable, "train/launch.py", "--nnodes", "1:2", "--rdzv-conf", "last_call_timeout=1",
+         "--rdzv-endpoint", f"localhost:{port}", str(show)],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "['3', 'False', 'SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1', '1']"

@@ -1,0 +1,212 @@
+"""The hosts of a run call each other's names before torchrun's rendezvous, which names nobody.
+
+The host of the endpoint keeps a store there (torchrun's, in the same process, is laid over it) with
+its clock; each host compares its own and adds its name. The keeper says who is missing.
+A newcomer's mistake: a second launch on the endpoint's host. One process a host starts all ranks.
+"""
+
+import errno
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
+
+import torch.distributed as dist
+
+from train.watch import TELL_S
+
+APART_S = 5.0
+"""Clocks may differ so much. torchrun drops a host whose clock is 15 s behind another's in silence:
+with 60 s it trained on one of two hosts as rank 0 of 1, and reported success (torch 2.13)."""
+ANSWER_S = 10.0  # a store answers at once; another program that has the port, never
+POLL_S = 0.5
+CONTACT_S = 5.0
+AGAIN = "start the same command on all hosts, it goes on from the last checkpoint"
+
+
+@contextmanager
+def roll_call(host: str, port: int, *, run: str, lowest: int, limit_s: float) -> Iterator[None]:
+    """Enter when `lowest` hosts have come; the clock is kept until the exit, for later ones.
+
+    Until then the process also ends if it does not reach the endpoint for limit_s.
+    Raises: ValueError with the host and the remedy: a port that is taken, a clock that is apart,
+    hosts that have not come within limit_s.
+    """
+    here, limit = socket.gethostname(), time.monotonic() + limit_s
+    is_keeper = is_free_here(host, port)
+    if not is_keeper:
+        wait_for(host, port, limit)
+    server = open_store(host, port, is_keeper)
+    store = dist.PrefixStore(f"roll-call/{run}", server)
+    # a connection of its own: a call that waits blocks all others on the same one
+    own = dist.PrefixStore(f"roll-call/{run}", server.clone())  # type: ignore[attr-defined] - missing in torch's stub
+    over = threading.Event()
+    keep = partial(keep_clock, own) if is_keeper else partial(keep_contact, host, port, limit_s)
+    keeping = threading.Thread(target=keep, args=(over,), name="roll-call", daemon=True)
+    if is_keeper:
+        keeping.start()
+    try:
+        try:
+            compare_clocks(store, host)
+            answer(store, is_keeper, f"{host}:{port}", lowest, limit)
+        except dist.DistError as error:
+            raise ValueError(
+                f"host {here} lost the rendezvous at {host}:{port} before all hosts had come: see "
+                "the output there"
+            ) from error
+        if not is_keeper:
+            keeping.start()
+        yield
+    finally:
+        over.set()
+        if is_keeper:
+            keeping.join()
+
+
+def compare_clocks(store: dist.Store, keeper: str) -> None:
+    """Add this host's name, or have everybody refused when its clock is apart."""
+    here = socket.gethostname()
+    ahead = time.time() - float(store.get("clock"))
+    if abs(ahead) < APART_S:
+        store.set(f"host/{store.add('number', 1)}", here)
+        return
+    order = "ahead of" if ahead > 0 else "behind"
+    store.set(
+        "refused",
+        f"the clock of host {here} is {abs(ahead):.0f} s {order} that of {keeper}: synchronise it "
+        "(chronyc makestep)",
+    )
+
+
+def is_free_here(host: str, port: int) -> bool:
+    """Whether the address is this host's and the port free.
+
+    Raises: ValueError where another program has the port, or this user may not have it.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except socket.gaierror:  # wait_for tells: names of hosts that start may come later
+        return False
+    for family, kind, protocol, _, address in found:
+        with socket.socket(family, kind, protocol) as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                trial.bind(address)
+            except OSError as error:
+                if error.errno == errno.EADDRNOTAVAIL:  # another host's
+                    continue
+                raise ValueError(
+                    f"port {port} of host {socket.gethostname()} cannot be had ({error.strerror}): "
+                    "end what holds it, or give all hosts another port with --rdzv-endpoint"
+                ) from error
+            return True
+    return False
+
+
+def wait_for(host: str, port: int, limit: float) -> None:
+    """Return when the port answers. Raises: ValueError when it does not in time."""
+    began, has_told, here = time.monotonic(), False, socket.gethostname()
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=ANSWER_S).close()
+            return
+        except OSError as error:
+            line = (
+                f"host {here} finds nobody at {host}:{port} ({error.strerror or error}): start the "
+                "command there too, correct --rdzv-endpoint, or open the port in the firewall"
+            )
+        if time.monotonic() > limit:
+            raise ValueError(line)
+        if time.monotonic() - began > TELL_S and not has_told:
+            has_told = True
+            print(f"warning: {line}; waiting", file=sys.stderr, flush=True)
+        time.sleep(POLL_S)
+
+
+def open_store(host: str, port: int, is_keeper: bool) -> dist.TCPStore:
+    """The store at the endpoint. Raises: ValueError when what answers there is none."""
+    made: list[dist.TCPStore] = []
+
+    def make() -> None:
+        try:
+            store = dist.TCPStore(
+                host, port, is_master=is_keeper, timeout=timedelta(seconds=ANSWER_S),
+                wait_for_workers=False, multi_tenant=True,
+            )  # fmt: skip
+        except dist.DistError:
+            return
+        made.append(store)
+
+    # it has no time-out of its own once something answers
+    thread = threading.Thread(target=make, name="open-store", daemon=True)
+    thread.start()
+    thread.join(ANSWER_S)
+    if not made:
+        raise ValueError(
+            f"what answers host {socket.gethostname()} at {host}:{port} is not a rendezvous: give "
+            "all hosts another port with --rdzv-endpoint"
+        )
+    made[0].set_timeout(timedelta(seconds=60))
+    return made[0]
+
+
+def keep_clock(store: dist.Store, over: threading.Event) -> None:
+    """Show this host's time to the others until it is over."""
+    while not over.is_set():
+        store.set("clock", str(time.time()))
+        over.wait(POLL_S)
+
+
+def keep_contact(host: str, port: int, limit_s: float, over: threading.Event) -> None:
+    """End this process, and with it its ranks, when the endpoint is out of reach for limit_s.
+
+    torchrun's own calls to the store have no time-out: after a link went down they were seen to
+    hang until TCP gives up, which takes a quarter of an hour.
+    """
+    last = time.monotonic()
+    while not over.wait(CONTACT_S):
+        try:
+            socket.create_connection((host, port), timeout=ANSWER_S).close()
+            last = time.monotonic()
+        except OSError as error:
+            if time.monotonic() - last > limit_s:
+                print(f"error: {out_of_reach(host, port, error)}", file=sys.stderr, flush=True)
+                os._exit(1)
+
+
+def out_of_reach(host: str, port: int, error: Exception) -> str:
+    """One line for an endpoint that was there and is not any more."""
+    return (
+        f"host {socket.gethostname()} has no rendezvous at {host}:{port} any more, it ended or the "
+        f"link is down ({type(error).__name__}): {AGAIN}"
+    )
+
+
+def answer(store: dist.Store, is_keeper: bool, endpoint: str, lowest: int, limit: float) -> None:
+    """Return when enough hosts have come. Raises: ValueError, on all hosts with the same words."""
+    began, has_told = time.monotonic(), False
+    while True:
+        number = store.add("number", 0)
+        if store.check(["refused"]):
+            if is_keeper:
+                time.sleep(2 * POLL_S)  # the others still read it here
+            raise ValueError(store.get("refused").decode())
+        if number >= lowest:
+            return
+        if is_keeper:
+            names = ", ".join(store.get(f"host/{n}").decode() for n in range(1, number + 1))
+            line = (
+                f"{number} of {lowest} hosts have come: {names}. Start the same command on the "
+                f"others, with --rdzv-endpoint {endpoint}, and let the firewall pass that port"
+            )
+            if time.monotonic() > limit:
+                store.set("refused", line)
+            elif time.monotonic() - began > TELL_S and not has_told:
+                has_told = True
+                print(f"warning: {line}; waiting", file=sys.stderr, flush=True)
+        time.sleep(POLL_S)
