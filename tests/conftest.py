@@ -4,6 +4,7 @@ import io
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -72,3 +73,16 @@ def clusters() -> Iterator[Callable[[int], Cluster]]:
         pytest.skip(reason)
     with ExitStack() as made:
         yield lambda num_hosts: made.enter_context(Cluster(num_hosts))
+
+
+@pytest.fixture(scope="session")
+def tiny_images(tmp_path_factory, photos) -> Path:
+    """48 pictures of 40 x 40 pixels in two class folders."""
+    root = tmp_path_factory.mktemp("tiny-images")
+    rng = np.random.default_rng(0)
+    for number in range(48):
+        photo, label = photos[number % 2], ("china", "flower")[number % 2]
+        y, x = rng.integers(photo.shape[0] - 40), rng.integers(photo.shape[1] - 40)
+        (root / label).mkdir(exist_ok=True)
+        Image.fromarray(photo[y : y + 40, x : x + 40]).save(root / label / f"{number:02d}.jpg")
+    return root

@@ -4,6 +4,8 @@ A newcomer's mistake: listing on every rank. Rank 0 lists, the others receive th
 storage a million stat calls a rank are what hurts.
 """
 
+import os
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,10 +13,10 @@ import numpy as np
 
 from pipeline.digits import write_digits
 from pipeline.runner import ImageReader
-from pipeline.shards import ImageSource, open_source
+from pipeline.shards import ImageSource, ShardSet, open_source
 from pipeline.sources import split_root
 from train.config import DataConfig
-from train.distributed import World, from_main
+from train.distributed import World, from_main, gather
 from train.knn import split_bank
 
 DIGITS = "digits"
@@ -53,8 +55,8 @@ class RunData:
 def open_data(config: DataConfig, *, out: Path, seed: int, world: World) -> RunData:
     """List folders or open shards on rank 0 and share the lists.
 
-    Raises: ValueError for a folder without images, a shard that cannot be used, or held-out images
-    of other classes than the training ones.
+    Raises: ValueError for a folder without images, a shard that cannot be used, held-out images of
+    other classes than the training ones, or other images on one host than on another.
     """
     lists: tuple | Exception | None = None
     if world.is_main:
@@ -66,6 +68,7 @@ def open_data(config: DataConfig, *, out: Path, seed: int, world: World) -> RunD
     if isinstance(lists, Exception):
         raise lists
     assert lists is not None
+    check_same_images(lists, world)
     train, val = lists
     reader = ImageReader(train, config.max_pixels)
     if train.labels is None:
@@ -86,6 +89,53 @@ def open_data(config: DataConfig, *, out: Path, seed: int, world: World) -> RunD
     held = EvalSet(ImageReader(val, config.max_pixels), np.arange(len(val)), index[val.labels])
     note = f"kNN: {len(train)} training images vote on {len(val)} of {val.root}"
     return RunData(reader, EvalSet(reader, ids, labels), held, train.class_names, note)
+
+
+def check_same_images(sources: tuple[ImageSource | None, ...], world: World) -> None:
+    """Raise ValueError on all ranks if a host has other images than rank 0, whose list is used.
+
+    Each host's first process looks. Storage that hosts share is not listed once more: there the
+    folder, or the first shard, is the very same one.
+    """
+    if world.size == 1:
+        return
+    lists = [source for source in sources if source is not None]
+    there = from_main(world, [identity(source) for source in lists])
+    found = []
+    if world.local_rank == 0 and not world.is_main:
+        pairs = zip(lists, there, strict=True)
+        found = [difference(source) for source, its in pairs if identity(source) != its]
+    for text in sum(gather(world, found), []):
+        if text is not None:
+            raise ValueError(text)
+
+
+def identity(source: ImageSource) -> tuple[int, int] | None:
+    """Inode and time of change, equal on hosts that share the storage; None if nothing is there."""
+    try:
+        status = os.stat(source.shards[0] if isinstance(source, ShardSet) else source.root)
+    except OSError:
+        return None
+    return status.st_ino, status.st_ctime_ns
+
+
+def difference(source: ImageSource) -> str | None:
+    """How the images of this host differ from rank 0's list; None where they do not."""
+    host = socket.gethostname()
+    try:
+        here = open_source(source.root)
+    except ValueError as error:
+        return f"host {host}: {error}"
+    if here.fingerprint == source.fingerprint:
+        return None
+    what = "same names, other sizes"
+    names, expected = (set(map(s.name, range(len(s)))) for s in (here, source))
+    if odd := names ^ expected:
+        what = f"{min(odd)} is {'only' if min(odd) in names else 'missing'} there"
+    return (
+        f"host {host} has other images under {source.root} than rank 0's host ({len(here)} against "
+        f"{len(source)}; {what}): copy them again, or use storage that all hosts share"
+    )
 
 
 def _list(config: DataConfig, out: Path) -> tuple[ImageSource, ImageSource | None]:

@@ -78,7 +78,9 @@ def run(config: Config, world: World, out: Path, folder: RunFolder | None, log: 
     order = SampleOrder(len(source), batch_size=config.data.batch_size, seed=config.seed)
     current, ddp = build_state(config, world, len(source))
     facts = state.about(config, source.fingerprint, world)
-    found = checkpoint.load_newest(out / "checkpoints", log=log.warn)
+    # rank 0 reads it and sends it: hosts need not see the same disk
+    found = checkpoint.load_newest(out / "checkpoints", log=log.warn) if world.is_main else None
+    found = from_main(world, found)
     if found is not None:
         state.check_same_run(found.about, facts, out)
         state.restore(current, found)
