@@ -17,6 +17,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from cluster import Cluster, why_not
+from launched import LAUNCH, Launched, weights
 from peers import import_torchvision
 
 
@@ -86,3 +87,19 @@ def tiny_images(tmp_path_factory, photos) -> Path:
         (root / label).mkdir(exist_ok=True)
         Image.fromarray(photo[y : y + 40, x : x + 40]).save(root / label / f"{number:02d}.jpg")
     return root
+
+
+@pytest.fixture(scope="module")
+def two(clusters) -> Cluster:
+    """Two hosts."""
+    return clusters(2)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(two, tiny_images, tmp_path_factory) -> dict:
+    """The weights of a run on two hosts that nothing happened to."""
+    run = Launched(
+        two, tmp_path_factory.mktemp("undisturbed"), LAUNCH, f"--data.root={tiny_images}", nodes=2
+    )
+    assert run.succeed()["steps"] == 12
+    return weights(run.out)
