@@ -109,3 +109,53 @@ def test_nvidias_apex_is_used_where_it_is_and_needs_a_gpu(monkeypatch):
     assert find_apex_sgd(torch.device("cuda")) is torch.optim.SGD
     with pytest.raises(ValueError, match="needs a CUDA device"):
         find_apex_sgd(CPU)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_lars_follows_its_formula_on_weights_and_is_plain_sgd_on_the_rest(decay):
+    model = torch.nn.Linear(5, 3)
+    with torch.no_grad():
+        model.bias.fill_(0.5)
+    expected = {name: p.detach().clone() for name, p in model.named_parameters()}
+    buffers = {name: torch.zeros_like(p) for name, p in expected.items()}
+    config = OptimConfig(name="lars", weight_decay=decay)
+    optimizer = build_optimizer(model, config, lr=0.3, device=CPU)
+    guard = GuardedStep(optimizer, torch.amp.GradScaler("cpu", enabled=False), CPU)
+    for step in range(3):
+        x = torch.randn(4, 5, generator=torch.Generator().manual_seed(step))
+        set_lr(optimizer, config, step, lr=0.3, total=3, steps_per_epoch=3)
+        weight, bias = expected.values()
+        y = x @ weight.T + bias
+        gradients = {"weight": 2 * y.T @ x, "bias": 2 * y.sum(0)}  # of the sum of squares
+        for name, p in expected.items():
+            g = gradients[name]
+            if name == "weight":
+                ratio = 0.001 * p.norm() / (g.norm() + decay * p.norm())
+                g = ratio * (g + decay * p)
+            buffers[name] = 0.9 * buffers[name] + g
+            expected[name] = p - lr_at(step, base=0.3, total=3) * buffers[name]
+        guard(model(x).square().sum())
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), expected[name], msg=name)
+
+
+def test_lars_leaves_all_as_it_is_where_a_gradient_is_not_finite():
+    model = small_model()
+    optimizer = build_optimizer(model, OptimConfig(name="lars"), lr=0.1, device=CPU)
+    guard = GuardedStep(optimizer, torch.amp.GradScaler("cpu", enabled=False), CPU)
+    step_once(model, guard, 1.0)
+    before = copy.deepcopy([p.detach() for p in model.parameters()])
+    momentum = copy.deepcopy(list(optimizer.state.values()))
+    step_once(model, guard, float("nan"))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    for old, new in zip(momentum, optimizer.state.values(), strict=True):
+        assert old["momentum_buffer"].equal(new["momentum_buffer"])
+    assert guard.check(2) == 1
+
+
+def test_lars_without_its_package_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
+    with pytest.raises(ValueError, match="LARS needs pytorch_optimizer"):
+        build_optimizer(small_model(), OptimConfig(name="lars"), lr=0.1, device=CPU)
+    with pytest.raises(ValueError, match="apex has no LARS"):
+        OptimConfig(name="lars", implementation="apex")

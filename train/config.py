@@ -136,14 +136,17 @@ class MethodConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """SGD on all parameters and a cosine schedule over the whole run, set at every step."""
+    """The optimizer, and a cosine schedule over the whole run, set at every step."""
 
+    name: Literal["sgd", "lars"] = "sgd"
+    """lars: for the large batches of SimCLR, BYOL and SwAV."""
     lr: float = 0.05
     """Learning rate for a global batch of 256 images; scaled linearly with the global batch."""
     momentum: float = 0.9
-    """SGD momentum."""
+    """Momentum of the update."""
     weight_decay: float = 1e-4
-    """On all parameters, batch norm and biases too (as the official code)."""
+    """SGD's on all parameters, batch norm and biases too (as the official code); LARS's on weights
+    alone."""
     warmup_epochs: float = 0.0
     """Epochs of linear warm-up; the paper has 10 for batches of 1024 and more."""
     constant_predictor_lr: bool = True
@@ -156,6 +159,8 @@ class OptimConfig:
         for name in ("lr", "momentum", "weight_decay", "warmup_epochs"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"optim.{name} must be >= 0, got {getattr(self, name)}")
+        if self.name == "lars" and self.implementation == "apex":
+            raise ValueError("--optim.implementation apex has no LARS: leave it at torch")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,12 +1,13 @@
 """The optimizer, its schedule, and the guard that keeps a bad gradient from the weights.
 
-SGD on all parameters; the predictor has a parameter group of its own, whose learning rate does not
-decay. A newcomer's mistake: leaving batch norm and biases out of weight decay. The paper does not.
+SGD on all parameters, or LARS; the predictor has a parameter group of its own, whose learning rate
+need not decay. A newcomer's mistake: leaving batch norm and biases out of SGD's weight decay. The
+paper does not; LARS does.
 """
 
 import importlib.metadata
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,9 @@ from train.config import OptimConfig
 BAD_STEPS_IN_A_ROW = 3
 MIN_SCALE = 2.0**-4
 NO_APEX = "apex is not installed"
+GROUPS = ("encoder", "predictor", "prototypes")
+"""Parameter groups: the submodules of these names, and all else in "encoder". Prototypes that stand
+still at first need their own: in a group, fused SGD wants momentum of all parameters or of none."""
 
 
 def lr_at(step: int, *, base: float, total: int, warmup: int = 0) -> float:
@@ -30,24 +34,33 @@ def lr_at(step: int, *, base: float, total: int, warmup: int = 0) -> float:
 def build_optimizer(
     model: nn.Module, config: OptimConfig, *, lr: float, device: torch.device
 ) -> torch.optim.Optimizer:
-    """SGD with two groups: "encoder", and "predictor" (submodule `predictor`, if it learns)."""
-    learned = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    encoder = [p for name, p in learned if not name.startswith("predictor.")]
-    predictor = [p for name, p in learned if name.startswith("predictor.")]
-    groups = [{"name": "encoder", "params": encoder}, {"name": "predictor", "params": predictor}]
-    groups = [group for group in groups if group["params"]]
+    """SGD or LARS with a group for each of GROUPS that has parameters that learn."""
+    params: dict[str, list[nn.Parameter]] = {name: [] for name in GROUPS}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            part = name.split(".")[0]
+            params[part if part in GROUPS else "encoder"].append(parameter)
+    groups = [{"name": name, "params": params[name]} for name in GROUPS if params[name]]
     options: dict = {
         "lr": lr,
         "momentum": config.momentum,
         "weight_decay": config.weight_decay,
     }
+    if config.name == "lars":
+        return find_lars()(groups, **options)
     if config.implementation == "apex":
         return find_apex_sgd(device)(groups, **options)
     return torch.optim.SGD(groups, fused=True, **options)
 
 
 def find_lars() -> Callable[..., torch.optim.Optimizer]:
-    """pytorch_optimizer's LARS. Raises: ValueError if it is not installed."""
+    """pytorch_optimizer's LARS: a gradient g becomes 0.001 |w| / (|g| + wd |w|) (g + wd w).
+
+    So it was in apex's LARC, SwAV's. SimCLR's and BYOL's divide by |g + wd w|, which differs by at
+    most the share wd |w| / |g|; SimCLR's momentum also has the learning rate inside. Batch norm and
+    biases are plain SGD's, without decay, as in SimCLR and BYOL; SwAV's code adapts them too.
+    Raises: ValueError if it is not installed.
+    """
     try:
         from pytorch_optimizer import LARS  # imports a hundred optimizers: only where one is needed
     except ImportError as error:
@@ -117,10 +130,12 @@ class GuardedStep:
         self.worst = torch.zeros((), device=self.device)
         self.skipped = torch.zeros((), device=self.device)
 
-    def __call__(self, loss: Tensor) -> Tensor:
-        """Backward pass and update; returns the gradient norm (unscaled)."""
+    def __call__(self, loss: Tensor, *, frozen: Iterable[Tensor] = ()) -> Tensor:
+        """Backward pass and update of all but `frozen`; returns the gradient norm (unscaled)."""
         with record_function("backward"):
             self.scaler.scale(loss).backward()
+        for parameter in frozen:
+            parameter.grad = None
         with record_function("optimizer"):
             return self._update()
 
@@ -139,7 +154,7 @@ class GuardedStep:
             self.optimizer.found_inf = bad.reshape(1)  # type: ignore[attr-defined]
             self.optimizer.grad_scale = None  # type: ignore[attr-defined]
             self.optimizer.step()
-        elif not bad:  # apex has no such flag: this reads the device once a step
+        elif not bad:  # apex and LARS have no such flag: this reads the device once a step
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.in_a_row = (self.in_a_row + 1) * bad
