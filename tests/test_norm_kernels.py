@@ -157,6 +157,8 @@ def test_outputs_gradients_and_running_statistics_are_as_exact_as_plain_torch(
     [
         ((6, 5, 3, 3), {"shortcut": "none", "views": 1}),
         ((6, 5, 3, 3), {"shortcut": "norm", "views": 1}),
+        ((8, 5, 3, 3), {"shortcut": "norm", "views": 4}),  # two pairs of views
+        ((8, 12), {"shortcut": "none", "views": 4}),
         ((8, 12), {"shortcut": "none"}),  # the heads: (N, C)
         ((8, 12), {"shortcut": "none", "affine": False, "relu": False}),  # the projector's end
         ((4, 10, 3, 2), {"shortcut": "residual", "relu": False}),

@@ -5,12 +5,17 @@ a property; nothing is changed after reading. A newcomer's mistake: a learning r
 use. optim.lr is for 256 images and is scaled with the *global* batch.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 from kernels.launch import Kernels
 from pipeline.augment import AugmentConfig
 from pipeline.graph import DecodeOptions
+from train.method_config import MethodConfig, MethodName, at_least
+
+__all__ = [
+    "Config", "DataConfig", "EvalConfig", "MethodConfig", "ModelConfig", "OptimConfig", "at_least",
+]  # fmt: skip
 
 HeadNorm = Literal["none", "hidden", "default", "all"]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -49,7 +54,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The encoder f (backbone and projection MLP) and the prediction MLP h."""
+    """The encoder f (backbone and projection MLP) and the prediction MLP h, of every method."""
 
     arch: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"
     """The backbone, with torchvision's parameter names."""
@@ -60,16 +65,16 @@ class ModelConfig:
     zero_init_residual: bool = True
     """The last batch norm of each block starts at weight 0 (as the official code)."""
     projector_layers: int = 3
-    """3 for ImageNet, 2 for CIFAR (appendix D)."""
+    """3 for ImageNet, 2 for CIFAR (appendix D); SimCLR 3, the other methods 2."""
     projector_hidden: int = 0
     """Width of the projector's hidden layers; 0 takes the backbone's feature dimension."""
     projector_dim: int = 2048
-    """Dimension d of z and p."""
+    """Dimension d of z and p; 256 for BYOL, 128 for SimCLR, SwAV and MoCo."""
     predictor_hidden: int = 512
-    """Width of the predictor's bottleneck; d / 4 in the paper."""
+    """Width of the predictor's hidden layer; d / 4 in the paper, 4096 for BYOL."""
     head_norm: HeadNorm = "default"
-    """Batch norm in the heads (table 3): none, in hidden layers, also at the projector's output
-    (default), also at the predictor's (all)."""
+    """Batch norm in SimSiam's heads (table 3): none, in hidden layers, also at the projector's
+    output (default), also at the predictor's (all)."""
     kernels: Kernels = "auto"
     """Batch norm, loss and normalisation: auto runs the Triton kernels on a CUDA device and
     PyTorch's own operations elsewhere."""
@@ -83,55 +88,10 @@ class ModelConfig:
             at_least(f"model.{name}", getattr(self, name), 1)
         at_least("model.projector_hidden", self.projector_hidden, 0)
 
-
-@dataclass(frozen=True, kw_only=True)
-class MethodConfig:
-    """SimSiam and what the paper takes out of it."""
-
-    name: Literal["simsiam"] = "simsiam"
-    """The method that trains the backbone."""
-    stop_gradient: bool = True
-    """false is figure 2 of the paper: the representation collapses."""
-    predictor: Literal["mlp", "none", "fixed"] = "mlp"
-    """none collapses; fixed at its random start does not converge (table 1)."""
-    symmetry: Literal["symmetric", "asymmetric", "asymmetric_2x"] = "symmetric"
-    """asymmetric: one view alone is predicted; asymmetric_2x: so with two pairs of views (4.6)."""
-    similarity: Literal["cosine", "cross_entropy"] = "cosine"
-    """cross_entropy: -softmax(z) log softmax(p) over channels (section 4.5)."""
-    target_steps: int = 1
-    """Batches whose targets are computed before as many SGD steps on them (section 5.2); 0: an
-    epoch's; 1 is SimSiam."""
-    moving_average: float = 0.0
-    """Momentum of a target kept for each image (section 5.2: 0.8, with --method.predictor none);
-    0: none is kept."""
-
-    def __post_init__(self) -> None:
-        """Refuse impossible values and switches that exclude each other."""
-        at_least("method.target_steps", self.target_steps, 0)
-        if not 0 <= self.moving_average < 1:
-            raise ValueError(f"method.moving_average must lie in 0 .. 1, got {self.moving_average}")
-        kept = [
-            f"method.{name}"
-            for name, is_on in (
-                ("target_steps", self.target_steps != 1),
-                ("moving_average", self.moving_average > 0),
-            )
-            if is_on
-        ]
-        if len(kept) > 1:
-            raise ValueError(f"{' and '.join(kept)} exclude each other: use one of them")
-        if kept and not self.stop_gradient:
-            raise ValueError(
-                f"{kept[0]} keeps targets, which have no gradient: "
-                "leave --method.stop_gradient true"
-            )
-        if kept and self.symmetry != "symmetric":
-            raise ValueError(f"{kept[0]} goes with --method.symmetry symmetric only")
-
-    @property
-    def num_views(self) -> int:
-        """Views of each image that go through the network."""
-        return 4 if self.symmetry == "asymmetric_2x" else 2
+    def ends_in_norm(self, method: MethodName) -> bool:
+        """Whether the method's projector ends in batch norm."""
+        of_simsiam = method == "simsiam" and self.head_norm in ("default", "all")
+        return of_simsiam or method == "simclr"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,11 +193,26 @@ class Config:
         at_least("timeout_s", self.timeout_s, 5)
         for name in ("seed", "max_steps", "checkpoint_every"):
             at_least(name, getattr(self, name), 0)
+        if self.method.name != "simsiam" and self.model.head_norm != "default":
+            raise ValueError(
+                f"--model.head_norm belongs to simsiam, --method.name is {self.method.name}: leave "
+                "it out"
+            )
+        if self.method.swav.small_views and self.method.swav.small_size == self.augment.size:
+            raise ValueError(
+                f"--method.swav.small_size {self.augment.size} is that of the other views "
+                "(--augment.size): take a smaller one"
+            )
 
     @property
     def views(self) -> list[AugmentConfig]:
         """How each view of an image is drawn."""
-        return [self.augment] * self.method.num_views
+        first, byol, swav = self.augment, self.method.byol, self.method.swav
+        if self.method.name == "byol":
+            blur = first.blur * byol.second_blur
+            return [first, replace(first, blur=blur, solarize=byol.second_solarize)]
+        small = replace(first, size=swav.small_size, scale=swav.small_scale)
+        return [first] * self.method.num_views + [small] * swav.small_views
 
     @property
     def lr(self) -> float:
@@ -247,16 +222,13 @@ class Config:
 
 def flat(config: Config) -> dict[str, str]:
     """Every setting as text, by flag name."""
-    settings = {}
-    for name, value in asdict(config).items():
-        if isinstance(value, dict):
-            settings |= {f"{name}.{part}": str(inner) for part, inner in value.items()}
-        else:
-            settings[name] = str(value)
-    return settings
 
+    def flatten(values: dict, prefix: str) -> dict[str, str]:
+        settings = {}
+        for name, value in values.items():
+            flag = prefix + name
+            inner = flatten(value, f"{flag}.") if isinstance(value, dict) else {flag: str(value)}
+            settings |= inner
+        return settings
 
-def at_least(name: str, value: float, low: int) -> None:
-    """Raise ValueError if a flag's value is below its least one."""
-    if value < low:
-        raise ValueError(f"{name} must be at least {low}, got {value}")
+    return flatten(asdict(config), "")

@@ -25,6 +25,7 @@ from train.resnet import ResNet
 from train.state import check_fits
 
 TOP = 5
+MANY_IMAGES = 2**40  # more than any queue of theirs holds
 PARTS = ("backbone", "projector")  # the encoder; what else a checkpoint holds is for training
 
 
@@ -49,7 +50,7 @@ def load_encoder(
     # targets that a run of these keeps are no part of its encoder, nor is how many images it had
     method = dataclasses.replace(config.method, target_steps=1, moving_average=0.0)
     config = dataclasses.replace(config, method=method)
-    model = build_method(config, images=config.data.batch_size, device=device)
+    model = build_method(config, images=MANY_IMAGES, device=device)
     weights = {
         name: tensor
         for name, tensor in found.tensors["model"].items()

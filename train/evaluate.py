@@ -212,7 +212,7 @@ def evaluate(job: Job, folder: RunFolder | None) -> dict:
     write(title, guesses)
     if linear is not None:  # hours for ImageNet: what is known by now is written and shown
         if folder is not None and linear.epochs_done < linear.config.epochs:
-            print_evaluation(result, stop_gradient=job.config.method.stop_gradient)
+            print_evaluation(result, job.config.method)
         result["linear_probe"], guesses = as_in_paper(job, linear, backbone, test)
         title = f"linear probe, learning rate {linear.config.lrs[-1]}"
         write(title, guesses, "confusion_linear.png")
@@ -256,7 +256,7 @@ def main() -> None:
             job = start_job(found, run, config, chosen, world=world, out=out, log=log)
             result = evaluate(job, folder)
         if folder is not None:
-            print_evaluation(result, stop_gradient=config.method.stop_gradient)
+            print_evaluation(result, config.method)
             print(json.dumps(result))
     except KeyboardInterrupt:
         refuse(STOPPED, code=130)

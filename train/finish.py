@@ -37,7 +37,9 @@ def finish(session: Session, *, ended: str) -> dict:
         "z_std": z_std,
         "collapsed": None if z_std is None else z_std < session.collapse_threshold,
         "collapse_threshold": session.collapse_threshold,
+        "method": config.method.name,
         "stop_gradient": config.method.stop_gradient,
+        "views": len(config.views),
         "images_per_s": images / current.train_s if current.train_s else None,
         "data_wait_pct": 100 * current.wait_s / current.train_s if current.train_s else None,
         "train_s": current.train_s,
@@ -60,7 +62,8 @@ def write_end(session: Session, run: RunFolder, metrics: Metrics, result: dict) 
     ended, current = result["state"], session.state
     metrics.hyper_parameters(comparable(session.config), result)
     metrics.close()
-    draw_curves(metrics.path, run.path / "curves.png", threshold=session.collapse_threshold)
+    threshold, method = session.collapse_threshold, session.config.method
+    draw_curves(metrics.path, run.path / "curves.png", threshold=threshold, method=method)
     run.write("result.json", result)
     run.status(ended, current.step)
     if ended == "preempted":
@@ -68,7 +71,7 @@ def write_end(session: Session, run: RunFolder, metrics: Metrics, result: dict) 
             f"stopped at step {current.step} of {session.last_step}; the checkpoint is in "
             f"{run.checkpoints}. The same command goes on from there: {run.command()}"
         )
-    print_table(result)
+    print_table(result, method)
 
 
 def write_features(session: Session) -> None:

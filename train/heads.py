@@ -1,7 +1,8 @@
 """The projection MLP (the end of the encoder f) and the prediction MLP h.
 
-Source: SimSiam section 3 and the official code; recipes: the projector's last batch norm has no
-affine part, the predictor's output has neither batch norm nor ReLU.
+Source: SimSiam section 3 and the official code: the projector's last batch norm has no affine part,
+the predictor's output has neither batch norm nor ReLU. The other methods' heads are projectors with
+batch norm elsewhere.
 A newcomer's mistake: giving the last linear layer of the projector a bias. The official one is
 frozen and cancelled by the batch norm that follows; here it does not exist.
 """
@@ -13,14 +14,14 @@ from train.norm import BatchNorm
 
 
 class LinearNorm(nn.Module):
-    """Linear without bias, batch norm, optional ReLU; without `norm` linear with bias and ReLU."""
+    """Linear without bias, batch norm, optional ReLU; without `norm` the linear layer has one."""
 
     def __init__(
         self, inputs: int, outputs: int, *, relu: bool = True, affine: bool = True,
-        norm: bool = True,
+        norm: bool = True, bias: bool = True,
     ):  # fmt: skip
         super().__init__()
-        self.linear = nn.Linear(inputs, outputs, bias=not norm)
+        self.linear = nn.Linear(inputs, outputs, bias=bias and not norm)
         self.norm = BatchNorm(outputs, affine=affine) if norm else None
         self.relu = relu
 
@@ -33,17 +34,19 @@ class LinearNorm(nn.Module):
 
 
 def build_projector(
-    inputs: int, *, hidden: int, outputs: int, layers: int, norm: HeadNorm = "default"
-) -> nn.Sequential:
-    """`layers` fully connected layers, each with batch norm; the last one without ReLU and affine.
+    inputs: int, *, hidden: int, outputs: int, layers: int, norm: HeadNorm = "default",
+    affine: bool = False, bias: bool = True,
+) -> nn.Sequential:  # fmt: skip
+    """`layers` fully connected layers, each with batch norm; the last one without ReLU.
 
     Shapes: (N, inputs) -> (N, outputs). layers is 3 for ImageNet, 2 for CIFAR (appendix D).
-    norm "hidden" leaves it out of the last layer, "none" out of all (table 3).
+    norm "hidden" leaves it out of the last layer, "none" out of all (table 3); affine is the last
+    batch norm's, bias the last layer's where it has none.
     """
     widths = [inputs] + [hidden] * (layers - 1)
     body = [LinearNorm(a, b, norm=norm != "none") for a, b in zip(widths, widths[1:], strict=False)]
     last = LinearNorm(
-        widths[-1], outputs, relu=False, affine=False, norm=norm in ("default", "all")
+        widths[-1], outputs, relu=False, affine=affine, norm=norm in ("default", "all"), bias=bias
     )
     return nn.Sequential(*body, last)
 

@@ -116,9 +116,10 @@ def train_step(session: Session, batch: Batch) -> tuple[Tensor, dict[str, Tensor
     current.model.before_step(current.step)
     views = normalized(session, batch.images)
     ids = batch.ids.to(session.world.device, non_blocking=True)
+    small = None if batch.small is None else normalized(session, batch.small)
     with record_function("forward"), autocast(config, session.world.device):
-        loss, scalars = session.ddp(views, ids)
-    norm = current.guard(loss)
+        loss, scalars = session.ddp(views, ids, small)
+    norm = current.guard(loss, frozen=current.model.frozen(current.step))
     current.model.after_step(current.step, session.schedule_steps)
     return loss.detach(), scalars, norm, lr
 

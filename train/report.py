@@ -10,31 +10,36 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from train.config import MethodConfig
 from train.metrics import read_metrics
 from train.spread import COLLAPSED
 
 
-def collapse_threshold(batch_per_rank: int) -> float:
+def collapse_threshold(batch_per_rank: int, *, ends_in_norm: bool = True) -> float:
     """The value of std(z/|z|) * sqrt(d) below which a run counts as collapsed.
 
-    1 is features spread over the sphere. 0 cannot be reached: batch norm at the end of the
-    projector keeps the mean over the batch at 0, so that in a collapsed batch of N images all but k
+    1 is features spread over the sphere. 0 cannot be reached where the projector ends in batch
+    norm: it keeps the mean over the batch at 0, so that in a collapsed batch of N images all but k
     outliers share one direction and the meter reads 2 sqrt(k / N). Seen on the digits without
     stop-gradient, N = 64: 0.250 = 2 / sqrt(64) at the end, 0.25 to 0.45 on the way; with it 0.98.
+    Without batch norm there 0 is reached, and a mean that all images share keeps the meter of a
+    healthy run well below 1.
     """
+    if not ends_in_norm:
+        return 0.1
     return min(0.5, max(0.1, 4 / batch_per_rank**0.5))
 
 
-def draw_curves(metrics: Path, picture: Path, *, threshold: float) -> None:
+def draw_curves(metrics: Path, picture: Path, *, threshold: float, method: MethodConfig) -> None:
     """Loss, collapse meter and kNN over steps, one above the other."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = read_metrics(metrics)
+    rows, least = read_metrics(metrics), method.least_loss
     figure = Figure(figsize=(7, 7), layout="constrained")
     FigureCanvasAgg(figure)
     panels = (
-        ("train/loss", "loss (-1 is the least)"),
+        ("train/loss", "loss" + (f" ({least:g} is the least)" if least is not None else "")),
         ("train/z_std", "std(z/|z|) * sqrt(d)"),
         ("eval/knn_top1", "kNN top-1 [%]"),
     )
@@ -57,9 +62,9 @@ def stderr_console() -> Console:
     return Console(file=sys.stderr, width=None if sys.stderr.isatty() else 100)
 
 
-def print_table(result: dict) -> None:
+def print_table(result: dict, method: MethodConfig) -> None:
     """The results for people, on stderr; the JSON line on stdout is for programs."""
-    table = Table(title="SimSiam run")
+    table = Table(title=f"{method.title} run")
     table.add_column("")
     table.add_column("result", justify="right")
     for key, label, form in (
@@ -67,7 +72,7 @@ def print_table(result: dict) -> None:
         ("knn_top1", f"kNN top-1 after {result['knn_step'] or result['steps']} steps", "{:.1f} %"),
         ("loss", "loss", "{:.4f}"),
         ("z_std", "std(z/|z|) * sqrt(d)", "{:.3f}"),
-        ("images_per_s", "images/s (two views each)", "{:.1f}"),
+        ("images_per_s", f"images/s ({result['views']} views each)", "{:.1f}"),
         ("data_wait_pct", "waiting for data", "{:.1f} %"),
         ("steps", "steps", "{}"),
         ("bad_images", "unreadable images, replaced", "{}"),
@@ -79,14 +84,12 @@ def print_table(result: dict) -> None:
     console.print(table)
     if result["collapsed"]:
         advice = collapse_advice(
-            result["z_std"],
-            threshold=result["collapse_threshold"],
-            stop_gradient=result["stop_gradient"],
+            result["z_std"], threshold=result["collapse_threshold"], method=method
         )
         console.print(advice, soft_wrap=True)
 
 
-def print_evaluation(result: dict, *, stop_gradient: bool) -> None:
+def print_evaluation(result: dict, method: MethodConfig) -> None:
     """The results of train/evaluate.py for people, on stderr."""
     table = Table(title=f"Encoder after step {result['step']}")
     for name in ("", "top-1", "top-5"):
@@ -112,22 +115,20 @@ def print_evaluation(result: dict, *, stop_gradient: bool) -> None:
     console = stderr_console()
     console.print(table)
     if result["collapsed"]:
-        advice = collapse_advice(
-            result["collapse_meter"], threshold=COLLAPSED, stop_gradient=stop_gradient
-        )
+        advice = collapse_advice(result["collapse_meter"], threshold=COLLAPSED, method=method)
         console.print(advice, soft_wrap=True)
     console.print(f"pictures and evaluation.json: {result['out']}", soft_wrap=True)
 
 
-def collapse_advice(z_std: float, *, threshold: float, stop_gradient: bool) -> str:
+def collapse_advice(z_std: float, *, threshold: float, method: MethodConfig) -> str:
     """One line that says what happened and what to change."""
     cause = (
-        "lower --optim.lr for this batch size, check the augmentations, keep batch norm in the "
-        "projector"
-        if stop_gradient
-        else "expected with --method.stop_gradient false; set it to true"
+        f"expected with --{method.collapses_by} false; set it to true"
+        if method.collapses_by is not None
+        else "lower --optim.lr for this batch size, check the augmentations, keep batch norm in "
+        "the projector"
     )
     return (
         f"COLLAPSED: std(z/|z|) * sqrt(d) is {z_std:.3f}, below {threshold:.2f}: nearly all images "
-        f"get one representation, and a loss near -1 is not good here. Remedy: {cause}."
+        f"get one representation, and a low loss is not good here. Remedy: {cause}."
     )

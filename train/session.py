@@ -49,7 +49,8 @@ class Session:
     @property
     def collapse_threshold(self) -> float:
         """Below it the collapse meter warns."""
-        return collapse_threshold(self.order.batch_size // self.world.size)
+        config, rows = self.config, self.order.batch_size // self.world.size
+        return collapse_threshold(rows, ends_in_norm=config.model.ends_in_norm(config.method.name))
 
 
 def save(session: Session) -> None:

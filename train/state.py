@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from train import checkpoint
-from train.config import Config, DataConfig, flat
+from train.config import Config, DataConfig, MethodConfig, flat
 from train.distributed import World
 from train.methods import Method
 from train.optim import GuardedStep
@@ -22,6 +22,7 @@ FREE = {"out", "max_steps", "log_every", "checkpoint_every", "timeout_s", "devic
         "eval", "dali"}  # fmt: skip
 FREE_PARTS = {"data.root", "data.val", "data.max_bad_fraction", "model.recompute"}
 # the fingerprint stands for the images; recomputing gives the same bits
+STAYING = {"target", "queue"}  # parts of a method that a new run does not start from
 
 
 @dataclass
@@ -55,9 +56,14 @@ def about(config: Config, fingerprint: str, world: World) -> dict:
 
 
 def comparable(config: Config) -> dict[str, str]:
-    """The settings that change the result, by flag name, as text."""
-    free = FREE | FREE_PARTS
-    return {n: v for n, v in flat(config).items() if not {n, n.split(".")[0]} & free}
+    """The settings that change the result, by flag name, as text; of one method, the one named."""
+    others = {flag for owner, flag in config.method.switches() if owner != config.method.name}
+    left_out = FREE | FREE_PARTS | others
+    return {
+        flag: value
+        for flag, value in flat(config).items()
+        if not {flag, flag.split(".")[0]} & left_out
+    }
 
 
 def save(state: TrainState, folder: Path, facts: dict) -> Path:
@@ -86,8 +92,16 @@ def check_same_run(found: dict, facts: dict, run: Path) -> None:
             f"{run} holds weights of {found['imported']['file']}, not a run of its own: train on "
             f"from them with --init {run} and another --out"
         )
+    now = facts["config"]
+    was, is_now = found["config"].get("method.name", MethodConfig().name), now["method.name"]
+    if was != is_now:
+        raise ValueError(
+            f"{run} holds a checkpoint of {was}, this run is of {is_now}: take --method.name {was} "
+            "to continue it, or another --out for a new run"
+        )
     # a setting that is younger than the checkpoint had then what is its default now
-    before, now = comparable(Config(data=DataConfig(root=""))) | found["config"], facts["config"]
+    default = Config(data=DataConfig(root=""), method=MethodConfig(name=is_now))
+    before = comparable(default) | found["config"]
     changed = [
         f"{name} was {before.get(name)} and is {now.get(name)}"
         for name in sorted(before.keys() | now.keys())
@@ -139,7 +153,8 @@ def check_fits(expected: checkpoint.Tensors, given: checkpoint.Tensors) -> None:
 def start_from(model: Method, run: Path, *, log: Callable[[str], None]) -> None:
     """Give the model the weights of another run's newest checkpoint, part by part.
 
-    Buffers of the method itself (targets of images, a queue) are that run's and stay behind.
+    What the method keeps of images or of earlier weights (targets, a queue, a momentum encoder) is
+    that run's and stays behind.
     Raises: ValueError if there is no checkpoint, or a part has other shapes.
     """
     found = checkpoint.load_newest(run / "checkpoints", log=log)
@@ -150,6 +165,7 @@ def start_from(model: Method, run: Path, *, log: Callable[[str], None]) -> None:
         )
     expected = model.state_dict()
     parts = list(dict.fromkeys(name.split(".")[0] for name in expected if "." in name))
+    parts = [part for part in parts if part not in STAYING]
     weights = {
         name: value for name, value in found.tensors["model"].items() if name.split(".")[0] in parts
     }
@@ -161,6 +177,7 @@ def start_from(model: Method, run: Path, *, log: Callable[[str], None]) -> None:
             f"--config {run / 'config.yaml'}"
         ) from error
     model.load_state_dict(weights, strict=False)
+    model.start_target()
     given = {name.split(".")[0] for name in weights}
     taken = ", ".join(part for part in parts if part in given)
     drawn = ", ".join(part for part in parts if part not in given)

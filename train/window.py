@@ -86,7 +86,7 @@ class Window:
             "train/grad_norm": self.norm.item(),
             "train/skipped_steps": skipped,
             "throughput/images_per_sec": rate,
-            "throughput/views_per_sec": 2 * rate,
+            "throughput/views_per_sec": len(session.config.views) * rate,
             "throughput/device/images_per_sec": rate / session.world.size,
             "time/data_wait_pct": 100 * self.wait_s / self.train_s,
             "memory/max_active_gib": peak_gib(session.world.device),
@@ -115,10 +115,8 @@ class Window:
         threshold = self.session.collapse_threshold
         self.low_std = self.low_std + 1 if z_std < threshold else 0
         if self.low_std == COLLAPSE_PATIENCE:
-            stop_gradient = self.session.config.method.stop_gradient
-            self.session.log.warn(
-                collapse_advice(z_std, threshold=threshold, stop_gradient=stop_gradient)
-            )
+            method = self.session.config.method
+            self.session.log.warn(collapse_advice(z_std, threshold=threshold, method=method))
 
     def count_bad(self) -> None:
         """Share the list of bad images; stop if there are too many."""

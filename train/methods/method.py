@@ -8,6 +8,7 @@ the gradients.
 """
 
 import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,11 +41,14 @@ class Method(nn.Module):
         self.group = group
         set_sync_group(self, group)
 
-    def forward(self, views: Tensor, ids: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, views: Tensor, ids: Tensor | None = None, small: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and what to log of it, z_std among it.
 
         Shapes: views (V N, 3, H, W) channels_last, all first views, then all second ones, ...;
-        ids (N,) int64, the samples, for methods that remember something of each.
+        ids (N,) int64, the samples, for methods that remember something of each;
+        small (W N, 3, h, w) the views of a smaller size, for methods with multi-crop.
         z_std is multiplied by sqrt(d): about 1 when features are spread out, 0 after collapse.
         """
         raise NotImplementedError
@@ -52,8 +56,15 @@ class Method(nn.Module):
     def before_step(self, step: int) -> None:
         """Called before each step, counted from 0. Nothing here may wait for the device."""
 
+    def frozen(self, step: int) -> list[Tensor]:
+        """Parameters that the optimizer leaves as they are in this step."""
+        return []
+
     def after_step(self, step: int, total: int) -> None:
         """Called after the optimizer's step, of `total` in the schedule. May not wait either."""
+
+    def start_target(self) -> None:
+        """Called after weights of another run were put in: what follows them starts anew."""
 
     def keep_targets(self, views: Tensor, step: int) -> None:
         """Compute the targets of a step that comes later, where `target_steps` is more than 1."""
@@ -83,10 +94,28 @@ def gather_rows(x: Tensor, group: dist.ProcessGroup | None, *, dim: int = 0) -> 
     """The rows of all ranks, in their order, on every rank; no gradient. dim: that of the rows."""
     if group is None:
         return x
-    rows = x.movedim(dim, 0).contiguous()
-    everywhere = rows.new_empty((dist.get_world_size(group) * len(rows), *rows.shape[1:]))
-    dist.all_gather_into_tensor(everywhere, rows, group=group)
-    return everywhere.movedim(0, dim)
+    rows = x.detach().movedim(dim, 0).contiguous()
+    return _gather(torch.ops._c10d_functional, rows, group).movedim(0, dim)
+
+
+def gather_with_gradient(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """gather_rows whose rows get back the sum of the gradients that they have on all ranks."""
+    if group is None:
+        return x
+    return _gather(torch.ops._c10d_functional_autograd, x.contiguous(), group)
+
+
+def _gather(ops: Any, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """By a functional collective, which torch.compile keeps in its graph."""
+    gathered = ops.all_gather_into_tensor(rows, dist.get_world_size(group), group.group_name)
+    return torch.ops._c10d_functional.wait_tensor(gathered)
+
+
+def sum_over_ranks(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The sum over ranks; `x` is changed in place. No gradient."""
+    if group is not None:
+        dist.all_reduce(x, group=group)
+    return x
 
 
 def own_rows(x: Tensor, group: dist.ProcessGroup | None, *, dim: int = 0) -> Tensor:

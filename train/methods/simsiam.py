@@ -42,7 +42,9 @@ class SimSiam(Method):
         self.kernels: Kernels = model.kernels
         self.finish_init(model, num_views=method.num_views)
 
-    def forward(self, views: Tensor, ids: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, views: Tensor, ids: Tensor | None = None, small: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and the collapse meter of z. Shapes: as Method.forward."""
         p, z = self.encode(views)
         with torch.autocast(views.device.type, enabled=False):

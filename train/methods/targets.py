@@ -56,7 +56,9 @@ class Alternation(SimSiam):
         z = z.float().view(2, -1, z.shape[1])
         self.targets[step % self.target_steps] = gather_rows(z, self.group, dim=1)
 
-    def forward(self, views: Tensor, ids: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, views: Tensor, ids: Tensor | None = None, small: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss against the kept targets, and the meter of the present z."""
         p, z = self.encode(views)
         target = own_rows(self.targets.index_select(0, self.slot)[0], self.group, dim=1)
@@ -84,7 +86,9 @@ class MovingAverage(SimSiam):
         )  # fmt: skip
         self.memory = nn.Buffer(torch.zeros(images, model.projector_dim))
 
-    def forward(self, views: Tensor, ids: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, views: Tensor, ids: Tensor | None = None, small: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss against the averages, which are brought up to date."""
         assert ids is not None, "the moving average is kept by sample id"
         p, z = self.encode(views)

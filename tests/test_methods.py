@@ -1,0 +1,333 @@
+"""What holds for every method: ranks, resume, refusals."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from pipeline.augment import AugmentConfig
+from pipeline.order import SampleOrder
+from pipeline.runner import Batch
+from tests.test_sync_norm import free_port
+from tests.test_train import images, result, run  # noqa: F401 - a fixture
+from train import checkpoint, state
+from train.config import Config, DataConfig, ModelConfig
+from train.distributed import World
+from train.encoded import load_encoder
+from train.loop import train_step
+from train.main import build_state
+from train.method_config import BYOLConfig, MethodConfig, MoCoConfig, SimCLRConfig, SwAVConfig
+from train.methods import Method, build_method
+from train.norm import BatchNorm
+from train.optim import build_optimizer
+from train.session import Session
+
+CPU = torch.device("cpu")
+ROWS, IMAGES, SIZE = 6, 12, 16
+SMALL = ModelConfig(
+    arch="resnet18", stem="cifar", width=4, projector_layers=2, projector_dim=16,
+    projector_hidden=16, predictor_hidden=8,
+)  # fmt: skip
+# a queue of two batches: full before the third step; two small views; an epoch of two steps
+SWAV = SwAVConfig(
+    prototypes=7, queue=12, queue_from_epoch=0, small_views=2, small_size=8, frozen_epochs=0.5
+)
+METHODS = {
+    "byol": MethodConfig(name="byol"),
+    "byol without predictor": MethodConfig(name="byol", byol=BYOLConfig(predictor=False)),
+    # at 0.1 the gradients are so steep that rounding shows in three steps
+    "simclr": MethodConfig(name="simclr", simclr=SimCLRConfig(temperature=0.5)),
+    "swav": MethodConfig(name="swav", swav=SWAV),
+    "moco": MethodConfig(name="moco", moco=MoCoConfig(queue=24)),
+}
+
+
+def config_of(method: MethodConfig, **options) -> Config:
+    return Config(
+        data=DataConfig(root=".", batch_size=ROWS), model=SMALL, method=method, precision="fp32",
+        augment=AugmentConfig(size=SIZE), **options,
+    )  # fmt: skip
+
+
+def made(method: MethodConfig) -> Method:
+    torch.manual_seed(0)
+    model = build_method(config_of(method), images=IMAGES, device=CPU)
+    return model.to(memory_format=torch.channels_last)
+
+
+def some_views(step: int, *, views: int = 2, size: int = SIZE) -> torch.Tensor:
+    """(V, N, 3, S, S); each image's views are alike."""
+    generator = torch.Generator().manual_seed(step)
+    image = torch.randn(ROWS, 3, 4, 4, generator=generator)
+    image = torch.nn.functional.interpolate(image, size)
+    return image + 0.3 * torch.randn(views, ROWS, 3, size, size, generator=generator)
+
+
+def flat(views: torch.Tensor) -> torch.Tensor:
+    return views.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+
+
+class TinyBackbone(nn.Module):
+    """One layer in place of the ResNet, which takes too long to compile here."""
+
+    num_features = 8
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3, stride=2, bias=False), BatchNorm(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.conv(x), relu=True).mean((2, 3))
+
+
+def three_steps(name: str, rank: int, group, *, compiled: bool) -> dict:
+    """Gradients of the first step, losses, and all of the state after three steps.
+
+    On half of the batch or on all of it; compiled: with TinyBackbone, in one graph on two ranks.
+    """
+    method = METHODS[name]
+    with pytest.MonkeyPatch.context() as patch:
+        if compiled:
+            patch.setattr("train.methods.method.build_backbone", lambda model: TinyBackbone())
+        model = made(method)
+    model.sync_over(group)
+    call = model
+    if compiled and group:
+        torch._dynamo.reset()
+        call = torch.compile(model, fullgraph=True, backend="aot_eager")
+    optimizer = build_optimizer(model, config_of(method).optim, lr=0.05, device=CPU)
+    mine = slice(rank * ROWS // 2, (rank + 1) * ROWS // 2) if group else slice(None)
+    found = {}
+    for step in range(3):
+        model.before_step(step)
+        small = flat(some_views(step, size=8)[:, mine]) if method.swav.small_views else None
+        loss, scalars = call(flat(some_views(step)[:, mine]), torch.arange(ROWS)[mine], small)
+        optimizer.zero_grad()
+        loss.backward()
+        learned = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        for value in (*learned.values(), loss.detach()) if group else ():
+            dist.all_reduce(value)
+            value /= 2
+        found[f"loss {step}"] = loss.detach().clone()
+        if step == 0:
+            found |= {f"d{name}": gradient.clone() for name, gradient in learned.items()}
+        for parameter in model.frozen(step):
+            parameter.grad = None
+        optimizer.step()
+        model.after_step(step, 10)
+    assert scalars["z_std"] > 0
+    return {n: v.numpy() for n, v in (found | model.state_dict()).items()}
+
+
+COMPILED = {"simclr", "swav", "moco"}  # BYOL has no collective that SimSiam has not
+CASES = [(name, compiled) for name in METHODS for compiled in {False, name in COMPILED}]
+
+
+def on_rank(rank: int, port: int, queue) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
+    for name, compiled in CASES:
+        found = three_steps(name, rank, dist.group.WORLD, compiled=compiled)
+        if rank == 0:
+            queue.put((name, compiled, found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.dist
+def test_two_ranks_equal_one_with_the_same_global_batch_and_compile_to_one_graph():
+    queue = mp.get_context("spawn").Queue()
+    context = mp.spawn(on_rank, args=(free_port(), queue), nprocs=2, join=False)
+    parts = [queue.get(timeout=240) for _ in CASES]
+    while not context.join():
+        pass
+    for name, compiled, found in parts:
+        whole = three_steps(name, 0, None, compiled=compiled)
+        assert found.keys() == whole.keys()
+        for key, expected in whole.items():
+            if not key.endswith("num_batches_tracked"):
+                scale = max(abs(expected).max(), 1e-2)
+                assert abs(found[key] - expected).max() / scale < 1e-3, (name, compiled, key)
+
+
+def session_of(method: MethodConfig) -> Session:
+    """What train_step works with, as train/main.py puts it together."""
+    config = config_of(method, epochs=3)
+    world = World(0, 1, 0, 1, CPU, None)
+    current, ddp = build_state(config, world, IMAGES)
+    order = SampleOrder(IMAGES, batch_size=ROWS, seed=0)
+    return Session(config, world, None, order, current, ddp, {}, None, None, None)
+
+
+def train_to(session: Session, step: int) -> None:
+    num_small = session.config.method.swav.small_views
+    for at in range(session.state.step, step):
+        generator = torch.Generator().manual_seed(at)
+
+        def draw(views: int, size: int, generator=generator) -> torch.Tensor:
+            shape = views, ROWS, size, size, 3
+            return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+
+        small = draw(num_small, 8) if num_small else None
+        train_step(session, Batch(at, draw(2, SIZE), torch.arange(ROWS), small))
+        session.state.step += 1
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("stop", [1, 4])  # before and after SwAV's queue is full
+def test_a_resumed_run_equals_a_straight_one_bit_for_bit(name, stop, tmp_path):
+    straight, stopped = session_of(METHODS[name]), session_of(METHODS[name])
+    train_to(straight, 5)
+    train_to(stopped, stop)
+    facts = state.about(stopped.config, "", stopped.world)
+    state.save(stopped.state, tmp_path, facts)
+    again = session_of(METHODS[name])
+    train_to(again, 2)  # what a checkpoint does not hold would differ
+    found = checkpoint.load_newest(tmp_path, log=print)
+    assert found is not None
+    state.check_same_run(found.about, facts, tmp_path)
+    state.restore(again.state, found)
+    train_to(again, 5)
+    ends = []
+    for session in (straight, again):
+        ends.append(session.state.model.state_dict())
+        momentum, _ = checkpoint.flatten_optimizer(session.state.optimizer, session.state.names)
+        ends[-1] |= momentum
+    assert ends[0].keys() == ends[1].keys()
+    for key, value in ends[0].items():
+        assert value.equal(ends[1][key]), key
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"name": "byol", "stop_gradient": False},
+            "--method.stop_gradient belongs to simsiam, --method.name is byol: leave it out, or "
+            "take --method.name simsiam",
+        ),
+        ({"byol": BYOLConfig(momentum=0.9)}, "--method.byol.momentum belongs to byol"),
+        (
+            {"name": "byol", "moco": MoCoConfig(queue=12)},
+            "--method.moco.queue belongs to moco, --method.name is byol",
+        ),
+    ],
+)
+def test_a_switch_of_another_method_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        MethodConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (BYOLConfig, {"momentum": 1.5}, "method.byol.momentum must lie in 0 .. 1"),
+        (SwAVConfig, {"epsilon": 0.01}, "method.swav.epsilon must be at least 0.025"),
+        (SwAVConfig, {"prototypes": 1}, "method.swav.prototypes must be at least 2"),
+        (MoCoConfig, {"queue": 7}, "method.moco.queue holds pairs of keys: even, got 7"),
+        (MoCoConfig, {"temperature": 0.0}, "method.moco.temperature must be > 0"),
+    ],
+)
+def test_impossible_values_name_the_flag(kind, options, message):
+    with pytest.raises(ValueError, match=message):
+        kind(**options)
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (
+            MethodConfig(name="moco", moco=MoCoConfig(queue=10)),
+            "--method.moco.queue 10 holds the rows of 5 images, a step has 6: take a longer one",
+        ),
+        (
+            MethodConfig(name="moco"),
+            "--method.moco.queue 65536 holds the rows of 32768 images, there are 12",
+        ),
+        (
+            MethodConfig(name="swav", swav=SwAVConfig(queue=4)),
+            "--method.swav.queue 4 holds the rows of 4 images, a step has 6",
+        ),
+        (
+            MethodConfig(name="swav", swav=SwAVConfig(queue=13)),
+            "--method.swav.queue 13 holds the rows of 13 images, there are 12",
+        ),
+    ],
+)
+def test_a_queue_shorter_than_a_step_or_longer_than_the_data_is_refused(method, message):
+    with pytest.raises(ValueError, match=message):
+        made(method)
+
+
+def test_a_queue_that_does_not_fit_into_memory_says_how_much_is_left():
+    moco = MethodConfig(name="moco", moco=MoCoConfig(queue=10**12))
+    with pytest.raises(
+        ValueError, match=r"--method.moco.queue 1\d+ takes 59604.6 GiB .* has .* left"
+    ):
+        build_method(config_of(moco), images=10**12, device=CPU)
+
+
+def test_settings_that_do_not_go_with_a_method_are_refused():
+    method = METHODS["byol"]
+    with pytest.raises(ValueError, match="--model.head_norm belongs to simsiam"):
+        dataclasses.replace(
+            config_of(method), model=dataclasses.replace(SMALL, head_norm="none")
+        )  # fmt: skip
+    same_size = dataclasses.replace(SWAV, small_size=SIZE)
+    with pytest.raises(ValueError, match=f"--method.swav.small_size {SIZE} is that of the other"):
+        config_of(MethodConfig(name="swav", swav=same_size))
+
+
+def test_a_checkpoint_names_the_settings_of_its_own_method_alone():
+    settings = state.comparable(config_of(METHODS["swav"]))
+    assert settings["method.swav.prototypes"] == "7" and settings["method.name"] == "swav"
+    assert not [name for name in settings if name.startswith(("method.byol", "method.stop"))]
+    other = state.comparable(config_of(dataclasses.replace(METHODS["swav"], swav=SwAVConfig())))
+    assert other["method.swav.prototypes"] == "3000"
+
+
+def test_small_views_reach_the_network(images, tmp_path):  # noqa: F811 - the fixture
+    flags = (
+        "--method.name=swav", "--method.swav.small_views=2", "--method.swav.small_size=8",
+        "--method.swav.prototypes=10", "--max_steps=2",
+    )  # fmt: skip
+    found = result(run(images, tmp_path / "run", *flags))
+    assert (found["method"], found["views"], found["steps"]) == ("swav", 4, 2)
+
+
+def test_a_checkpoint_of_another_method_is_refused(tmp_path):
+    found, facts = (
+        state.about(config_of(method), "", World(0, 1, 0, 1, CPU, None))
+        for method in (METHODS["swav"], METHODS["byol"])
+    )
+    with pytest.raises(ValueError, match=r"checkpoint of swav, this run is of byol.*another --out"):
+        state.check_same_run(found, facts, tmp_path)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_encoder_of_every_method_can_be_evaluated(name, tmp_path):
+    session = session_of(METHODS[name])
+    train_to(session, 1)
+    state.save(session.state, tmp_path, state.about(session.config, "", session.world))
+    found = checkpoint.load_newest(tmp_path, log=print)
+    backbone, projector = load_encoder(found, session.config, device=CPU)
+    model, x = session.state.model.eval(), flat(some_views(0))
+    expected = model.projector(model.backbone(x))
+    assert torch.equal(projector(backbone(x)), expected) and not backbone.training
+
+
+@pytest.mark.parametrize("name", ["byol", "moco"])
+def test_from_another_runs_weights_the_target_starts_as_their_copy(name, tmp_path):
+    theirs = session_of(METHODS[name])
+    train_to(theirs, 2)
+    state.save(theirs.state, tmp_path / "checkpoints", {})
+    torch.manual_seed(1)
+    model = build_method(config_of(METHODS[name]), images=IMAGES, device=CPU)
+    state.start_from(model, tmp_path, log=print)
+    for part in ("backbone", "projector"):
+        for key, value in model.get_submodule(part).named_parameters():
+            assert value.equal(theirs.state.model.get_parameter(f"{part}.{key}")), key
+            assert value.equal(model.target.get_parameter(f"{part}.{key}")), key

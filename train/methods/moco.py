@@ -1,0 +1,77 @@
+"""MoCo v2: a query must find the key of the other view among a queue of keys of earlier images.
+
+    L = mean -log( exp(q.k / T) / (exp(q.k / T) + sum_{k' in queue} exp(q.k' / T)) )
+
+q comes from the encoder, k from the momentum encoder, all of length 1. Each view is once the query
+and once the key, and both keys go into the queue: the symmetric loss of SimSiam's comparison
+(table 4, "repro+"); it is the mean of both directions here.
+A newcomer's mistake: looking for ShuffleBN. In the official code batch norm is of each GPU, and
+shuffling keeps a query and its key from sharing their statistics' few images. Here statistics are
+over all ranks, and a shuffled batch has the same.
+Source: Chen et al., arXiv:2003.04297; facebookresearch/moco moco/builder.py.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from train.config import ModelConfig
+from train.heads import build_projector
+from train.method_config import MoCoConfig
+from train.methods.method import Method, collapse_meter
+from train.methods.momentum import MomentumEncoder
+from train.methods.recent import RecentImages
+from train.norm import count_batches
+
+
+class MoCo(Method):
+    """backbone -> projector without batch norm, the momentum encoder, and the queue of keys."""
+
+    def __init__(self, model: ModelConfig, moco: MoCoConfig, *, batch_size: int):
+        super().__init__(model)
+        features, dim = self.backbone.num_features, model.projector_dim
+        self.projector = build_projector(
+            features, hidden=model.projector_hidden or features, outputs=dim,
+            layers=model.projector_layers, norm="none",
+        )  # fmt: skip
+        self.target = MomentumEncoder(self.backbone, self.projector)
+        self.queue = RecentImages(F.normalize(torch.randn(moco.queue // 2, 2, dim), dim=-1))
+        self.moco, self.batch_size = moco, batch_size
+        self.finish_init(model, num_views=2)
+
+    def forward(
+        self, views: Tensor, ids: Tensor | None = None, small: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss and the collapse meter of q. Shapes: as Method.forward, V = 2."""
+        count_batches(self)
+        q, k = self.projector(self.backbone(views)), self.target(views)
+        shape = 2, -1, q.shape[1]
+        with torch.autocast(views.device.type, enabled=False):
+            q, k = (F.normalize(x.float(), dim=-1).view(shape) for x in (q, k))
+            # a copy: backward reads it after the queue has changed
+            negatives = self.queue.rows.flatten(0, 1).clone()
+            loss = info_nce(q, k.flip(0), negatives, temperature=self.moco.temperature)
+            self.queue.put(k, self.group)
+        return loss, {"z_std": collapse_meter(q)}
+
+    def before_step(self, step: int) -> None:
+        """Point at the oldest keys."""
+        self.queue.point(step * self.batch_size)
+
+    def start_target(self) -> None:
+        """The momentum encoder starts as a copy of the encoder."""
+        self.target.follow(self.backbone, self.projector, momentum=0.0)
+
+    def after_step(self, step: int, total: int) -> None:
+        """The momentum encoder follows the encoder."""
+        self.target.follow(self.backbone, self.projector, self.moco.momentum)
+
+
+def info_nce(q: Tensor, k: Tensor, negatives: Tensor, *, temperature: float) -> Tensor:
+    """Cross-entropy of each query's own key among that and the negatives.
+
+    Shapes: q, k (..., D) of length 1, negatives (K, D).
+    """
+    own = (q * k).sum(-1, keepdim=True)
+    logits = torch.cat([own, q @ negatives.T], dim=-1) / temperature
+    return (logits.logsumexp(-1) - logits[..., 0]).mean()

@@ -1,0 +1,75 @@
+"""SimCLR: each view must find the other view of its image among all views of the global batch.
+
+    L = 2 mean_i -log( exp(cos(z_i, z_j) / T) / sum_{k != i} exp(cos(z_i, z_k) / T) )
+
+i runs over the views of this rank, j is the other view of the same image, k runs over those of all
+ranks: rows gathered from other ranks carry their gradient back. Both views go through the network
+in one slice, batch norm over both, as in the official code.
+A newcomer's mistake: comparing losses of two batch sizes. More negatives mean a higher loss.
+Source: Chen et al., ICML 2020; google-research/simclr tf2/objective.py, which sums both directions.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from train.config import ModelConfig
+from train.heads import build_predictor, build_projector
+from train.method_config import SimCLRConfig
+from train.methods.method import Method, collapse_meter, gather_with_gradient
+from train.norm import count_batches
+
+
+class SimCLR(Method):
+    """backbone -> projector, batch norm in all of its layers, and NT-Xent."""
+
+    def __init__(self, model: ModelConfig, simclr: SimCLRConfig):
+        super().__init__(model)
+        features = self.backbone.num_features
+        self.projector = build_projector(
+            features, hidden=model.projector_hidden or features, outputs=model.projector_dim,
+            layers=model.projector_layers, affine=True,
+        )  # fmt: skip
+        # the official code's last batch norm has a scale and no shift
+        self.projector[-1].get_parameter("norm.bias").requires_grad_(False)
+        self.predictor: nn.Module = nn.Identity()
+        if simclr.predictor:
+            self.predictor = build_predictor(model.projector_dim, hidden=model.predictor_hidden)
+        self.simclr = simclr
+        self.finish_init(model, num_views=1)
+
+    def forward(
+        self, views: Tensor, ids: Tensor | None = None, small: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss and the collapse meter of z. Shapes: as Method.forward, V = 2."""
+        count_batches(self)
+        z = self.projector(self.backbone(views))
+        p = self.predictor(z)
+        shape = 2, -1, z.shape[1]
+        with torch.autocast(views.device.type, enabled=False):
+            keys = z.detach() if self.simclr.stop_gradient else z
+            loss = nt_xent(
+                p.view(shape), keys.view(shape), temperature=self.simclr.temperature,
+                group=self.group,
+            )  # fmt: skip
+        return loss, {"z_std": collapse_meter(z.view(shape))}
+
+
+def nt_xent(
+    queries: Tensor, keys: Tensor, *, temperature: float, group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """The loss of this rank's queries against the keys of all ranks, summed over both directions.
+
+    Shapes: queries and keys (2, N, D), view first, both of the same images.
+    """
+    q = F.normalize(queries.float(), dim=-1).flatten(0, 1)
+    k = F.normalize(keys.float(), dim=-1)
+    everywhere = gather_with_gradient(k.transpose(0, 1), group).transpose(0, 1)
+    rows, total = k.shape[1], everywhere.shape[1]
+    first = rows * dist.get_rank(group) if group is not None else 0
+    mine = first + torch.arange(rows, device=q.device)
+    logits = q @ everywhere.flatten(0, 1).T / temperature
+    itself, other = torch.cat([mine, total + mine]), torch.cat([total + mine, mine])
+    logits = logits.scatter(1, itself[:, None], float("-inf"))
+    return 2 * F.cross_entropy(logits, other)
