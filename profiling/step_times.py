@@ -39,24 +39,28 @@ def open_session(config: Config, world: World) -> Session:
     return Session(config, world, None, order, state, ddp, {}, None, None, None)  # type: ignore[arg-type]
 
 
-def random_views(config: Config, world: World) -> Tensor:
-    """(2, N, S, S, 3) uint8 on the device: this rank's part of a global batch."""
-    rows, size = config.data.batch_size // world.size, config.augment.size
+def random_batch(config: Config, world: World) -> Batch:
+    """Random views on the device, as the loader would give this rank its part of a global batch."""
+    rows = config.data.batch_size // world.size
     torch.manual_seed(config.seed + world.rank)
-    return torch.randint(0, 256, (2, rows, size, size, 3), dtype=torch.uint8, device=world.device)
+
+    def draw(views: int, size: int) -> Tensor:
+        shape = views, rows, size, size, 3
+        return torch.randint(0, 256, shape, dtype=torch.uint8, device=world.device)
+
+    small = config.method.swav.small_views
+    large = draw(config.method.num_views, config.augment.size)
+    return Batch(
+        0, large, torch.arange(rows), draw(small, config.method.swav.small_size) if small else None
+    )
 
 
-def as_batch(views: Tensor) -> Batch:
-    """Random views as the loader would give them."""
-    return Batch(0, views, torch.arange(views.shape[1]))
-
-
-def our_step(session: Session, views: Tensor, *, steps: int) -> Repetition:
+def our_step(session: Session, batch: Batch, *, steps: int) -> Repetition:
     """`steps` training steps of ours."""
 
     def work() -> None:
         for _ in range(steps):
-            train_step(session, as_batch(views))
+            train_step(session, batch)
             session.state.step += 1
 
     return lambda: seconds_of(work, session.world.device)
@@ -81,14 +85,14 @@ def measure_step(
     config: Config, world: World, *, peers: bool, steps: int, warmup: int, n: int, budget_s: float
 ) -> dict[str, Timing]:
     """Our step and, with `peers`, the others, taking turns."""
-    views = random_views(config, world)
+    batch = random_batch(config, world)
     session = open_session(config, world)
-    variants = {"ours": our_step(session, views, steps=steps)}
+    variants = {"ours": our_step(session, batch, steps=steps)}
     left_out = {}
     view1, view2 = (
         normalize_views(view, config.data.mean, config.data.std, torch.float32, kernels="plain")
         .contiguous()
-        for view in views
+        for view in batch.images[:2]
     )  # fmt: skip
     for name in PEERS if peers else ():
         reason = why_not(name, config, world)

@@ -28,7 +28,7 @@ from limit import measure_limit
 from loader_times import measure_loader, measure_stages
 from pipeline.runner import ImageReader
 from results import result_path, save_json
-from step_times import as_batch, measure_end_to_end, measure_step, open_session, random_views
+from step_times import measure_end_to_end, measure_step, open_session, random_batch
 from step_trace import collectives, timeline, trace_of
 from train import distributed
 from train.cli import refuse
@@ -150,8 +150,8 @@ def compare_with_limit(config: Config, world: World, found: dict) -> None:
 
 def measure_ranks(config: Config, m: MeasureConfig, world: World, before: dict) -> dict:
     """Where a step goes, its collectives, and how ranks scale against one in this run."""
-    session, views = open_session(config, world), random_views(config, world)
-    trace = trace_of(lambda: train_step(session, as_batch(views)), world.device)
+    session, batch = open_session(config, world), random_batch(config, world)
+    trace = trace_of(lambda: train_step(session, batch), world.device)
     found: dict = {"timeline": timeline(trace)}
     if world.size == 1 or "ranks" not in before:
         return found
@@ -166,7 +166,8 @@ def measure_ranks(config: Config, m: MeasureConfig, world: World, before: dict) 
         )["ours"]  # fmt: skip
         alone = None if timing.not_measured else timing.rate()
     alone = distributed.from_main(world, alone)
-    parameters = sum(p.numel() for p in session.state.model.parameters())
+    learned = (p for p in session.state.model.parameters() if p.requires_grad)
+    parameters = sum(p.numel() for p in learned)
     found["ranks"] = before["ranks"] | {
         "one_rank_alone_images_per_s": alone,
         "scaling_efficiency": round(before["ranks"]["total_images_per_s"] / world.size / alone, 4)
@@ -191,10 +192,22 @@ def memory(world: World) -> dict:
     return {name: max(one[name] for one in everywhere) for name in mine}
 
 
+def check_method(config: Config, m: MeasureConfig) -> None:
+    """Raise ValueError if a part that is SimSiam's alone is asked for with another method."""
+    parts = {"--dry-run": m.dry_run, "--peers true": m.peers, "--what limit": "limit" in m.what}
+    asked = [flag for flag, is_asked in parts.items() if is_asked]
+    if config.method.name != "simsiam" and asked:
+        raise ValueError(
+            f"{' and '.join(asked)} measure SimSiam's step, --method.name is {config.method.name}: "
+            "give --peers false --what loader,step,end_to_end,ranks"
+        )
+
+
 def main() -> None:
     """Read the flags, measure, print the tables and one JSON line."""
     config, m = read_flags("profiling/throughput.py", "Measure images per second.")
     try:
+        check_method(config, m)
         if m.dry_run:
             print(json.dumps(forecast(config, gpu=m.gpu, gpus=m.gpus)))
             return

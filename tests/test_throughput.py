@@ -1,5 +1,6 @@
 """The throughput harness: what it counts, that peers do the same work, and what it refuses."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -28,6 +29,7 @@ from step_times import measure_end_to_end, measure_step
 from step_trace import collectives, timeline
 from train import distributed
 from train.config import Config, DataConfig, MethodConfig, ModelConfig
+from train.method_config import SwAVConfig
 from train.methods.simsiam import SimSiam
 from turns import Timing, quantile, ratios, take_turns
 
@@ -161,6 +163,21 @@ def test_step_and_end_to_end_are_measured_and_missing_peers_say_what_to_do(reade
     assert "--model.width" in (found["official"].not_measured or "")
     timing, wait = measure_end_to_end(reader, config, world, steps=2, n=1, budget_s=60)
     assert timing.rate() > 0 and 0 <= wait <= 100
+
+
+def test_a_step_of_small_views_and_of_four_views_is_measured(world):
+    swav = SwAVConfig(prototypes=10, small_views=2, small_size=16)
+    for method in (MethodConfig(name="swav", swav=swav), MethodConfig(symmetry="asymmetric_2x")):
+        config = dataclasses.replace(small_config(width=8), method=method)
+        found = measure_step(config, world, peers=False, steps=1, warmup=1, n=1, budget_s=60)
+        assert found["ours"].rate() > 0
+
+
+def test_what_measures_simsiam_alone_is_refused_for_another_method():
+    done = run_script("profiling/throughput.py", "--method.name", "byol")
+    assert done.returncode == 1
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert "--peers true and --what limit measure SimSiam's step, --method.name is byol" in line
 
 
 def test_named_ranges_and_collectives_are_read_from_a_trace():
