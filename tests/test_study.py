@@ -40,8 +40,10 @@ def test_every_variant_is_the_baseline_but_for_the_flags_it_names(preset):
         for row in study.rows:
             assert flags.setdefault(row.name, row.flags) == row.flags, row.name
     assert flags.pop("baseline") == () and len(flags) > 15
-    before = settings(base)
     for name, words in flags.items():
+        named = [word for word in words if word.startswith("--method.name=")]
+        start = read_config([*preset, *named]) if named else base
+        before = settings(start) | {"method.name": base.method.name}
         after = settings(read_config([*preset, *words]))
         changed = {f"--{key}={value}" for key, value in after.items() if value != before[key]}
         assert len(changed) == len(words), name
@@ -65,6 +67,8 @@ def test_batches_and_dimensions_are_the_papers_multiples():
         (["--method.target_steps=100"], 1437, "an epoch has 22 steps"),
         (["--method.target_steps=100"], 6400, None),
         (["--method.target_steps=0"], 1437, None),
+        (["--method.name=moco"], 1437, "there are 1437 images, fewer than its queue holds"),
+        (["--method.name=moco", "--method.moco.queue=1024"], 1437, None),
     ],
 )
 def test_what_so_many_images_do_not_allow_is_left_out(flags, images, reason):
