@@ -209,7 +209,7 @@ class MethodConfig:
         return 4 if self.symmetry == "asymmetric_2x" else 2
 
 
-def at_least(name: str, value: int, low: int) -> None:
+def at_least(name: str, value: float, low: int) -> None:
     """Raise ValueError if a flag's value is below its least one."""
     if value < low:
         raise ValueError(f"{name} must be at least {low}, got {value}")
