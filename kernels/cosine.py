@@ -7,16 +7,11 @@ A newcomer's mistake: detaching z again outside, or pairing p1 with z1.
 Source: Chen & He, CVPR 2021, equations 1 to 4.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.launch import HAS_TRITON, Kernels, use_triton
-
-if HAS_TRITON or TYPE_CHECKING:
-    from kernels.cosine_triton import loss_and_gradient
+from kernels.launch import Kernels, use_triton
 
 
 def symmetric_neg_cosine(
@@ -56,6 +51,8 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, p, z):  # noqa: D102 - torch's contract
+        from kernels.cosine_triton import loss_and_gradient  # here: see norm_autograd
+
         loss, z_std, dp = loss_and_gradient(p, z)
         ctx.save_for_backward(dp)
         ctx.dtype = p.dtype

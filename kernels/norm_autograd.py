@@ -7,17 +7,14 @@ the formula of `backward` holds it already, which is why it needs the sums over 
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from kernels import norm_reference
-from kernels.launch import HAS_TRITON
-
-if HAS_TRITON or TYPE_CHECKING:
-    from kernels import norm_backward, norm_forward, norm_pool
 
 
 class Norm(NamedTuple):
@@ -29,6 +26,28 @@ class Norm(NamedTuple):
     running_var: Tensor | None
 
 
+# Triton's operators are imported where they are used: Inductor comes with them, which is a quarter
+# of the start of a program that has no CUDA device.
+
+
+def forward_operators(with_triton: bool) -> ModuleType:
+    """norm_forward or its plain twin."""
+    if with_triton:
+        from kernels import norm_forward
+
+        return norm_forward
+    return norm_reference
+
+
+def backward_operators(with_triton: bool) -> ModuleType:
+    """norm_backward or its plain twin."""
+    if with_triton:
+        from kernels import norm_backward
+
+        return norm_backward
+    return norm_reference
+
+
 def batch_statistics(
     pairs: list[tuple[Tensor, Norm]], num_views: int, momentum: float, eps: float, group_name: str,
     with_triton: bool,
@@ -38,7 +57,7 @@ def batch_statistics(
     Over ranks also the rows of each view on all of them, (V, 1). The sums on the wire are in fp64:
     with mean 1000 and std 1 an fp32 sum of squares would keep no digit of the variance.
     """
-    operators = norm_forward if with_triton else norm_reference
+    operators = forward_operators(with_triton)
     if not group_name:
         return [
             operators.statistics(
@@ -80,20 +99,23 @@ class NormAct(torch.autograd.Function):
         ctx, x, shortcut, weight, bias, weight2, bias2, mean, rstd, mean2, rstd2, total,
         relu, fork, pool, group_name, with_triton,
     ):  # fmt: skip
-        operators = norm_forward if with_triton else norm_reference
+        operators = forward_operators(with_triton)
         if pool:
+            from kernels import norm_pool
+
             y, bits = norm_pool.apply_pool(rows_of(x), mean, rstd, weight, bias, *x.shape[2:])
+            y = shaped_like(y, x, norm_pool.pooled)
         else:
             rows2 = rows_of(shortcut) if shortcut is not None else None
             y, bits = operators.apply(
                 rows_of(x), mean, rstd, weight, bias, rows2, mean2, rstd2, weight2, bias2, relu
             )
+            y = shaped_like(y, x)
         kept = shortcut if mean2 is not None else None
         ctx.save_for_backward(x, kept, weight, bias, weight2, mean, rstd, mean2, rstd2, total, bits)
         ctx.has_shortcut, ctx.relu, ctx.with_triton = shortcut is not None, relu, with_triton
         ctx.group_name, ctx.pool = group_name, pool
         ctx.set_materialize_grads(False)
-        y = shaped_like(y, x, norm_pool.pooled if pool else int)
         return (y, y.view_as(y)) if fork else y
 
     @staticmethod
@@ -162,7 +184,7 @@ class NormActConv(torch.autograd.Function):
 
 
 def _normalised(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    y, _ = norm_forward.apply(
+    y, _ = forward_operators(True).apply(
         rows_of(x), mean, rstd, weight, bias, None, None, None, None, None, True
     )
     return shaped_like(y, x)
@@ -174,7 +196,7 @@ def _gradients(
     relu: bool, write_g: bool, size: tuple[int, int], group_name: str, with_triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(g, dx, dx2, dparam) of (rows, C) tensors, with the sums over all ranks."""
-    operators = norm_backward if with_triton else norm_reference
+    operators = backward_operators(with_triton)
     g, sums, dparam = operators.reduce(
         dy, dy2, x, mean, rstd, weight, bias, *second, bits, relu, write_g, *size
     )

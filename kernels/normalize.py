@@ -7,15 +7,11 @@ a channels-last NCHW tensor; no copy is made.
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from kernels.launch import HAS_TRITON, Kernels, use_triton
-
-if HAS_TRITON or TYPE_CHECKING:
-    from kernels.normalize_triton import normalize
+from kernels.launch import Kernels, use_triton
 
 
 def normalize_views(
@@ -45,6 +41,8 @@ def normalize_views(
         raise ValueError(f"mean and std are three values each, got {len(mean)} and {len(std)}")
     scale, shift = _scale_and_shift(tuple(mean), tuple(std), views_NHWC.device)
     if use_triton(kernels, views_NHWC):
+        from kernels.normalize_triton import normalize  # here: see norm_autograd
+
         return normalize(views_NHWC, scale, shift, dtype).permute(0, 3, 1, 2)
     return torch.addcmul(shift, views_NHWC.float(), scale).to(dtype).permute(0, 3, 1, 2)
 
