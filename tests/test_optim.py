@@ -73,6 +73,18 @@ def test_a_step_whose_gradient_is_not_finite_changes_no_weight(fp16):
     assert any((a != b).any() for a, b in zip(before, model.parameters(), strict=True))
 
 
+def test_a_bad_first_step_leaves_no_garbage_in_the_momentum():
+    models = small_model(), small_model()
+    guards = [guarded(model) for model in models]
+    step_once(models[0], guards[0], float("nan"))
+    momenta = [entry["momentum_buffer"] for entry in guards[0].optimizer.state.values()]
+    assert momenta and not any(momentum.any() for momentum in momenta)
+    for model, guard in zip(models, guards, strict=True):
+        step_once(model, guard, 1.0)
+    for skipped, plain in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(skipped, plain)
+
+
 def test_three_bad_steps_in_a_row_end_the_run_and_two_do_not():
     model = small_model()
     guard = guarded(model)

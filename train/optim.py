@@ -50,7 +50,11 @@ def build_optimizer(
         return find_lars()(groups, **options)
     if config.implementation == "apex":
         return find_apex_sgd(device)(groups, **options)
-    return torch.optim.SGD(groups, fused=True, **options)
+    optimizer = torch.optim.SGD(groups, fused=True, **options)
+    if config.momentum:  # torch leaves it uninitialised memory where the first step is skipped
+        for parameter in [*encoder, *predictor]:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def find_lars() -> Callable[..., torch.optim.Optimizer]:
