@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.launch import Kernels, use_triton
-from kernels.norm_autograd import Norm, NormAct, NormActConv, batch_statistics
+from kernels.norm_autograd import Norm, NormAct, NormActConv, batch_statistics, keep_finite
 
 __all__ = ["Norm", "batch_norm_act", "batch_norm_act_conv", "batch_norm_act_pool", "block_end"]
 
@@ -173,10 +173,13 @@ def _plain(
     weight, bias, mean, var = norm
     if not training:
         return F.batch_norm(x, mean, var, weight, bias, False, momentum, eps)
+    new_mean, new_var = (t.clone() if t is not None else None for t in (mean, var))
     views = [
-        F.batch_norm(part, mean, var, weight, bias, True, momentum, eps)
+        F.batch_norm(part, new_mean, new_var, weight, bias, True, momentum, eps)
         for part in x.chunk(num_views)
     ]
+    if mean is not None and var is not None and new_mean is not None and new_var is not None:
+        keep_finite(mean, var, new_mean, new_var)
     return views[0] if num_views == 1 else torch.cat(views)
 
 

@@ -81,11 +81,23 @@ def batch_statistics(
     for x, norm in pairs:
         part = slice(start, start := start + x.shape[1])
         if norm.running_mean is not None and norm.running_var is not None:
+            new_mean, new_var = norm.running_mean, norm.running_var
             for view in range(num_views):
-                norm.running_mean.lerp_(mean[view, part], momentum)
-                norm.running_var.lerp_(unbiased[view, part], momentum)
+                new_mean = new_mean.lerp(mean[view, part], momentum)
+                new_var = new_var.lerp(unbiased[view, part], momentum)
+            keep_finite(norm.running_mean, norm.running_var, new_mean, new_var)
         found.append((mean[:, part].contiguous(), rstd[:, part].contiguous()))
     return found, total.float()
+
+
+def keep_finite(mean: Tensor, var: Tensor, new_mean: Tensor, new_var: Tensor) -> None:
+    """Update running statistics, but not those of channels with NaN or infinity: they would stay.
+
+    The optimizer skips such a step; its statistics are left out with it. Shapes: (C,) each.
+    """
+    is_finite = new_var.isfinite()  # the mean is, where the variance is
+    mean.copy_(torch.where(is_finite, new_mean, mean))
+    var.copy_(torch.where(is_finite, new_var, var))
 
 
 Second = tuple[Tensor | None, Tensor | None, Tensor | None]  # x2, mean2, rstd2

@@ -100,8 +100,10 @@ def _merge_statistics(
             running_mean += momentum * (view_mean - running_mean)
             running_var += momentum * (unbiased - running_var)
     if HAS_RUNNING:
-        tl.store(running_mean_ptr + channel, running_mean, mask=in_channels)
-        tl.store(running_var_ptr + channel, running_var, mask=in_channels)
+        # a step with such values is skipped, and its statistics with it: NaN would stay for ever
+        is_finite = in_channels & (running_var < float("inf"))
+        tl.store(running_mean_ptr + channel, running_mean, mask=is_finite)
+        tl.store(running_var_ptr + channel, running_var, mask=is_finite)
 
 
 @triton.jit

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from kernels import norm_autograd
 from kernels.batch_norm import (
     Norm,
     batch_norm_act,
@@ -276,17 +277,24 @@ def test_no_two_gradients_share_memory():
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")  # NumPy's, in the interpreter
-def test_an_infinity_makes_its_channel_nan_as_in_plain_torch():
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+@pytest.mark.parametrize("value", [torch.inf, torch.nan, 1e30])  # whose square is no fp32 number
+def test_what_is_not_finite_reaches_the_output_and_no_running_statistics(value, monkeypatch):
     x = torch.randn(4, 8, 3, 3)
-    x[0, 2, 1, 1] = torch.inf
+    x[0, 2, 1, 1] = value
     x = channels_last(x).to(DEVICE)
     running = {}
     for kernels in ("plain", "triton"):
-        running[kernels] = torch.ones(8, device=DEVICE)
-        mean = torch.zeros(8, device=DEVICE)
-        y = batch_norm_act(x, None, None, mean, running[kernels], kernels=kernels)
-        assert y[:, 2].isnan().all() and not y[:, 3].isnan().any()
-    torch.testing.assert_close(running["triton"], running["plain"], equal_nan=True)
+        running[kernels] = torch.full((2, 8), 0.5, device=DEVICE)
+        y = batch_norm_act(x, None, None, *running[kernels], num_views=2, kernels=kernels)
+        assert value == 1e30 or (y[:2, 2].isnan().all() and not y[:, 3].isnan().any())
+    monkeypatch.setattr(norm_autograd, "_all_reduce", lambda sums, name: sums)  # a world of one
+    running["over ranks"] = torch.full((2, 8), 0.5, device=DEVICE)
+    norm = Norm(None, None, *running["over ranks"])
+    norm_autograd.batch_statistics([(x, norm)], 2, 0.1, EPS, "group", False)
+    for found in running.values():
+        assert (found[:, 2] == 0.5).all() and (found[:, 3] != 0.5).all()
+        torch.testing.assert_close(found, running["plain"])
 
 
 def test_the_default_dtype_changes_nothing():
