@@ -58,7 +58,7 @@ class AugmentConfig:
         for name in ("flip", "jitter", "gray", "blur", "solarize"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"augment.{name} is a probability, got {getattr(self, name)}")
-        for name, low, high in (("scale", 0, 1), ("ratio", 0, np.inf), ("blur_sigma", 0, np.inf)):
+        for name, low, high in (("scale", 0, 1), ("ratio", 0, 1000), ("blur_sigma", 0, 1000)):
             a, b = getattr(self, name)
             if not low < a <= b <= high:
                 raise ValueError(f"augment.{name} needs {low} < low <= high <= {high}, got {a} {b}")

@@ -66,11 +66,9 @@ class DecodeOptions:
         """Refuse what DALI would refuse later, with the flag's name."""
         if not 0 <= self.hw_decoder_load <= 1:
             raise ValueError(f"dali.hw_decoder_load is a share 0 .. 1, got {self.hw_decoder_load}")
-        if self.threads < 0 or self.prefetch < 0:
-            raise ValueError(
-                f"dali.threads and dali.prefetch must be >= 0, "
-                f"got {self.threads} and {self.prefetch}"
-            )
+        for name, value in (("threads", self.threads), ("prefetch", self.prefetch)):
+            if not 0 <= value <= 1024:  # DALI ends the process where no thread can be had
+                raise ValueError(f"dali.{name} must lie in 0 .. 1024, got {value}")
 
     def depth(self, device_type: str) -> int:
         """Batches under way at once."""

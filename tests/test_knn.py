@@ -1,13 +1,18 @@
 """kNN against scikit-learn's neighbours and a vote written out."""
 
+import types
+
 import numpy as np
 import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 from torch.nn import functional as F
 
-from train import knn
+from train import embed, knn
+from train.config import Config, DataConfig, EvalConfig
+from train.data import EvalSet, RunData
 from train.distributed import World
+from train.resnet import ResNet
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"), None)
 
@@ -83,3 +88,40 @@ def test_ranking_in_chunks_changes_nothing_and_agrees_with_the_vote(monkeypatch)
     assert torch.equal(whole[:, 0], knn.vote(similarity, bank_labels[rows], **options))
     monkeypatch.setattr(knn, "SIMILARITIES", 7 * 5)
     assert torch.equal(knn.ranked(similarity, bank_labels[rows], top=3, **options), whole)
+
+
+@pytest.mark.parametrize("fault", ["none", "no bank", "no queries", "nan", "huge k"])
+def test_without_features_there_is_no_figure_and_it_is_said_why(fault, monkeypatch):
+    rows, labels, more_rows, more_labels = problem()
+    sets = {"bank": (rows, labels), "queries": (more_rows, more_labels)}
+    if fault.startswith("no "):
+        sets[fault[3:]] = (rows[:0], labels[:0])
+    if fault == "nan":
+        sets["bank"] = (torch.full_like(rows, torch.nan), labels)
+    source = types.SimpleNamespace(root="DIR")
+    reader = types.SimpleNamespace(source=source)
+    bank, queries = (EvalSet(reader, np.arange(3), np.zeros(3)) for _ in range(2))
+    data = RunData(reader, bank, queries, list("abcde"), "")
+    config = Config(data=DataConfig(root="x"), eval=EvalConfig(k=1 << 50 if "k" in fault else 20))
+
+    def embedded(backbone, images, *args, **options):
+        features, classes = sets["bank" if images is bank else "queries"]
+        return features, classes, classes
+
+    monkeypatch.setattr(embed, "embed", embedded)
+    told = []
+    found = embed.knn_accuracy(None, data, config, ALONE, tell=told.append)
+    expected = {"no bank": "DIR can be read", "no queries": "DIR can be read", "nan": "diverges"}
+    if fault in expected:
+        assert found is None and expected[fault] in told[0]
+    else:
+        assert found is not None and found > 50 and not told
+
+
+def test_a_rank_without_images_has_features_of_no_rows():
+    world = World(1, 2, 1, 2, torch.device("cpu"), None)
+    images = EvalSet(types.SimpleNamespace(), np.arange(1), np.zeros(1, np.int64))
+    backbone = ResNet("resnet18", stem="cifar", width=4)
+    config = Config(data=DataConfig(root="x"))
+    features, labels, ids = embed.embed(backbone, images, config, world)
+    assert features.shape == (0, backbone.num_features) and len(labels) == len(ids) == 0

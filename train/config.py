@@ -5,6 +5,7 @@ a property; nothing is changed after reading. A newcomer's mistake: a learning r
 use. optim.lr is for 256 images and is scaled with the *global* batch.
 """
 
+import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
@@ -18,6 +19,7 @@ __all__ = [
 ]  # fmt: skip
 
 HeadNorm = Literal["none", "hidden", "default", "all"]
+MAX_EPOCHS = 1_000_000  # more is a slip; the steps of all are listed at the start
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -48,8 +50,10 @@ class DataConfig:
         at_least("data.max_pixels", self.max_pixels, 1)
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"data.max_bad_fraction is a share, got {self.max_bad_fraction}")
-        if min(self.std) <= 0:
+        if not all(0 < value < math.inf for value in self.std):
             raise ValueError(f"data.std must be positive, got {self.std}")
+        if not all(map(math.isfinite, self.mean)):
+            raise ValueError(f"data.mean takes three numbers, got {self.mean}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +125,8 @@ class OptimConfig:
                 raise ValueError(f"optim.{name} must be >= 0, got {getattr(self, name)}")
         if self.name == "lars" and self.implementation == "apex":
             raise ValueError("--optim.implementation apex has no LARS: leave it at torch")
+        if self.momentum >= 1:
+            raise ValueError(f"optim.momentum must lie in 0 .. 1, got {self.momentum}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,8 +150,8 @@ class EvalConfig:
         """Refuse impossible values."""
         for name in ("every_epochs", "k", "resize", "size", "batch_size"):
             at_least(f"eval.{name}", getattr(self, name), 1)
-        if self.temperature <= 0:
-            raise ValueError(f"eval.temperature must be > 0, got {self.temperature}")
+        if not self.temperature >= 0.02:  # exp(1 / 0.01) is more than fp32 holds
+            raise ValueError(f"eval.temperature must be at least 0.02, got {self.temperature}")
         if self.size > self.resize:
             raise ValueError(f"eval.size {self.size} exceeds eval.resize {self.resize}")
 
@@ -203,6 +209,10 @@ class Config:
                 f"--method.swav.small_size {self.augment.size} is that of the other views "
                 "(--augment.size): take a smaller one"
             )
+        if self.seed >= 1 << 64:
+            raise ValueError(f"seed must be less than 2^64, got {self.seed}")
+        if self.epochs > MAX_EPOCHS:
+            raise ValueError(f"epochs must be at most {MAX_EPOCHS}, got {self.epochs}")
 
     @property
     def views(self) -> list[AugmentConfig]:

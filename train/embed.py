@@ -17,8 +17,9 @@ from kernels.normalize import normalize_views
 from pipeline.loader import eval_loader
 from train.config import Config
 from train.data import EvalSet, RunData
-from train.distributed import World
+from train.distributed import World, gather
 from train.knn import knn_top1
+from train.resnet import ResNet
 
 TELL_S = 15  # seconds between two lines about a long evaluation
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -52,7 +53,7 @@ class EvaluationStopped(Exception):
 
 @torch.no_grad()
 def embed(
-    backbone: nn.Module,
+    backbone: ResNet,
     images: EvalSet,
     config: Config,
     world: World,
@@ -99,6 +100,9 @@ def embed(
     asked = [stop() for _ in range(rounds - len(ids))]  # by a rank with a batch less than others
     if any(asked):
         raise EvaluationStopped
+    if not ids:  # a rank without a share: fewer images than ranks
+        none = torch.empty(0, dtype=torch.int64, device=world.device)
+        return torch.empty(0, backbone.num_features, device=world.device), none, none
     found = torch.cat(ids)
     good = found >= 0
     chosen = torch.cat(features)[good.to(world.device)]
@@ -106,7 +110,7 @@ def embed(
 
 
 def knn_accuracy(
-    backbone: nn.Module,
+    backbone: ResNet,
     data: RunData,
     config: Config,
     world: World,
@@ -114,17 +118,29 @@ def knn_accuracy(
     tell: Callable[[str], None] = lambda line: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> float | None:
-    """kNN top-1 in percent, or None where there are no labels. Raises: EvaluationStopped."""
+    """kNN top-1 in percent, or None where there are no labels or no features, which `tell` hears.
+
+    Raises: EvaluationStopped.
+    """
     if data.bank is None or data.queries is None:
         return None
     bank, bank_labels, _ = embed(backbone, data.bank, config, world, tell=tell, stop=stop)
     queries, query_labels, _ = embed(backbone, data.queries, config, world, tell=tell, stop=stop)
+    counts = gather(world, (len(bank), len(queries), bool(bank.isfinite().all())))
+    num_bank, num_queries, finite = (list(column) for column in zip(*counts, strict=True))
+    if not (sum(num_bank) and sum(num_queries)):
+        empty = data.queries if sum(num_bank) else data.bank
+        tell(f"warning: no kNN: no image of {empty.reader.source.root} can be read")
+        return None
+    if not all(finite):
+        tell("warning: no kNN: features are not finite, training diverges. Lower --optim.lr")
+        return None
     return knn_top1(
         queries,
         query_labels,
         bank,
         bank_labels,
-        k=config.eval.k,
+        k=min(config.eval.k, sum(num_bank)),
         temperature=config.eval.temperature,
         num_classes=len(data.class_names),
         world=world,

@@ -24,7 +24,7 @@ def nearest(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
     Shapes: queries (Q, D), bank (M, D), both of length 1; returns (Q, min(k, M)) twice.
     """
     k = min(k, len(bank))
-    chunks = queries.split(max(1, SIMILARITIES // len(bank)))
+    chunks = queries.split(max(1, SIMILARITIES // max(1, len(bank))))
     parts = [torch.topk(chunk @ bank.T, k, dim=1) for chunk in chunks]
     return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
 
