@@ -282,7 +282,7 @@ def main() -> None:
     Image.MAX_IMAGE_PIXELS = None  # image_size has the limit
     warnings.filterwarnings("ignore", module="PIL")  # of metadata: what counts are the pixels
     try:
-        if not arguments.shard_mib > 0:
+        if not 0 < arguments.shard_mib < float("inf"):
             raise ValueError(f"--shard-mib must be > 0, got {arguments.shard_mib}")
         shard_bytes = int(arguments.shard_mib * 2**20)
         print(json.dumps(pack_root(arguments.src, arguments.dest, shard_bytes=shard_bytes)))

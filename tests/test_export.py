@@ -175,6 +175,14 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
         export.backbone_weights(tmp_path)
 
 
+@pytest.mark.parametrize("content", [b"", b"- 1\n", b"a: [}", b"\xff\xfe", b"model: {}\n"])
+def test_a_damaged_config_is_named(run, content):
+    folder, _ = run(arch="resnet18", width=4)
+    (folder / "config.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match="config.yaml is not a training's .*: restore it"):
+        export.backbone_weights(folder)
+
+
 def test_a_failed_export_leaves_no_half_file(run, monkeypatch):
     folder, _ = run(arch="resnet18")
 

@@ -330,6 +330,9 @@ def test_files_that_are_no_checkpoint_are_refused_by_name(tmp_path):
     for path in (tmp_path, tmp_path / "missing"):
         with pytest.raises(ValueError, match="is not a file"):
             read_tensors(path)
+    torch.save({"state_dict": [1]}, tmp_path / "odd")
+    with pytest.raises(ValueError, match="odd has a state_dict that is a list"):
+        read_tensors(tmp_path / "odd")
     torch.save([1, 2], tmp_path / "list")
     with pytest.raises(ValueError, match="list cannot be imported: it has no tensors named"):
         import_file(tmp_path / "list", config(tmp_path / "run"))

@@ -243,6 +243,14 @@ def test_bad_images_are_left_out_told_and_listed_and_the_others_keep_their_order
     assert (tmp_path / "dest/left_out.jsonl").read_text().splitlines() == lines
 
 
+@pytest.mark.parametrize("size", ["0", "-1", "nan", "inf"])
+def test_a_shard_of_no_size_is_refused(size, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["pack.py", "SRC", str(tmp_path), f"--shard-mib={size}"])
+    with pytest.raises(SystemExit):
+        pack.main()
+    assert "--shard-mib must be > 0" in capsys.readouterr().err
+
+
 def test_what_cannot_be_packed_is_refused_in_one_line(tmp_path, photos, monkeypatch):
     src = write_images(tmp_path / "src", photos, 8)
     dest = tmp_path / "dest"

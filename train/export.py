@@ -25,7 +25,7 @@ import yaml
 from safetensors.torch import save  # save_file makes files that only their owner can read
 from torch import Tensor
 
-from train.cli import refuse
+from train.cli import first_line, refuse
 from train.resnet import LAYERS
 from train.run_folder import CONFIG, newest_checkpoint
 
@@ -42,7 +42,14 @@ def backbone_weights(run: Path) -> tuple[dict[str, Tensor], dict]:
     Raises: ValueError if `run` is no run folder; CheckpointError if no checkpoint is valid.
     """
     found = newest_checkpoint(run, log=lambda line: print(line, file=sys.stderr))
-    config = yaml.safe_load((run / CONFIG).read_text())
+    try:
+        config = yaml.safe_load((run / CONFIG).read_text())
+        if not config.keys() >= {"data", "model", "eval"}:
+            raise ValueError("it lacks data, model or eval")
+    except (yaml.YAMLError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{run / CONFIG} is not a training's ({first_line(error)}): restore it"
+        ) from error
     tensors = {
         name.removeprefix(PREFIX): tensor
         for name, tensor in found.tensors["model"].items()

@@ -63,6 +63,8 @@ def read_tensors(path: Path) -> Tensors:
             f"{path} is no checkpoint of torch.save, or is damaged: {first_line(error)}"
         ) from error
     content = content.get("state_dict", content) if isinstance(content, dict) else {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} has a state_dict that is a {type(content).__name__}, not a dict")
     return {
         name.removeprefix("module."): tensor
         for name, tensor in content.items()
