@@ -97,7 +97,7 @@ def check_k(ks: tuple[int, ...], images: int) -> None:
         )
 
 
-def encode(backbone: nn.Module, images: EvalSet, config: Config, world: World, log: Log) -> Encoded:
+def encode(backbone: ResNet, images: EvalSet, config: Config, world: World, log: Log) -> Encoded:
     """The whole set, on every rank. Raises: ValueError if nothing can be read, or for NaN."""
     parts = embed(backbone, images, config, world, normalized=False, tell=log)
     features, labels, ids = (gather_rows(world, part) for part in parts)

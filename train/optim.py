@@ -52,7 +52,7 @@ def build_optimizer(
         return find_apex_sgd(device)(groups, **options)
     optimizer = torch.optim.SGD(groups, fused=True, **options)
     if config.momentum:  # torch leaves it uninitialised memory where the first step is skipped
-        for parameter in [*encoder, *predictor]:
+        for parameter in [one for group in groups for one in group["params"]]:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 
