@@ -43,7 +43,7 @@ from pipeline.shard_index import (
     save_index,
 )
 from pipeline.shard_scan import TAR
-from pipeline.sources import ImageFolder, list_images, printable, split_root
+from pipeline.sources import ImageFolder, list_images, named_path, printable, split_root
 
 RENAMED = b"__renamed__"
 _BLOCK = 64  # images that are read and checked before they are written, in memory at once
@@ -276,7 +276,7 @@ def main() -> None:
     """Read the flags, pack, print what was made as one JSON line."""
     parser = argparse.ArgumentParser(description="Pack a folder of images into tar shards.")
     parser.add_argument("src", help="folder of images, or one with train/ and val/")
-    parser.add_argument("dest", type=Path, help="folder for the shards")
+    parser.add_argument("dest", type=named_path, help="folder for the shards")
     parser.add_argument("--shard-mib", type=float, default=1024, help="size of a shard in MiB")
     arguments = parser.parse_args()
     Image.MAX_IMAGE_PIXELS = None  # image_size has the limit

@@ -9,6 +9,7 @@ What a newcomer gets wrong: file names are bytes on Linux. Names that are no UTF
 newline, are kept as bytes here and only name() turns one into text, for people to read.
 """
 
+import argparse
 import hashlib
 import heapq
 import os
@@ -16,6 +17,7 @@ import stat
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -116,6 +118,13 @@ def list_images(root: str) -> ImageFolder:
     paths = [path for path, _ in images]
     labels, class_names = _classes(paths)
     return ImageFolder(root, paths, labels, class_names, digest.hexdigest(), dict(skipped))
+
+
+def named_path(word: str) -> Path:
+    """A path of a command line; "", which would be the current folder, is refused."""
+    if not word:
+        raise argparse.ArgumentTypeError("an empty name: is a shell variable unset?")
+    return Path(word)
 
 
 def split_root(root: str) -> tuple[str, str | None]:

@@ -33,6 +33,8 @@ def main() -> None:
     """Read the flags, train some steps under the profiler, write the trace."""
     config, _ = read_flags("profiling/trace.py", "Write a profiler trace of training steps.")
     out = Path(config.out or "trace.json.gz")
+    if out.is_dir() or not os.access(out.parent, os.W_OK):
+        refuse(f"--out {out} cannot be written: name a file, such as trace.json.gz")
     try:
         with distributed.start(config.device, config) as world:
             reader = open_images(config, world)

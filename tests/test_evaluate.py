@@ -17,7 +17,7 @@ from pipeline.digits import write_digits
 from pipeline.pack import pack_root
 from train import checkpoint, evaluate, linear_probe, main
 from train.encoded import accuracy, load_encoder
-from train.evaluate_config import EvaluateConfig, ImagesConfig, run_config
+from train.evaluate_config import EvaluateConfig, ImagesConfig, read_flags, run_config
 from train.methods import build_method
 from train.pictures import confusions, draw_confusion
 from train.run_folder import newest_checkpoint
@@ -258,6 +258,12 @@ def test_other_images_do_not_keep_the_runs_validation_folder(run, tmp_path):
 )
 def test_impossible_flags_are_refused(run, capfd, flags, part):
     assert part in refusal(capfd, run, *flags, code=2)
+
+
+def test_the_run_that_is_missing_is_asked_for(capsys):
+    with pytest.raises(SystemExit):
+        read_flags([])
+    assert capsys.readouterr().err == "error: required: RUN\n"
 
 
 def test_what_is_no_run_or_does_not_fit_it_is_refused(run, tmp_path, capfd):

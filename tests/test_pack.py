@@ -251,6 +251,13 @@ def test_a_shard_of_no_size_is_refused(size, tmp_path, monkeypatch, capsys):
     assert "--shard-mib must be > 0" in capsys.readouterr().err
 
 
+def test_an_empty_dest_is_not_the_current_folder(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["pack.py", "SRC", ""])
+    with pytest.raises(SystemExit) as stopped:
+        pack.main()
+    assert stopped.value.code == 2 and "dest: an empty name" in capsys.readouterr().err
+
+
 def test_what_cannot_be_packed_is_refused_in_one_line(tmp_path, photos, monkeypatch):
     src = write_images(tmp_path / "src", photos, 8)
     dest = tmp_path / "dest"

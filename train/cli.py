@@ -124,7 +124,8 @@ def plain(line: str) -> str:
     line = line.replace(". Got value:", ", got")
     missing = re.fullmatch(r"the following arguments are required: ([\w., ]+)", line)
     if missing:
-        line = "required: " + ", ".join(f"--{name}" for name in missing[1].split(", "))
+        names = missing[1].split(", ")  # a flag that is required stands in a group
+        line = "required: " + ", ".join(f"--{n}" if "." in n else n.upper() for n in names)
     return line
 
 

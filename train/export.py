@@ -25,6 +25,7 @@ import yaml
 from safetensors.torch import save  # save_file makes files that only their owner can read
 from torch import Tensor
 
+from pipeline.sources import named_path
 from train.cli import first_line, refuse
 from train.resnet import LAYERS
 from train.run_folder import CONFIG, newest_checkpoint
@@ -192,7 +193,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Export the backbone of a run.")
     parser.add_argument("run", type=Path, help="the --out folder of a training")
     parser.add_argument("--to", choices=tuple(EXPORTS), required=True)
-    parser.add_argument("--out", type=Path, help="folder to write into; default RUN/export-<to>")
+    parser.add_argument(
+        "--out", type=named_path, help="folder to write into; default RUN/export-<to>"
+    )
     arguments = parser.parse_args()
     target = arguments.out or arguments.run / f"export-{arguments.to}"
     try:
