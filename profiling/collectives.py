@@ -30,8 +30,11 @@ from train.methods.simsiam import SimSiam
 from train.norm import BatchNorm
 
 
-def compiled_step(arch: Any, kernels: Any) -> dict[str, int]:
-    """Collectives in the graphs that torch.compile(fullgraph=True) makes, and graph breaks (0)."""
+def compiled_step(arch: Any, kernels: Any) -> dict[str, Any]:
+    """Collectives in the graphs that torch.compile(fullgraph=True) makes, and graph breaks (0).
+
+    Units: for each pass the number of collectives and the bytes that a rank puts into them.
+    """
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.aot_autograd import make_boxed_func
     from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -57,11 +60,14 @@ def compiled_step(arch: Any, kernels: Any) -> dict[str, int]:
         # fullgraph: a graph break would be an error
         loss, _ = torch.compile(model, fullgraph=True, backend=backend)(views)
         loss.backward()
-    forward, backward = (
-        sum("all_reduce" in str(node.target) for node in graph.graph.nodes) for graph in graphs
-    )
-    breaks = sum(torch._dynamo.utils.counters["graph_break"].values())
-    return {"forward": forward, "backward": backward, "graph_breaks": breaks}
+    found: dict[str, Any] = {
+        "graph_breaks": sum(torch._dynamo.utils.counters["graph_break"].values())
+    }
+    for name, graph in zip(("forward", "backward"), graphs, strict=True):
+        sums = [n.meta["val"] for n in graph.graph.nodes if "all_reduce" in str(n.target)]
+        num_bytes = sum(one.numel() * one.itemsize for one in sums)
+        found[name] = {"number": len(sums), "bytes": num_bytes}
+    return found
 
 
 class TorchSync(nn.Module):
@@ -150,6 +156,7 @@ def main() -> None:
     triton_for_h200()
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     found = compiled_step(arguments.arch, arguments.kernels)
+    passes = {name: found[name] for name in ("forward", "backward")}
     two_pass = two_pass_step(arguments.arch)
     print(
         json.dumps(
@@ -159,7 +166,8 @@ def main() -> None:
                 "torch": torch.__version__,
                 "arch": arguments.arch,
                 "graph_breaks": found["graph_breaks"],
-                "collectives": found["forward"] + found["backward"],
+                "collectives": sum(one["number"] for one in passes.values()),
+                "collectives_by_pass": passes,
                 "two_pass_sync_batch_norm": sum(two_pass.values()),
             }
         )
