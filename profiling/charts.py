@@ -1,4 +1,4 @@
-"""The tables and the picture of profiling/throughput.py's results.
+"""The tables and pictures of profiling/throughput.py's and scaling.py's results.
 
 A newcomer's mistake: computing here. What is shown is in the JSON line already.
 """
@@ -74,4 +74,45 @@ def draw(found: dict, path: Path) -> None:
     if found.get("timeline"):
         line.legend(fontsize=8, ncols=5)
     figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_scaling(found: dict, path: Path) -> None:
+    """Predicted images/s a GPU, and the formula beside MLPerf and throttled links, as a PNG."""
+    import matplotlib.pyplot as plt
+
+    plt.switch_backend("agg")
+    figure, (rates, strong, links) = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
+    for number, (images, rows) in enumerate(found["images_per_gpu"].items()):
+        ranks = [int(n) for n in rows]
+        ends = [[one["images_per_s"][end] / int(n) for n, one in rows.items()] for end in (0, -1)]
+        rates.fill_between(ranks, *ends, color=f"C{number}", alpha=0.3, linewidth=0)
+        rates.plot(ranks, ends[0], color=f"C{number}", label=f"{images} images a GPU")
+    rates.set(xscale="log", xlabel="GPUs", ylabel="images/s a GPU, two views each")
+    rates.set_ylim(bottom=0)
+    rates.set_title(f"predicted, {found['gpu']}", fontsize=9)
+    gpus = found["mlperf"]["gpus"]
+    for name, mark, label in (
+        ("published", "o", "MLPerf, published"),
+        ("predicted", "x-", "formula, fitted to 8 and 512 GPUs"),
+        ("by_messages_alone", "--", "messages alone"),
+    ):
+        strong.plot([int(n) for n in gpus], [one[name] for one in gpus.values()], mark, label=label)
+    for n, one in gpus.items():
+        text = f"{one['images_per_gpu']} images"
+        strong.annotate(text, (int(n), one["published"] + 150), fontsize=7)
+    strong.set(xscale="log", xlabel="GPUs", ylabel="images/s a GPU, one view each", xlim=(5, 2e4))
+    strong.set_ylim(bottom=0)
+    strong.set_title("ResNet-50 on H100, fewer images a GPU on more", fontsize=9)
+    for number, ranks in enumerate((2, 4)):
+        rows = [r for r in found.get("hosts", {}).get("steps", []) if r["ranks"] == ranks]
+        names = [str(r["mbit_per_s"] or "none") for r in rows]
+        color = f"C{number}"
+        links.plot(names, [r["step_s"] for r in rows], "o", color=color, label=f"{ranks} measured")
+        links.plot(names, [r["predicted_s"] for r in rows], "x--", color=color, label="predicted")
+    links.set(yscale="log", xlabel="Mbit/s of each host's link", ylabel="seconds a step")
+    links.set_title("ResNet-18 of 32 channels, hosts on two cores", fontsize=9)
+    for one in (rates, strong, links):
+        one.legend(fontsize=8)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
