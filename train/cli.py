@@ -5,12 +5,16 @@ A newcomer's mistake: adding a flag here. A flag is a field in train/config.py.
 
 import dataclasses
 import difflib
+import errno
+import json
 import os
 import re
 import sys
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import NoReturn
 
+import torch
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from train.config import Config
@@ -134,9 +138,33 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an OSError says that there is no room: its text names no file."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch on a GPU or the CPU, NumPy or DALI could not have the memory it asked for."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
+        text in str(error) for text in ("can't allocate memory", "bad_alloc", "out of memory")
+    )
+
+
+def print_result(result: dict, *, kept: Path) -> None:
+    """The last line of stdout; where that is closed or full, one line says where the result is."""
+    try:
+        print(json.dumps(result), flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries again
+        refuse(f"stdout cannot be written ({error.strerror}): the result is in {kept}", code=1)
+
+
 def refuse(message: str, *, code: int = USAGE_ERROR) -> NoReturn:
-    """One line on stderr, then the exit code; a mistake in the flags is told once a host."""
-    if code != USAGE_ERROR or os.environ.get("LOCAL_RANK", "0") == "0":
+    """One line on stderr, then the exit code.
+
+    What all ranks meet, a mistake in the flags or a stop by signal (130), is told once a host.
+    """
+    if code not in (USAGE_ERROR, 130) or os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {message}", file=sys.stderr, flush=True)
     if code == USAGE_ERROR:
         end_torchrun()

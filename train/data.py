@@ -144,6 +144,12 @@ def _list(config: DataConfig, out: Path) -> tuple[ImageSource, ImageSource | Non
         root = str(write_digits(out.parent / "digits-jpeg"))
     train_root, val_root = split_root(root)
     val_root = config.val or val_root
+    for folder in (train_root, val_root):
+        if folder is not None and out.resolve().is_relative_to(Path(folder).resolve()):
+            raise ValueError(
+                f"the run folder {out} lies in the images' folder {folder}: its pictures would be "
+                "taken for images. Give --out another place"
+            )
     val = open_source(val_root) if val_root is not None else None
     train = open_source(train_root)
     if config.val is not None and (val is None or val.labels is None):

@@ -24,6 +24,7 @@ from train.config import Config
 from train.watch import PATIENCE, Watch, may_restart
 
 PR_SET_PDEATHSIG = 1
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 @dataclass(frozen=True)
@@ -57,16 +58,12 @@ def start(device: str, config: Config | None = None) -> Iterator[World]:
 
     device: as --device. config: of a run, the same on all ranks.
 
-    Raises: ValueError when --device cuda is asked for where there is none, or when processes
-    differ (train/agreement.py); ConnectionError, in place of what a broken connection raised, with
-    the rank that is gone; SystemExit where rank 0 has told the user already.
+    Raises: ValueError when --device cuda is asked for where there is none, for a part of torchrun's
+    environment, or when processes differ (train/agreement.py); ConnectionError, in place of what a
+    broken connection raised, with the rank that is gone; SystemExit where rank 0 has told the user
+    already.
     """
-    rank, size, local_rank, local_size = (
-        int(os.environ.get(name, default))
-        for name, default in (
-            ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1),
-        )
-    )  # fmt: skip
+    rank, size, local_rank, local_size = read_ranks()
     if "WORLD_SIZE" in os.environ:
         follow_launcher()
     if size == 1:
@@ -107,16 +104,32 @@ def start(device: str, config: Config | None = None) -> Iterator[World]:
         raise reason from error
 
 
+def read_ranks() -> tuple[int, int, int, int]:
+    """rank, size, local rank and local size as torchrun gives them; 0, 1, 0, 1 without it.
+
+    Raises: ValueError where only a part of them is set, or they contradict each other.
+    """
+    values = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+    set_here = {name: os.environ[name] for name in values if name in os.environ}
+    remedy = "start with torchrun or train/launch.py, or unset them"
+    try:
+        values |= {name: int(value) for name, value in set_here.items()}
+    except ValueError:
+        raise ValueError(f"{set_here} in the environment are no whole numbers: {remedy}") from None
+    rank, size, local_rank, local_size = values.values()
+    if not (0 <= rank < size and 0 <= local_rank < local_size <= size):
+        raise ValueError(f"{set_here} in the environment do not go together: {remedy}")
+    needed = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if size > 1 and (missing := [name for name in needed if name not in os.environ]):
+        raise ValueError(f"WORLD_SIZE is {size}, but {', '.join(missing)} are not set: {remedy}")
+    return rank, size, local_rank, local_size
+
+
 def open_store(rank: int, size: int, timeout: timedelta) -> dist.TCPStore:
     """The store that rank 0 keeps, at the address that torchrun chose.
 
-    Raises: ConnectionError when rank 0 is not there in time, ValueError without torchrun.
+    Raises: ConnectionError when rank 0 is not there in time.
     """
-    if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
-        raise ValueError(
-            "WORLD_SIZE is set but MASTER_ADDR and MASTER_PORT are not: start the ranks with "
-            "torchrun or train/launch.py, or unset it"
-        )
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     is_torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
@@ -205,6 +218,13 @@ def mean(world: World, value: Tensor) -> Tensor:
     return value
 
 
+def stop_at_once(world: World) -> None:
+    """Outside of training a signal is a KeyboardInterrupt on rank 0, which owns the run folder."""
+    for number in STOP_SIGNALS:
+        is_ours = world.is_main or number == signal.SIGINT
+        signal.signal(number, signal.default_int_handler if is_ours else signal.SIG_DFL)
+
+
 class StopSignal:
     """SIGTERM or Ctrl-C on any rank stops all ranks at the same step.
 
@@ -212,15 +232,12 @@ class StopSignal:
     the next. A second Ctrl-C ends the program at once.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
     def __init__(self, world: World):
         self.world = world
         self.received: signal.Signals | None = None
         self._parent = os.getppid()
         self._pending: tuple[Any, Tensor] | None = None
-        for number in self.SIGNALS:
-            signal.signal(number, self._receive)
+        self._before = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
 
     def _receive(self, number: int, _frame: object) -> None:
         if self.received is not None and number == signal.SIGINT:
@@ -264,8 +281,7 @@ class StopSignal:
 
     def close(self) -> None:
         """Give the signals back and finish the last exchange."""
-        for number in self.SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
         if self._pending is not None:
             self._pending[0].wait()

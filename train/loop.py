@@ -23,7 +23,8 @@ def train(session: Session) -> str:
     """Run to the last step or to a signal; returns "finished" or "preempted".
 
     Raises: ValueError for too many bad images, FloatingPointError for gradients that stay bad,
-    ConnectionError on all ranks when the torchrun of one was killed, after a checkpoint.
+    CheckpointError if the last checkpoint cannot be written, ConnectionError on all ranks when the
+    torchrun of one was killed, after a checkpoint.
     """
     config, current, world = session.config, session.state, session.world
     stop = StopSignal(world)
@@ -70,13 +71,13 @@ def train(session: Session) -> str:
                 check_knn(session, stop)
             if current.step % save_every == 0 or is_last or stopping:
                 window.pause()
-                save(session)
+                save(session, is_last=is_last or stopping)
             if stopping and not is_last:
                 ended = "preempted"
                 break
             window.resume()
     except EvaluationStopped:  # the same command makes up for the check
-        save(session)
+        save(session, is_last=True)
         ended = "preempted"
     finally:
         session.log.stop_bar()

@@ -13,7 +13,6 @@ if not __package__:  # run as a script: the repo root, not this folder, heads sy
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 import dataclasses
-import json
 import time
 import traceback
 from pathlib import Path
@@ -25,7 +24,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from kernels.launch import use_triton
 from pipeline.order import SampleOrder
 from train import checkpoint, distributed, doctor, state
-from train.cli import read_config, refuse
+from train.cli import is_disk_full, is_out_of_memory, print_result, read_config, refuse
 from train.config import Config
 from train.data import open_data
 from train.distributed import World, from_main
@@ -115,6 +114,7 @@ def main() -> None:
     folder, log = None, Log(None)
     try:
         with distributed.start(config.device, config) as world:
+            distributed.stop_at_once(world)
             doctor.refuse_old_driver(config.device)
             if not config.out and may_restart():
                 raise ValueError("--max-restarts needs --out DIR: a restart would begin a new run")
@@ -126,16 +126,26 @@ def main() -> None:
                 if world.watch is not None:
                     world.watch.on_end = folder.fail
             result = run(config, world, out, folder, log)
-        if folder is not None:
-            print(json.dumps(result))
     except (ValueError, OSError, FloatingPointError) as error:
         if folder is not None:
             folder.give_up(traceback.format_exc())
-        refuse(str(error), code=1)
-    except torch.OutOfMemoryError as error:
+        where = f" (--out {folder.path})" if folder is not None and is_disk_full(error) else ""
+        refuse(f"{error}{where}", code=1)
+    except (RuntimeError, MemoryError) as error:
         if folder is not None:
             folder.fail(traceback.format_exc())
-        refuse(f"{error}. Lower --data.batch_size, or use more GPUs for the same one", code=1)
+        if not is_out_of_memory(error):
+            raise
+        why = next((line for line in str(error).splitlines() if "alloc" in line), "")
+        refuse(
+            f"out of memory ({why.strip()}): lower --data.batch_size, the sizes of views or "
+            "--model, or use more GPUs for the same batch",
+            code=1,
+        )
+    except KeyboardInterrupt:
+        if folder is not None:
+            folder.stop()
+        refuse("stopped; the same command with its --out goes on from its checkpoint", code=130)
     except BaseException:
         if folder is not None:
             folder.fail(traceback.format_exc())
@@ -143,6 +153,8 @@ def main() -> None:
     finally:
         if folder is not None:
             folder.close()
+    if folder is not None:
+        print_result(result, kept=folder.path / "result.json")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ A newcomer's mistake: logging every step. A logged number has to be read from th
 makes the program wait: the loop logs every log_every steps.
 """
 
+import contextlib
 import json
 import sys
 import time
@@ -15,6 +16,15 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
+
+
+def append(path: Path, lines: str) -> None:
+    """Add lines to a file; where the disk is full they go to stderr: training is worth more."""
+    try:
+        with path.open("a") as file:
+            file.write(lines)
+    except OSError as error:
+        print(f"warning: {path} lacks ({error.strerror}): {lines}", end="", file=sys.stderr)
 
 
 class Log:
@@ -31,12 +41,12 @@ class Log:
         """Write one line."""
         if self.path is None:
             return
-        with self.path.open("a") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+        append(self.path, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
         if self.bar is not None:
             self.bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
         else:
-            print(line, file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # a terminal that is gone; log.txt has the line
+                print(line, file=sys.stderr, flush=True)
 
     def warn(self, line: str) -> None:
         """Write one line that asks for attention."""
@@ -88,8 +98,7 @@ class Metrics:
 
     def scalars(self, step: int, values: dict[str, float], **other: float) -> None:
         """Append one row and the TensorBoard scalars of `values`; `other` is in the row only."""
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **other, **values}) + "\n")
+        append(self.path, json.dumps({"step": step, **other, **values}) + "\n")
         self._board(lambda board: [board.add_scalar(tag, v, step) for tag, v in values.items()])
 
     def view_pairs(self, step: int, views: Tensor) -> None:

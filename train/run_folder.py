@@ -7,6 +7,7 @@ A newcomer's mistake: reading status.json as progress. It is for scripts that de
 start the command again: "running", "preempted", "failed" or "finished".
 """
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -26,6 +27,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from train import checkpoint
+from train.metrics import append
 
 PACKAGES = ("torch", "triton", "numpy", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "apex",
             "tensorboard", "safetensors", "opencv-python-headless", "torchvision", "lightly",
@@ -103,15 +105,16 @@ class RunFolder:
 
     def add_bad_files(self, entries: list[dict]) -> None:
         """Append images that were replaced: name and reason."""
-        with (self.path / "bad_files.jsonl").open("a") as file:
-            file.writelines(json.dumps(entry) + "\n" for entry in entries)
+        lines = "".join(json.dumps(entry) + "\n" for entry in entries)
+        append(self.path / "bad_files.jsonl", lines)
 
     def fail(self, trace: str) -> None:
-        """Keep where it went wrong in log.txt, and say so in status.json."""
-        with (self.path / "log.txt").open("a") as file:
-            file.write(trace)
+        """Keep where it went wrong in log.txt, and say so in status.json, if the disk lets us."""
         step = self._read("status.json").get("step", 0)
-        self.status("failed", step)
+        with contextlib.suppress(OSError):  # the error that brought us here is what is to be told
+            self.status("failed", step)
+            with (self.path / "log.txt").open("a") as file:
+                file.write(trace)
 
     def give_up(self, trace: str) -> None:
         """After bad input: a folder made now, in which nothing ran, goes; else as `fail`."""
@@ -119,6 +122,14 @@ class RunFolder:
             shutil.rmtree(self.path)
         else:
             self.fail(trace)
+
+    def stop(self) -> None:
+        """After a signal outside of training: what was saved before can be continued."""
+        status = self._read("status.json")
+        if status.get("state") == "running":
+            self.status("preempted", status["step"])
+        elif not status and self._is_new:
+            shutil.rmtree(self.path)
 
     def close(self) -> None:
         """Let another process have the folder."""

@@ -10,7 +10,6 @@ from torch import nn
 
 from pipeline.order import SampleOrder
 from train import state
-from train.checkpoint import CheckpointError
 from train.config import Config
 from train.data import RunData
 from train.distributed import World
@@ -53,12 +52,17 @@ class Session:
         return collapse_threshold(rows, ends_in_norm=config.model.ends_in_norm(config.method.name))
 
 
-def save(session: Session) -> None:
-    """Checkpoint on rank 0; a full disk is a warning, the run goes on from memory."""
+def save(session: Session, *, is_last: bool = False) -> None:
+    """Checkpoint on rank 0; a full disk is a warning, the run goes on from memory.
+
+    Raises: CheckpointError if it was the last chance: there is nothing to go on from.
+    """
     if session.run is None:
         return
     try:
         state.save(session.state, session.run.checkpoints, session.facts)
         session.run.status("running", session.state.step)
-    except CheckpointError as error:
-        session.log.warn(f"{error}. Training goes on; the checkpoint before is kept")
+    except OSError as error:
+        if is_last:
+            raise
+        session.log.warn(f"{error}. Training goes on; the checkpoint before, if any, is kept")

@@ -1,0 +1,138 @@
+"""How a run ends where the machine is at fault: nothing is lost, and one line says what to do."""
+
+import errno
+import json
+import os
+import signal
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from train import distributed, session, state
+from train.cli import is_disk_full, is_out_of_memory, print_result
+from train.config import DataConfig
+from train.data import open_data
+from train.distributed import StopSignal, World, read_ranks, stop_at_once
+from train.metrics import Log, Metrics
+from train.run_folder import RunFolder
+
+ALONE = World(0, 1, 0, 1, torch.device("cpu"), None)
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_result_that_stdout_does_not_take_is_said_to_be_in_the_run_folder(monkeypatch, capsys):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(SystemExit) as ended:
+            print_result({"loss": -1.0}, kept=Path("RUN/result.json"))
+    assert ended.value.code == 1
+    assert "stdout cannot be written (No space left" in (said := capsys.readouterr().err)
+    assert "RUN/result.json" in said
+
+
+def test_a_full_disk_ends_the_run_only_where_the_last_checkpoint_is_lost(monkeypatch):
+    told = []
+    monkeypatch.setattr(state, "save", lambda *args: (_ for _ in ()).throw(FULL))
+    run = types.SimpleNamespace(checkpoints=Path("x"))
+    fake = types.SimpleNamespace(
+        run=run, state=None, facts={}, log=types.SimpleNamespace(warn=told.append)
+    )
+    session.save(fake)
+    assert "No space left" in told[0] and "Training goes on" in told[0]
+    with pytest.raises(OSError, match="No space left"):
+        session.save(fake, is_last=True)
+
+
+def test_a_full_disk_takes_no_line_of_the_log_from_the_user(monkeypatch, tmp_path, capsys):
+    Log(Path("/dev/full"))("a line")
+    assert "a line" in (said := capsys.readouterr().err) and "lacks (No space left" in said
+    metrics = Metrics(tmp_path, step=0, log=Log(None))
+    metrics.path = Path("/dev/full")
+    metrics.scalars(1, {"train/loss": -0.5})
+    assert '"train/loss": -0.5' in capsys.readouterr().err
+    metrics.close()
+    folder = RunFolder(str(tmp_path / "run"))
+    (folder.path / "bad_files.jsonl").symlink_to("/dev/full")
+    folder.add_bad_files([{"file": "a.jpg", "reason": "cut"}])
+    folder.close()
+    assert '"file": "a.jpg"' in capsys.readouterr().err
+
+
+def test_the_failure_of_a_run_on_a_full_disk_is_told_and_not_another_one(tmp_path):
+    folder = RunFolder(str(tmp_path / "run"))
+    folder.status("running", 3)
+    (folder.path / "log.txt").unlink()
+    (folder.path / "log.txt").symlink_to("/dev/full")
+    folder.fail("the trace")
+    folder.close()
+    assert json.loads((folder.path / "status.json").read_text()) == {"state": "failed", "step": 3}
+
+
+def test_a_signal_in_set_up_leaves_no_half_folder_and_one_in_a_run_says_preempted(tmp_path):
+    folder = RunFolder(str(tmp_path / "new"))
+    folder.stop()
+    folder.close()
+    assert not folder.path.exists()
+    folder = RunFolder(str(tmp_path / "run"))
+    folder.status("running", 7)
+    folder.stop()
+    folder.close()
+    assert json.loads((folder.path / "status.json").read_text())["state"] == "preempted"
+
+
+def test_outside_of_training_sigterm_is_an_interrupt_of_rank_0_alone():
+    before = {number: signal.getsignal(number) for number in distributed.STOP_SIGNALS}
+    try:
+        stop_at_once(ALONE)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        stop = StopSignal(ALONE)
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.agreed()
+        stop.close()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        stop_at_once(World(1, 2, 1, 2, torch.device("cpu"), None))
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    ("variables", "part"),
+    [
+        ({"RANK": "1"}, "do not go together"),
+        ({"LOCAL_WORLD_SIZE": "0"}, "do not go together"),
+        ({"WORLD_SIZE": "-1"}, "do not go together"),
+        ({"RANK": "x"}, "no whole numbers"),
+        ({"WORLD_SIZE": ""}, "no whole numbers"),
+        ({"WORLD_SIZE": "2"}, "RANK, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT are"),
+    ],
+)
+def test_a_part_of_torchruns_environment_is_refused(variables, part, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    assert read_ranks() == (0, 1, 0, 1)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=f"{part}.*torchrun"):
+        read_ranks()
+
+
+def test_a_run_folder_among_the_images_is_refused(tmp_path):
+    (tmp_path / "images").mkdir()
+    config = DataConfig(root=str(tmp_path / "images"))
+    with pytest.raises(ValueError, match="lies in the images' folder .* Give --out"):
+        open_data(config, out=tmp_path / "images" / "runs" / "a", seed=0, world=ALONE)
+
+
+def test_out_of_memory_and_a_full_disk_are_known_by_whom_they_come_from():
+    texts = ("DefaultCPUAllocator: can't allocate memory", "std::bad_alloc", "CUDA out of memory")
+    assert all(is_out_of_memory(RuntimeError(f"x {text} y")) for text in texts)
+    assert is_out_of_memory(MemoryError()) and not is_out_of_memory(RuntimeError("shape"))
+    assert is_disk_full(FULL) and not is_disk_full(OSError(errno.EIO, "x"))
