@@ -16,6 +16,7 @@ from train.cli import is_disk_full, is_out_of_memory, print_result
 from train.config import DataConfig
 from train.data import open_data
 from train.distributed import StopSignal, World, read_ranks, stop_at_once
+from train.finish import finite
 from train.metrics import Log, Metrics
 from train.run_folder import RunFolder
 
@@ -136,3 +137,8 @@ def test_out_of_memory_and_a_full_disk_are_known_by_whom_they_come_from():
     assert all(is_out_of_memory(RuntimeError(f"x {text} y")) for text in texts)
     assert is_out_of_memory(MemoryError()) and not is_out_of_memory(RuntimeError("shape"))
     assert is_disk_full(FULL) and not is_disk_full(OSError(errno.EIO, "x"))
+
+
+def test_a_result_holds_no_number_that_json_lacks():
+    assert finite(float("nan")) is None and finite(float("inf")) is None and finite(None) is None
+    assert finite(-0.5) == -0.5

@@ -4,6 +4,7 @@ A newcomer's mistake: averaging images/s over wall time. Only training steps cou
 """
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
@@ -27,13 +28,13 @@ def finish(session: Session, *, ended: str) -> dict:
     current, config = session.state, session.config
     images = current.step * session.order.batch_size
     steps = sorted(int(step) for step in current.knn)
-    z_std = current.last.get("train/z_std")
+    loss, z_std = (finite(current.last.get(f"train/{name}")) for name in ("loss", "z_std"))
     newest = steps[-1] if steps else 0
     result = {
         "knn_top1": current.knn[str(newest)] if newest else None,
         "knn_step": newest or None,
         "knn_top1_untrained": None if config.init else current.knn.get("0"),
-        "loss": current.last.get("train/loss"),
+        "loss": loss,
         "z_std": z_std,
         "collapsed": None if z_std is None else z_std < session.collapse_threshold,
         "collapse_threshold": session.collapse_threshold,
@@ -55,6 +56,11 @@ def finish(session: Session, *, ended: str) -> dict:
     if session.run is not None and session.metrics is not None:
         write_end(session, session.run, session.metrics, result)
     return from_main(session.world, result)  # the others wait until all is written
+
+
+def finite(value: float | None) -> float | None:
+    """None for NaN and infinity, which JSON does not have: a skipped step among the last ones."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def write_end(session: Session, run: RunFolder, metrics: Metrics, result: dict) -> None:

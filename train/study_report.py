@@ -67,7 +67,7 @@ def summarize_row(row: Row, runs: Sequence[Run]) -> dict:
         "paper_outcome": row.outcome,
         "paper_says": row.says,
         "n": len(found),
-        "collapsed": sum(result["collapsed"] for result in results),
+        "collapsed": sum(bool(result["collapsed"]) for result in results),
         **{
             key: spread([result[key] for result in results])
             for key in ("knn_top1", "knn_top1_untrained", "loss", "z_std", "train_s")
