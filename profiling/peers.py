@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from train.config import Config
-from train.distributed import World
+from train.distributed import World, own_buffers
 
 WHAT_TO_INSTALL = {
     "torchvision": "not installed: pip install --no-deps torchvision==0.28.0",
@@ -148,7 +148,7 @@ def peer_step(
         if is_cuda:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         model = nn.parallel.DistributedDataParallel(
-            model, device_ids=[world.local_rank] if is_cuda else None, broadcast_buffers=False
+            model, device_ids=[world.local_rank] if is_cuda else None, **own_buffers()
         )
     call = torch.compile(model, dynamic=False) if name == "compiled_plain" else model
     optimizer = torch.optim.SGD(

@@ -5,6 +5,7 @@ A newcomer's mistake: a collective on one rank only. Every function here is call
 """
 
 import ctypes
+import inspect
 import os
 import signal
 import socket
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from train.agreement import agree, facts
 from train.config import Config
@@ -123,6 +125,13 @@ def read_ranks() -> tuple[int, int, int, int]:
     if size > 1 and (missing := [name for name in needed if name not in os.environ]):
         raise ValueError(f"WORLD_SIZE is {size}, but {', '.join(missing)} are not set: {remedy}")
     return rank, size, local_rank, local_size
+
+
+def own_buffers() -> dict[str, Any]:
+    """DistributedDataParallel's flag to broadcast no buffers, which torch 2.13 renamed."""
+    names = inspect.signature(DistributedDataParallel).parameters
+    new, old = "forward_sync_buffers", "broadcast_buffers"
+    return {new if new in names else old: False}
 
 
 def open_store(rank: int, size: int, timeout: timedelta) -> dist.TCPStore:

@@ -64,7 +64,7 @@ def build_state(config: Config, world: World, images: int) -> tuple[TrainState, 
         ddp = nn.parallel.DistributedDataParallel(
             model,
             device_ids=[world.local_rank] if world.device.type == "cuda" else None,
-            broadcast_buffers=False,  # synchronised batch norm keeps them equal
+            **distributed.own_buffers(),  # synchronised batch norm keeps them equal
             gradient_as_bucket_view=True,
         )
     return TrainState(model, optimizer, GuardedStep(optimizer, scaler, world.device)), ddp
