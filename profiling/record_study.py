@@ -15,7 +15,6 @@ sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # profiling/ is no 
 
 import argparse
 import json
-import re
 import shutil
 from pathlib import Path
 
@@ -61,10 +60,12 @@ def shown(found: dict, files: list[Path]) -> str:
 
 def put_into(text: str, name: str, block: str) -> str:
     """The text with the block between the marks of that name. Raises: ValueError without them."""
-    parts = re.split(rf"(?s)(?<=<!-- {name} -->\n).*?(?=<!-- end -->)", text)
-    if len(parts) != 2:
+    mark, end = f"<!-- {name} -->\n", "<!-- end -->"
+    before, found, rest = text.partition(mark)
+    _, closed, after = rest.partition(end)
+    if not (found and closed) or mark in after:
         raise ValueError(f"docs/study.md needs one <!-- {name} --> ... <!-- end -->")
-    return block.join(parts)
+    return before + mark + block + end + after
 
 
 def main() -> None:

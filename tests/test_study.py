@@ -323,7 +323,10 @@ def test_a_study_leaves_tables_and_figures_and_is_not_run_again(tmp_path):
     assert [path.stat().st_mtime_ns for path in results] == before
 
 
-def test_recording_a_study_puts_its_table_between_the_marks_of_the_docs(tmp_path, monkeypatch):
+@pytest.mark.parametrize("before", ["of before\n", ""])
+def test_recording_a_study_puts_its_table_between_the_marks_of_the_docs(
+    before, tmp_path, monkeypatch
+):
     monkeypatch.setattr(sys, "path", list(sys.path))  # the script puts its root first
     import record_study
     import results
@@ -331,7 +334,7 @@ def test_recording_a_study_puts_its_table_between_the_marks_of_the_docs(tmp_path
     monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(record_study, "DOCS", tmp_path / "study.md")
     mark = "a\n<!-- study-small -->\n{}<!-- end -->\nb\n<!-- study-other -->\n<!-- end -->\n"
-    record_study.DOCS.write_text(mark.format("of before\n"))
+    record_study.DOCS.write_text(mark.format(before))
     found = small_study(tmp_path / "runs") | {"environment": {"device": "A CPU"}}
     out = tmp_path / "out"
     out.mkdir()
