@@ -19,7 +19,7 @@ demo: $(VENV)/.ready
 
 # two processes of two threads on two cores: threads that wait must not spin
 test: check
-	OMP_WAIT_POLICY=passive $(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
+	OMP_WAIT_POLICY=passive $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(VENV)/.ready-dev
 	$(VENV)/bin/ruff format --check --quiet .

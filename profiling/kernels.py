@@ -140,6 +140,8 @@ class Recorder:
 
 def launches_of_a_step(images: int, dtype: torch.dtype) -> list[Launch]:
     """The distinct kernels of a ResNet-50 SimSiam step: forward, backward, normalisation, loss."""
+    import torch._dynamo  # keeps a table of torch's functions: before one is replaced
+
     from kernels.normalize import normalize_views
 
     recorder, real = Recorder(), torch.library.wrap_triton

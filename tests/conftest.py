@@ -21,6 +21,11 @@ from launched import LAUNCH, Launched, weights
 from peers import import_torchvision
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The file that takes a process for minutes comes first: last, it would run alone."""
+    items.sort(key=lambda item: item.path.stem != "test_compiled_step")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def interpreter_that_rounds():
     """Triton's interpreter (3.9) cuts fp32 off to bf16; every GPU rounds to nearest."""

@@ -95,17 +95,17 @@ def test_a_gpu_that_the_container_was_not_given_is_told(monkeypatch, tmp_path):
 
 def test_a_kernel_that_does_not_compile_or_computes_something_else_is_told(monkeypatch):
     assert doctor.compiles_and_agrees(CPU).ok  # in Triton's interpreter
-    import kernels.normalize
+    from kernels import normalize_triton
 
-    right = kernels.normalize.normalize
-    monkeypatch.setattr(kernels.normalize, "normalize", lambda *args: right(*args) + 1)
+    right = normalize_triton.normalize
+    monkeypatch.setattr(normalize_triton, "normalize", lambda *args: right(*args) + 1)
     finding = doctor.compiles_and_agrees(CPU)
     assert finding.ok is False and "not close" in finding.found
 
     def fail(*_):
         raise RuntimeError("Failed to find C compiler. Please specify via CC\nmore")
 
-    monkeypatch.setattr(kernels.normalize, "normalize", fail)
+    monkeypatch.setattr(normalize_triton, "normalize", fail)
     finding = doctor.compiles_and_agrees(CPU)
     assert finding.ok is False and "gcc" in finding.remedy
     assert finding.found.endswith("Failed to find C compiler. Please specify via CC")

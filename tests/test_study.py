@@ -165,6 +165,7 @@ def test_a_run_without_result_says_how_it_ended(tmp_path, script, reason):
 
 def test_a_signal_is_handed_on_and_nothing_more_is_started(tmp_path):
     runs = [fake(tmp_path / name, SAVES) for name in ("first", "second")]
+    before = signal.getsignal(signal.SIGTERM)
 
     def stop() -> None:
         limit = time.monotonic() + 30
@@ -180,7 +181,7 @@ def test_a_signal_is_handed_on_and_nothing_more_is_started(tmp_path):
     assert stopped and not failed
     assert runs[0].folder.exists()  # it had the time to save
     assert not (tmp_path / "second.started").exists()
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_launched_run_ends_with_its_launcher(monkeypatch):
