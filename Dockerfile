@@ -17,7 +17,8 @@ ARG REQUIREMENTS=requirements-ngc.txt
 ARG PIP_ARGS=
 WORKDIR /opt/twinturbo
 COPY requirements*.txt ./
-# what the base has, in whatever version, is left out; Debian's pip asks to be told that this is meant
+# what the base has, in whatever version, is left out; Debian's pip asks to be told that this is meant,
+# and Debian's setuptools stays where it is, beside the newer one that torch asks for
 RUN export PIP_BREAK_SYSTEM_PACKAGES=1 PIP_DISABLE_PIP_VERSION_CHECK=1 \
     && python3 -m pip freeze --all | sort > /tmp/brought \
     && grep -v '^#' "$REQUIREMENTS" | while read -r line; do \
@@ -25,7 +26,7 @@ RUN export PIP_BREAK_SYSTEM_PACKAGES=1 PIP_DISABLE_PIP_VERSION_CHECK=1 \
     && python3 -m pip install --no-cache-dir $PIP_ARGS -r /tmp/missing \
         $(test "$REQUIREMENTS" != requirements-ngc.txt || echo --no-deps) \
     && python3 -m pip freeze --all | sort > /tmp/now \
-    && if comm -23 /tmp/brought /tmp/now | grep .; then echo "the base had these" >&2; exit 1; fi \
+    && if comm -23 /tmp/brought /tmp/now | grep -v ^setuptools=; then echo "the base had these" >&2; exit 1; fi \
     && rm /tmp/brought /tmp/why /tmp/missing /tmp/now \
     && useradd --uid 10001 --no-create-home twinturbo && install -d -o twinturbo /runs
 COPY . .
