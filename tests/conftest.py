@@ -22,8 +22,8 @@ from peers import import_torchvision
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The file that takes a process for minutes comes first: last, it would run alone."""
-    items.sort(key=lambda item: item.path.stem != "test_compiled_step")
+    """Files that take a process for minutes come first: last, they would run alone."""
+    items.sort(key=lambda item: item.path.stem not in ("test_compiled_step", "test_train"))
 
 
 @pytest.fixture(scope="session", autouse=True)
