@@ -18,7 +18,7 @@ from train.data import open_data
 from train.distributed import StopSignal, World, read_ranks, stop_at_once
 from train.finish import finite
 from train.metrics import Log, Metrics
-from train.run_folder import RunFolder
+from train.run_folder import RunFolder, revision
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"), None)
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -142,3 +142,8 @@ def test_out_of_memory_and_a_full_disk_are_known_by_whom_they_come_from():
 def test_a_result_holds_no_number_that_json_lacks():
     assert finite(float("nan")) is None and finite(float("inf")) is None and finite(None) is None
     assert finite(-0.5) == -0.5
+
+
+def test_without_git_a_run_has_no_revision_and_goes_on(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert revision() is None

@@ -149,6 +149,16 @@ def newest_checkpoint(run: Path, *, log: Callable[[str], None]) -> checkpoint.Ch
     return found
 
 
+def revision() -> str | None:
+    """The commit of this code; None without git, as in a container."""
+    words = ["git", "-C", str(Path(__file__).parent.parent), "rev-parse", "HEAD"]
+    try:
+        head = subprocess.run(words, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return head.stdout.strip() or None
+
+
 def environment(world_size: int, device: torch.device) -> dict:
     """Versions, machine and revision; no environment variables, which may hold secrets."""
     versions = {}
@@ -158,10 +168,6 @@ def environment(world_size: int, device: torch.device) -> dict:
         except importlib.metadata.PackageNotFoundError:
             continue
     is_cuda = device.type == "cuda"
-    root = Path(__file__).parent.parent
-    head = subprocess.run(
-        ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
     return {
         "host": socket.gethostname(),
         "device": torch.cuda.get_device_name(device) if is_cuda else cpu_name(),
@@ -170,7 +176,7 @@ def environment(world_size: int, device: torch.device) -> dict:
         "python": platform.python_version(),
         "versions": versions,
         "cuda": torch.version.cuda if is_cuda else None,
-        "revision": head.stdout.strip() or None,
+        "revision": revision(),
     }
 
 
