@@ -82,16 +82,31 @@ def clusters() -> Iterator[Callable[[int], Cluster]]:
 
 
 @pytest.fixture(scope="session")
-def tiny_images(tmp_path_factory, photos) -> Path:
-    """48 pictures of 40 x 40 pixels in two class folders."""
-    root = tmp_path_factory.mktemp("tiny-images")
-    rng = np.random.default_rng(0)
-    for number in range(48):
-        photo, label = photos[number % 2], ("china", "flower")[number % 2]
-        y, x = rng.integers(photo.shape[0] - 40), rng.integers(photo.shape[1] - 40)
-        (root / label).mkdir(exist_ok=True)
-        Image.fromarray(photo[y : y + 40, x : x + 40]).save(root / label / f"{number:02d}.jpg")
-    return root
+def cut_pictures(tmp_path_factory, photos) -> Callable[[int], Path]:
+    """Makes a folder of so many pictures of 40 x 40 pixels, cut from the photos, in two classes."""
+
+    def cut(count: int) -> Path:
+        root, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+        for number in range(count):
+            photo, label = photos[number % 2], ("china", "flower")[number % 2]
+            y, x = rng.integers(photo.shape[0] - 40), rng.integers(photo.shape[1] - 40)
+            (root / label).mkdir(exist_ok=True)
+            Image.fromarray(photo[y : y + 40, x : x + 40]).save(root / label / f"{number:02d}.jpg")
+        return root
+
+    return cut
+
+
+@pytest.fixture(scope="module")
+def images(cut_pictures) -> Path:
+    """96 small real pictures, for a module that may change the folder."""
+    return cut_pictures(96)
+
+
+@pytest.fixture(scope="session")
+def tiny_images(cut_pictures) -> Path:
+    """48 of them, for tests that leave the folder as it is."""
+    return cut_pictures(48)
 
 
 @pytest.fixture(scope="module")

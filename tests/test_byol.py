@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from pipeline.augment import AugmentConfig
-from tests.test_methods import METHODS, config_of, flat, made, some_views
+from test_methods import METHODS, config_of, flat, made, some_views
 from train.methods.byol import BYOL, momentum_at
 from train.methods.momentum import MomentumEncoder
 from train.norm import set_views

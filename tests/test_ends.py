@@ -111,6 +111,17 @@ def test_outside_of_training_sigterm_is_an_interrupt_of_rank_0_alone():
         ({"WORLD_SIZE": "-1"}, "do not go together"),
         ({"RANK": "x"}, "no whole numbers"),
         ({"WORLD_SIZE": ""}, "no whole numbers"),
+        (
+            {
+                "RANK": "0",
+                "WORLD_SIZE": "2",
+                "LOCAL_RANK": "0",
+                "LOCAL_WORLD_SIZE": "2",
+                "MASTER_ADDR": "a",
+                "MASTER_PORT": "tcp",
+            },
+            "MASTER_PORT is 'tcp', no port",
+        ),
         ({"WORLD_SIZE": "2"}, "RANK, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT are"),
     ],
 )

@@ -17,7 +17,7 @@ from pipeline.loader import view_loader
 from pipeline.order import SampleOrder
 from pipeline.runner import ImageReader
 from pipeline.sources import list_images
-from tests.test_header import GOOD, REFUSED
+from test_header import GOOD, REFUSED
 
 pytestmark = [
     pytest.mark.gpu,

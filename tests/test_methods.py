@@ -11,8 +11,8 @@ from torch import nn
 from pipeline.augment import AugmentConfig
 from pipeline.order import SampleOrder
 from pipeline.runner import Batch
-from tests.test_sync_norm import free_port
-from tests.test_train import images, result, run  # noqa: F401 - a fixture
+from test_sync_norm import free_port
+from test_train import result, run
 from train import checkpoint, state
 from train.config import Config, DataConfig, ModelConfig
 from train.distributed import World
@@ -289,7 +289,7 @@ def test_a_checkpoint_names_the_settings_of_its_own_method_alone():
     assert other["method.swav.prototypes"] == "3000"
 
 
-def test_small_views_reach_the_network(images, tmp_path):  # noqa: F811 - the fixture
+def test_small_views_reach_the_network(images, tmp_path):
     flags = (
         "--method.name=swav", "--method.swav.small_views=2", "--method.swav.small_size=8",
         "--method.swav.prototypes=10", "--max_steps=2",

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tests.test_methods import METHODS, ROWS, flat, made, some_views
+from test_methods import METHODS, ROWS, flat, made, some_views
 from train.methods.moco import info_nce
 from train.methods.recent import RecentImages
 from train.norm import BatchNorm, set_views

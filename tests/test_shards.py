@@ -9,10 +9,8 @@ import sys
 import tarfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 from pipeline import shard_index
@@ -36,16 +34,9 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory, photos) -> Path:
+def images(cut_pictures) -> Path:
     """48 small real pictures in two class folders."""
-    root = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for number in range(48):
-        photo, label = photos[number % 2], ("china", "flower")[number % 2]
-        y, x = rng.integers(photo.shape[0] - 40), rng.integers(photo.shape[1] - 40)
-        (root / label).mkdir(exist_ok=True)
-        Image.fromarray(photo[y : y + 40, x : x + 40]).save(root / label / f"{number:02d}.jpg")
-    return root
+    return cut_pictures(48)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tests.test_methods import METHODS, flat, made, some_views
+from test_methods import METHODS, flat, made, some_views
 from train.method_config import MethodConfig, SimCLRConfig
 from train.methods.simclr import nt_xent
 

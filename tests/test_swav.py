@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tests.test_methods import METHODS, SWAV, config_of, flat, made, some_views
+from test_methods import METHODS, SWAV, config_of, flat, made, some_views
 from train.method_config import MethodConfig
 from train.methods.swav import sinkhorn, swapped
 

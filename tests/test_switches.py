@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn import functional as F
 
-from tests.test_sync_norm import free_port
+from test_sync_norm import free_port
 from train.config import Config, DataConfig, MethodConfig, ModelConfig, OptimConfig
 from train.methods import build_method
 from train.methods.simsiam import SimSiam

@@ -9,12 +9,11 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
+from launched import same, weights
 from train.config import Config, DataConfig, MethodConfig
 from train.state import check_same_run, comparable
 
@@ -25,19 +24,6 @@ TINY = [
     "--augment.size=16", "--eval.size=16", "--eval.resize=16", "--eval.k=5", "--precision=fp32",
     "--data.batch_size=16", "--epochs=2", "--log_every=2", "--device=cpu",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory, photos) -> Path:
-    """96 small real pictures in two class folders."""
-    root = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for number in range(96):
-        photo, label = photos[number % 2], ("china", "flower")[number % 2]
-        y, x = rng.integers(photo.shape[0] - 40), rng.integers(photo.shape[1] - 40)
-        (root / label).mkdir(exist_ok=True)
-        Image.fromarray(photo[y : y + 40, x : x + 40]).save(root / label / f"{number:02d}.jpg")
-    return root
 
 
 def command(images, out, *flags: str, ranks: int = 1) -> list[str]:
@@ -61,19 +47,6 @@ def run(images, out, *flags: str, ranks: int = 1, expect: int = 0) -> subprocess
 
 def result(done: subprocess.CompletedProcess) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def weights(out: Path) -> dict:
-    newest = max((out / "checkpoints").glob("step-*"))
-    return {
-        f"{name}/{key}": value
-        for name in ("model", "optimizer")
-        for key, value in load_file(newest / f"{name}.safetensors").items()
-    }
-
-
-def same(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all((a[key] == b[key]).all() for key in a)
 
 
 @pytest.fixture(scope="module")

@@ -124,6 +124,8 @@ def read_ranks() -> tuple[int, int, int, int]:
     needed = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     if size > 1 and (missing := [name for name in needed if name not in os.environ]):
         raise ValueError(f"WORLD_SIZE is {size}, but {', '.join(missing)} are not set: {remedy}")
+    if size > 1 and not os.environ["MASTER_PORT"].isdecimal():
+        raise ValueError(f"MASTER_PORT is {os.environ['MASTER_PORT']!r}, no port: {remedy}")
     return rank, size, local_rank, local_size
 
 
