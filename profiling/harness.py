@@ -80,8 +80,7 @@ class MeasureConfig:
 
 def read_flags(program: str, what: str) -> tuple[Config, MeasureConfig]:
     """The configuration of a command line. Exits with 2 and one line for a mistake in it."""
-    parser = build_parser()
-    parser.prog, parser.description = program, what
+    parser = build_parser(program, what, root=PHOTOS)
     parser.add_class_arguments(MeasureConfig, as_group=True)
     words = ["--dry_run=true" if word == "--dry-run" else word for word in sys.argv[1:]]
     words = with_brackets(words, ["--what"])
@@ -90,7 +89,6 @@ def read_flags(program: str, what: str) -> tuple[Config, MeasureConfig]:
     rows = 256 if is_cuda else 16
     parser.set_defaults(
         {
-            "data.root": PHOTOS,
             "data.batch_size": rows * int(os.environ.get("WORLD_SIZE", "1")),
             "precision": "bf16" if is_cuda or has_fast_bf16() else "fp32",
         }

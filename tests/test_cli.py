@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from train.cli import read_config
+from train.cli import build_parser, read_config
 from train.config import Config, DataConfig
 
 ROOT = Path(__file__).parent.parent
@@ -30,7 +30,15 @@ def refusal(capsys, *arguments: str) -> str:
     ],
 )
 def test_a_typo_in_a_flag_names_the_nearest_one(capsys, flag, nearest):
-    assert f"perhaps you meant {nearest}" in refusal(capsys, "--data.root=x", flag)
+    name = flag.split("=")[0]
+    line = refusal(capsys, "--data.root=x", flag)
+    assert line == f"error: {name} is unknown: perhaps you meant {nearest}"
+
+
+def test_help_calls_the_root_required_only_where_there_is_no_default():
+    assert "[--config FILE]" in build_parser().format_usage()
+    assert "(required" in build_parser().format_help()
+    assert "(required" not in build_parser("x.py", "X.", root="digits").format_help()
 
 
 def test_a_typo_in_a_yaml_key_names_the_nearest_one(capsys, tmp_path):

@@ -136,7 +136,7 @@ def test_detectron2_loads_the_export_and_agrees(torchvision, run):
 
 def test_what_other_tools_do_not_have_is_refused(run):
     folder, _ = run(arch="resnet18", width=16)
-    with pytest.raises(ValueError, match="model.width 16"):
+    with pytest.raises(ValueError, match=r"model.width 16: .* train with --model.width 64"):
         export.export_torchvision(folder, folder / "out")
     folder, _ = run(arch="resnet18", stem="cifar")
     for write in (export.export_timm, export.export_detectron2):

@@ -49,17 +49,32 @@ def with_brackets(words: Sequence[str], lists: Collection[str]) -> list[str]:
     return done
 
 
-def build_parser() -> ArgumentParser:
-    """The parser of train/main.py: --config FILE, a flag for each field, --print_config."""
+def build_parser(
+    program: str = "train/main.py",
+    description: str = "Train a SimSiam encoder on a folder of images.",
+    *,
+    usage: str = "[flags]",
+    root: str | None = None,
+) -> ArgumentParser:
+    """The parser of a program: --config FILE, a flag for each field, --print_config.
+
+    root: --data.root where it is not given; None: it must be.
+    """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    needed = "--data.root DIR " if root is None else ""
     parser = ArgumentParser(
-        prog="train/main.py",
-        description="Train a SimSiam encoder on a folder of images.",
+        prog=program,
+        description=description,
+        usage=f"{program} {needed}[--config FILE] {usage}",
         exit_on_error=False,
         allow_abbrev=False,  # --epoch for --epochs would work until --epoch_s is added
     )
     parser.add_argument("--config", action="config", help="YAML file with any of the flags below.")
     parser.add_class_arguments(Config, as_group=True)
+    if root is not None:
+        parser.set_defaults({"data.root": root})
+        for action in parser._actions:  # jsonargparse's --help goes on calling it required
+            action.required &= action.dest != "data.root"
     return parser
 
 
@@ -93,17 +108,18 @@ def explain(message: str, known: Sequence[str] | None = None) -> str:
     known: every flag of the program; train/main.py's by default.
     """
     known = flags() if known is None else known
-    unknown = re.findall(r"--([\w.]+)", message) if "nrecognized" in message else []
+    unknown = re.findall(r"--[\w.]+", message) if "nrecognized" in message else []
     keys = re.findall(r"(?:[Kk]ey|[Oo]ption) [\"']([\w.]+)[\"']", message)
     groups = re.findall(r"Group [\"']([\w.]+)[\"']", message)
     unknown += [".".join([*groups[:1], key]) for key in keys]
     line = plain(" ".join(part.strip() for part in message.splitlines() if part.strip()))
     hints = []
-    for name in unknown:
+    for shown in unknown:
+        name = shown.removeprefix("--")
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         near = near or [full for full in known if full.split(".")[-1] == name.split(".")[-1]][:1]
         if near and name not in known:
-            hints.append(f"{name} is unknown: perhaps you meant --{near[0]}")
+            hints.append(f"{shown} is unknown: perhaps you meant --{near[0]}")
     return "; ".join(hints) or line
 
 

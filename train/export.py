@@ -65,7 +65,7 @@ def check_exchangeable(config: dict, tool: str) -> None:
     if model["width"] != 64:
         raise ValueError(
             f"this run has --model.width {model['width']}: {tool} has {', '.join(LAYERS)} of width "
-            "64 only"
+            "64 only; train with --model.width 64, or read the checkpoint with train/resnet.py"
         )
     if model["stem"] == "cifar" and tool != "torchvision":
         raise ValueError(

@@ -143,11 +143,13 @@ def print_report(report: dict) -> None:
 
 def main() -> None:
     """Read the flags, import, print the report as the last line of stdout."""
-    parser = build_parser()
-    parser.prog = "train/import_checkpoint.py"
-    parser.description = "Import another tool's checkpoint as a run folder."
+    parser = build_parser(
+        "train/import_checkpoint.py",
+        "Import another tool's checkpoint as a run folder.",
+        usage="[flags] FILE",
+        root="",
+    )
     parser.add_argument("file", help="checkpoint; the file decides the --model flags")
-    parser.set_defaults({"data.root": ""})
     try:
         flags = vars(parser.instantiate(parser.parse_args()))
         path = Path(flags.pop("file"))

@@ -62,8 +62,9 @@ class StudyConfig:
 
 def read_flags(words: Sequence[str]) -> tuple[str, StudyConfig, Config]:
     """The study's name, its flags and the baseline. Exits with 2 and one line for a mistake."""
-    parser = build_parser()
-    parser.prog, parser.description = "train/study.py", "Run the paper's studies over seeds."
+    parser = build_parser(
+        "train/study.py", "Run the paper's studies over seeds.", usage="[flags] NAME", root=DIGITS
+    )
     parser.add_argument("name", help="A study of train/variants.py, or all.")
     parser.add_class_arguments(StudyConfig, as_group=True)
     if not any(word.split("=")[0] == "--config" for word in words):
