@@ -21,6 +21,8 @@ from nvidia.dali.pipeline import Pipeline
 
 from pipeline.augment import AugmentConfig
 
+RESERVED = 2 << 30
+"""Bytes of device memory, and of pinned memory, that a decoder reserves unless told otherwise."""
 NDIM = {"roi_start": 1, "roi_end": 1, "color": 2, "color_mean": 2, "sigma": 0, "solarize": 0}
 
 
@@ -53,10 +55,12 @@ class DecodeOptions:
     hw_decoder_load: float = 0.99
     """GPU: share of the JPEGs given to the hardware decoder. NVIDIA's MLPerf runs on H200 took
     0.99 with 6 threads a GPU; DALI's own sweep found 0.90 1.8 % over 0.65, at a longer tail."""
-    device_memory_padding: int = 256 << 20
-    """GPU: bytes of device memory that each decoder thread reserves (MLPerf's value)."""
-    host_memory_padding: int = 128 << 20
-    """GPU: bytes of pinned memory that each decoder thread reserves."""
+    device_memory_padding: int = 0
+    """GPU: bytes of device memory that each decoder thread reserves; 0 takes 256 MiB (MLPerf's
+    value, at 6 threads), less where the threads are so many that they would hold over 2 GiB."""
+    host_memory_padding: int = 0
+    """GPU: bytes of each of the two pinned buffers that a decoder thread reserves; 0 takes 128 MiB,
+    less where all would hold over 2 GiB."""
     preallocate_width: int = 0
     """GPU: width of the largest image for the hardware decoder; 5980 for ImageNet, 0 to grow."""
     preallocate_height: int = 0
@@ -69,23 +73,28 @@ class DecodeOptions:
         for name, value in (("threads", self.threads), ("prefetch", self.prefetch)):
             if not 0 <= value <= 1024:  # DALI ends the process where no thread can be had
                 raise ValueError(f"dali.{name} must lie in 0 .. 1024, got {value}")
+        for name in ("device_memory_padding", "host_memory_padding"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"dali.{name} is in bytes, got {getattr(self, name)}")
 
     def depth(self, device_type: str) -> int:
         """Batches under way at once."""
         return self.prefetch or (5 if device_type == "cuda" else 2)
 
 
-def decode_arguments(options: DecodeOptions, *, placement: str) -> dict:
+def decode_arguments(options: DecodeOptions, *, placement: str, threads: int) -> dict:
     """The decoder's keyword arguments. EXIF orientation is not applied, as in torchvision."""
     common = {"output_type": types.RGB, "adjust_orientation": False}
     if placement == "cpu":
         return {"device": "cpu", **common}
+    # each thread holds its buffers for good, and so does the one that calls (nvImageCodec)
+    share = RESERVED // (threads + 1)
     return {
         "device": "mixed",
         **common,
         "hw_decoder_load": options.hw_decoder_load,
-        "device_memory_padding": options.device_memory_padding,
-        "host_memory_padding": options.host_memory_padding,
+        "device_memory_padding": options.device_memory_padding or min(256 << 20, share),
+        "host_memory_padding": options.host_memory_padding or min(128 << 20, share // 2),
         "preallocate_width_hint": options.preallocate_width,
         "preallocate_height_hint": options.preallocate_height,
         "jpeg_fancy_upsampling": True,  # the same chroma upsampling as libjpeg on the CPU
@@ -108,7 +117,7 @@ def build_view_pipeline(
     Without `colors` the views are cropped alone, and the colour draws are no inputs.
     """
     placement = "cpu" if device_id is None else "gpu"
-    decode = decode_arguments(options, placement=placement)
+    decode = decode_arguments(options, placement=placement, threads=num_threads)
 
     @pipeline_def(
         batch_size=batch_size,
@@ -188,7 +197,8 @@ def build_eval_pipeline(
 
     Shapes: output (N, size, size, 3) uint8.
     """
-    decode = decode_arguments(options, placement="cpu" if device_id is None else "gpu")
+    placement = "cpu" if device_id is None else "gpu"
+    decode = decode_arguments(options, placement=placement, threads=num_threads)
 
     @pipeline_def(
         batch_size=batch_size,
@@ -212,7 +222,8 @@ def build_eval_pipeline(
 
 def decodes(encoded, options: DecodeOptions, *, device_id: int | None) -> str | None:
     """None if DALI decodes this one image, else the first line of its complaint."""
-    decode = decode_arguments(options, placement="cpu" if device_id is None else "gpu")
+    placement = "cpu" if device_id is None else "gpu"
+    decode = decode_arguments(options, placement=placement, threads=1)
 
     @pipeline_def(batch_size=1, num_threads=1, device_id=device_id, prefetch_queue_depth=1)
     def graph():

@@ -271,7 +271,8 @@ def dali_stages(
 ) -> Iterator[tuple[str, Callable[[], object]]]:  # fmt: skip
     """(name, call) of the stages that are DALI's on this device: decode, crop, and on a GPU all."""
     device_id = None if device.type == "cpu" else device.index
-    decode = graph.decode_arguments(options, placement="cpu" if device_id is None else "gpu")
+    placement = "cpu" if device_id is None else "gpu"
+    decode = graph.decode_arguments(options, placement=placement, threads=threads)
 
     @pipeline_def(
         batch_size=len(encoded), num_threads=threads, device_id=device_id, prefetch_queue_depth=1

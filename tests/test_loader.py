@@ -212,13 +212,28 @@ def test_exif_orientation_is_not_applied_as_in_torchvision(tmp_path):
 
 def test_gpu_placement_asks_for_the_hardware_decoder_with_the_given_options():
     options = DecodeOptions(hw_decoder_load=0.7, preallocate_width=5980, preallocate_height=6430)
-    gpu = decode_arguments(options, placement="gpu")
+    gpu = decode_arguments(options, placement="gpu", threads=6)
     assert gpu["device"] == "mixed"
     assert gpu["hw_decoder_load"] == 0.7
     assert (gpu["preallocate_width_hint"], gpu["preallocate_height_hint"]) == (5980, 6430)
-    cpu = decode_arguments(options, placement="cpu")
+    cpu = decode_arguments(options, placement="cpu", threads=6)
     assert cpu["device"] == "cpu" and "hw_decoder_load" not in cpu
     assert gpu["adjust_orientation"] is cpu["adjust_orientation"] is False
+
+
+def test_decoder_reserves_at_most_2_gib_however_many_threads_there_are():
+    """224 threads of 256 MiB, a DGX H100's cores for one rank, would be 56 GiB of its 80."""
+    for threads in (1, 6, 16, 224):
+        gpu = decode_arguments(DecodeOptions(), placement="gpu", threads=threads)
+        buffers = threads + 1  # nvImageCodec's own: one more for the thread that calls
+        assert buffers * gpu["device_memory_padding"] <= 2 << 30
+        assert 2 * buffers * gpu["host_memory_padding"] <= 2 << 30
+        if threads <= 6:  # MLPerf's values are kept
+            paddings = gpu["device_memory_padding"], gpu["host_memory_padding"]
+            assert paddings == (256 << 20, 128 << 20)
+    asked = DecodeOptions(device_memory_padding=64 << 20, host_memory_padding=8 << 20)
+    gpu = decode_arguments(asked, placement="gpu", threads=224)
+    assert (gpu["device_memory_padding"], gpu["host_memory_padding"]) == (64 << 20, 8 << 20)
 
 
 def test_colour_map_of_the_gpu_placement_equals_the_cpu_ones(jpegs):
