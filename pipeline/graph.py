@@ -220,8 +220,13 @@ def build_eval_pipeline(
     return pipeline
 
 
-def decodes(encoded, options: DecodeOptions, *, device_id: int | None) -> str | None:
-    """None if DALI decodes this one image, else the first line of its complaint."""
+def undecodable(
+    images: Sequence, options: DecodeOptions, *, device_id: int | None
+) -> dict[int, str]:
+    """The first line of DALI's complaint, by position, for each image that it cannot decode.
+
+    Raises: RuntimeError where it is the device that failed: that says nothing of an image.
+    """
     placement = "cpu" if device_id is None else "gpu"
     decode = decode_arguments(options, placement=placement, threads=1)
 
@@ -230,12 +235,19 @@ def decodes(encoded, options: DecodeOptions, *, device_id: int | None) -> str | 
         data = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
         return fn.decoders.image(data, **decode)
 
-    pipeline = graph()
-    pipeline.build()
-    pipeline.feed_input("encoded", [encoded])
-    try:
-        pipeline.run()
-    except (RuntimeError, UnicodeDecodeError) as error:
-        lines = [line.strip() for line in str(error).splitlines()]
-        return next((line for line in lines if "ailed" in line or "ailure" in line), lines[0])
-    return None
+    found, pipeline = {}, None
+    for position, encoded in enumerate(images):
+        if pipeline is None:
+            pipeline = graph()
+            pipeline.build()
+        pipeline.feed_input("encoded", [encoded])
+        try:
+            pipeline.run()
+        except (RuntimeError, UnicodeDecodeError) as error:
+            if "CUDA " in str(error):  # out of memory, say: DALI names the API that failed
+                raise
+            lines = [line.strip() for line in str(error).splitlines()]
+            complaint = (line for line in lines if "ailed" in line or "ailure" in line)
+            found[position] = next(complaint, lines[0])
+            pipeline = None  # not trusted after an error
+    return found

@@ -179,13 +179,13 @@ class DaliLoader:
 
     def _mark_bad(self, work: Work) -> bool:
         """Find the images of a failed batch that DALI cannot decode; False if there is none."""
-        found = False
         device_id = None if self.device.type == "cpu" else self.device.index
-        for index, encoded in zip(work.ids, work.inputs["encoded"], strict=True):
-            if index >= 0 and (reason := graph.decodes(encoded, self.options, device_id=device_id)):
-                self.reader.bad[int(index)] = reason
-                found = True
-        return found
+        rows = np.flatnonzero(work.ids >= 0)
+        images = [work.inputs["encoded"][row] for row in rows]
+        reasons = graph.undecodable(images, self.options, device_id=device_id)
+        for position, reason in reasons.items():
+            self.reader.bad[int(work.ids[rows[position]])] = reason
+        return bool(reasons)
 
     @staticmethod
     def _feed(pipeline: Pipeline, work: Work) -> None:

@@ -140,6 +140,23 @@ def test_an_image_that_only_dali_refuses_is_found_and_its_step_run_again(folder,
     assert (found[2].ids != clean[2].ids).tolist() == [row == 5 for row in range(8)]
 
 
+def test_a_device_that_fails_marks_no_image_as_bad(folder, monkeypatch):
+    def run_out(self):
+        raise RuntimeError("CUDA runtime API error cudaErrorMemoryAllocation (2):\nout of memory")
+
+    images = [np.frombuffer(path.read_bytes(), np.uint8) for path in sorted(folder.iterdir())[:2]]
+    monkeypatch.setattr(graph.Pipeline, "run", run_out)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        graph.undecodable(images, DecodeOptions(), device_id=None)
+
+
+def test_each_image_that_dali_refuses_is_found_behind_another_one(folder):
+    good = [np.frombuffer(path.read_bytes(), np.uint8) for path in sorted(folder.iterdir())[:4]]
+    images = [good[0], good[1][:700], good[2][:700], good[3]]
+    found = graph.undecodable(images, DecodeOptions(), device_id=None)
+    assert set(found) == {1, 2} and all("ail" in reason for reason in found.values())
+
+
 def test_only_bad_images_end_in_an_error_not_a_hang(folder):
     source = list_images(str(folder))
     for path in folder.iterdir():
