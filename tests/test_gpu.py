@@ -13,7 +13,7 @@ from PIL import Image
 
 from pipeline.augment import AugmentConfig
 from pipeline.graph import DecodeOptions
-from pipeline.loader import view_loader
+from pipeline.loader import eval_loader, view_loader
 from pipeline.order import SampleOrder
 from pipeline.runner import ImageReader
 from pipeline.sources import list_images
@@ -49,6 +49,43 @@ def test_views_made_on_the_gpu_are_those_made_on_the_cpu(folder):
         assert ours.images.device == CUDA
         gap = (ours.images.cpu().float() - theirs.images.float()).abs().mean()
         assert gap < 2  # of 255: another JPEG decoder, another blur, the same draws
+
+
+def test_a_busy_device_changes_no_view(folder):
+    """The copy of a batch waits behind the steps before it: DALI must keep its buffer till then."""
+    work = torch.randn(8192, 8192, device=CUDA)  # one product is over 10 ms in fp32
+    reader = ImageReader(list_images(str(folder)))
+    order = SampleOrder(len(reader.source), batch_size=16, seed=0)
+    quiet, busy = [], []
+    for found, products in ((quiet, 0), (busy, 10)):
+        for batch in view_loader(
+            reader, order, range(24), views=VIEWS, options=DecodeOptions(), device=CUDA
+        ):
+            found.append(batch.images.clone())
+            for _ in range(products):
+                work @ work
+    for ours, theirs in zip(busy, quiet, strict=True):
+        assert (ours.float() - theirs.float()).abs().max() <= 1
+
+
+def test_every_format_has_the_pixels_that_the_cpu_finds(tmp_path):
+    """CMYK, 16 bits, palettes: nvJPEG and nvTIFF take on the GPU what others decode here."""
+    for number, data in enumerate(GOOD.values()):
+        (tmp_path / f"{number:03d}.jpg").write_bytes(data)
+    source = list_images(str(tmp_path))
+    gpu, cpu = (
+        next(
+            iter(
+                eval_loader(
+                    ImageReader(source), np.arange(len(source)), resize=32, size=32,
+                    batch_size=len(source), options=DecodeOptions(), device=device,
+                )
+            )
+        ).images.cpu().float()
+        for device in (CUDA, CPU)
+    )  # fmt: skip
+    gaps = (gpu - cpu).abs().mean((1, 2, 3)).tolist()
+    assert {name: gap for name, gap in zip(GOOD, gaps, strict=True) if gap > 4} == {}
 
 
 def test_what_the_cpu_refuses_is_replaced_with_the_mixed_decoder_too(folder):
