@@ -41,6 +41,10 @@ from train.distributed import World
 from turns import Repetition, Timing, seconds_of, take_turns
 
 FILL = 2  # batches before the clock starts: building, and the queue's first ones
+RESERVING = (
+    "device_memory_padding", "host_memory_padding", "preallocate_width_hint",
+    "preallocate_height_hint",
+)  # fmt: skip
 STAGES = ("read", "decode", "crop", "color", "blur")
 
 
@@ -151,11 +155,15 @@ def dali_example(reader: ImageReader, config: Config, world: World, *, steps: in
     files = [
         os.path.join(reader.source.root, reader.source.name(i)) for i in range(len(reader.source))
     ]
-    a = config.augment
+    a, threads = config.augment, num_threads(config.dali, local_world=world.local_size)
+    placement = "cpu" if device_id is None else "gpu"
+    arguments = graph.decode_arguments(config.dali, placement=placement, threads=threads)
+    # NVIDIA's examples reserve too; without, a GPU would allocate within what is timed
+    reserved = {name: arguments[name] for name in RESERVING if name in arguments}
 
     @pipeline_def(
         batch_size=rows,
-        num_threads=num_threads(config.dali, local_world=world.local_size),
+        num_threads=threads,
         device_id=device_id,
         enable_conditionals=True,
         prefetch_queue_depth=2,
@@ -163,7 +171,7 @@ def dali_example(reader: ImageReader, config: Config, world: World, *, steps: in
     )
     def example():
         jpegs, _ = fn.readers.file(files=files, random_shuffle=True, name="reader")
-        return tuple(example_view(jpegs, a, config, device_id) for _ in config.views)
+        return tuple(example_view(jpegs, a, config, device_id, reserved) for _ in config.views)
 
     def repeat() -> float:
         pipeline = example()
@@ -174,11 +182,13 @@ def dali_example(reader: ImageReader, config: Config, world: World, *, steps: in
     return repeat
 
 
-def example_view(jpegs: Any, a: AugmentConfig, config: Config, device_id: int | None) -> Any:
+def example_view(
+    jpegs: Any, a: AugmentConfig, config: Config, device_id: int | None, reserved: dict[str, int]
+) -> Any:
     """One view as in NVIDIA's examples. Source: docs/examples of NVIDIA/DALI; solo-learn's DALI."""
     view = fn.decoders.image_random_crop(
         jpegs, device="cpu" if device_id is None else "mixed", output_type=types.RGB,
-        random_area=list(a.scale), random_aspect_ratio=list(a.ratio),
+        random_area=list(a.scale), random_aspect_ratio=list(a.ratio), **reserved,
     )  # fmt: skip
     view = fn.resize(view, size=(a.size, a.size), interp_type=types.INTERP_LINEAR, antialias=True)
     if fn.random.coin_flip(probability=a.jitter, dtype=types.BOOL):
