@@ -13,7 +13,7 @@ cast is the first op of the training step.
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import nvidia.dali
 from nvidia.dali import fn, pipeline_def, types
@@ -228,6 +228,11 @@ def undecodable(
     Raises: RuntimeError where it is the device that failed: that says nothing of an image.
     """
     placement = "cpu" if device_id is None else "gpu"
+    # for one image at a time there is nothing to reserve, and a GPU in training is full
+    options = replace(
+        options, device_memory_padding=1 << 20, host_memory_padding=1 << 20,
+        preallocate_width=0, preallocate_height=0,
+    )  # fmt: skip
     decode = decode_arguments(options, placement=placement, threads=1)
 
     @pipeline_def(batch_size=1, num_threads=1, device_id=device_id, prefetch_queue_depth=1)

@@ -161,11 +161,14 @@ class DaliLoader:
                     self._feed(pipeline, work)
                 pipeline.schedule_run()  # the first call runs as many batches as were built for
             try:
-                outputs = pipeline.share_outputs()
-            except (RuntimeError, UnicodeDecodeError):
+                outputs, failure = pipeline.share_outputs(), None
+            except (RuntimeError, UnicodeDecodeError) as error:
+                # without the traceback, whose frames would keep the pipeline and its memory
+                outputs, failure = (), error.with_traceback(None)
+            if failure is not None:
                 pipeline = None
                 if not self._mark_bad(under_way[0]):
-                    raise
+                    raise failure
                 under_way[0] = self._prepare(under_way[0].step)
                 continue
             work = under_way.popleft()

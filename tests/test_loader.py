@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import os
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -155,6 +156,30 @@ def test_each_image_that_dali_refuses_is_found_behind_another_one(folder):
     images = [good[0], good[1][:700], good[2][:700], good[3]]
     found = graph.undecodable(images, DecodeOptions(), device_id=None)
     assert set(found) == {1, 2} and all("ail" in reason for reason in found.values())
+
+
+def test_the_pipeline_that_failed_is_gone_before_its_images_are_tried(folder, monkeypatch):
+    """On a GPU it holds gigabytes that the search, and the next pipeline, may need."""
+    source = list_images(str(folder))
+    path = folder / os.fsdecode(source.paths[3])
+    path.write_bytes(path.read_bytes()[:700])
+    monkeypatch.setattr(runner, "image_size", lambda data, max_pixels: (50, 50))  # a blind guard
+    built, alive = [], []
+    build, search = graph.build_view_pipeline, graph.undecodable
+
+    def spied_build(*args, **kwargs):
+        pipeline = build(*args, **kwargs)
+        built.append(weakref.ref(pipeline))
+        return pipeline
+
+    def spied_search(*args, **kwargs):
+        alive.append(sum(pipeline() is not None for pipeline in built))
+        return search(*args, **kwargs)
+
+    monkeypatch.setattr(graph, "build_view_pipeline", spied_build)
+    monkeypatch.setattr(graph, "undecodable", spied_search)
+    assert len(batches(folder, range(5), reader=ImageReader(source))) == 5
+    assert alive == [0]
 
 
 def test_only_bad_images_end_in_an_error_not_a_hang(folder):
