@@ -9,7 +9,9 @@ A newcomer's mistake: giving them uint8. They get the two normalised views, on t
 
 import functools
 import importlib.util
+import runpy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -119,13 +121,20 @@ class Lightly(nn.Module):
 class SoloLearn(Official):
     """solo-learn's loss on the official heads, which it has too. Source: solo/losses/simsiam.py."""
 
+    def __init__(self, config: Config):
+        """Read the file of the loss alone: the package asks for all of Lightning. ImportError."""
+        super().__init__(config)
+        found = importlib.util.find_spec("solo")
+        if found is None or not found.submodule_search_locations:
+            raise ImportError(WHAT_TO_INSTALL["solo"], name="solo")
+        file = Path(found.submodule_search_locations[0]) / "losses" / "simsiam.py"
+        self.criterion = runpy.run_path(str(file))["simsiam_loss_func"]
+
     def forward(self, view1: Tensor, view2: Tensor) -> Tensor:
         """The loss. Shapes: (N, 3, S, S) twice."""
-        from solo.losses.simsiam import simsiam_loss_func
-
         z1, z2 = (self.projector(self.trunk(x)) for x in (view1, view2))
         p1, p2 = self.predictor(z1), self.predictor(z2)
-        return (simsiam_loss_func(p1, z2) + simsiam_loss_func(p2, z1)) / 2
+        return (self.criterion(p1, z2) + self.criterion(p2, z1)) / 2
 
 
 def peer_step(

@@ -107,6 +107,22 @@ def test_a_peers_step_trains(torchvision, world):
     assert losses[-1] < losses[0] - 0.005
 
 
+def test_solo_learns_loss_is_read_without_the_rest_of_its_package(
+    torchvision, world, tmp_path, monkeypatch
+):
+    package = tmp_path / "solo"
+    (package / "losses").mkdir(parents=True)
+    (package / "__init__.py").write_text("import pytorch_lightning")  # as the real one does
+    (package / "losses" / "simsiam.py").write_text(
+        "def simsiam_loss_func(p, z):\n    return (p - z.detach()).square().mean()\n"
+    )
+    views = (torch.randn(8, 3, 32, 32), torch.randn(8, 3, 32, 32))
+    with pytest.raises(ImportError, match="pip install --no-deps solo-learn"):
+        peer_step("solo_learn", small_config(), world, views)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert peer_step("solo_learn", small_config(), world, views)() > 0  # no cosine: the file's
+
+
 def test_variants_take_turns_and_one_that_fails_is_named(world):
     calls = []
 
