@@ -42,6 +42,10 @@ $(VENV)/.ready: requirements.txt
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 found: install one, or make PYTHON=/path/to/python3.12" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) -r requirements.txt
+	@# DALI's wheel must be of torch's CUDA: that in requirements.txt is for 12
+	$(RUN) -c 'import torch; raise SystemExit((torch.version.cuda or "").startswith("13"))' || { \
+		$(RUN) -m pip uninstall --quiet --yes nvidia-dali-cuda120; \
+		$(PIP) "$$(sed -n s/dali-cuda120/dali-cuda130/p requirements.txt)"; }
 	touch $@
 
 $(VENV)/.ready-dev: $(VENV)/.ready requirements-dev.txt requirements-peers.txt
