@@ -237,3 +237,11 @@ def test_what_the_images_or_the_memory_do_not_allow_is_refused(method, images, m
     )
     with pytest.raises(ValueError, match=message):
         build_method(config, images=images, device=CPU)
+
+
+def test_an_epochs_targets_of_an_epoch_of_one_step_are_simsiams():
+    config = Config(
+        data=DataConfig(root=".", batch_size=8), model=SMALL, method=MethodConfig(target_steps=0)
+    )
+    assert type(build_method(config, images=15, device=CPU)) is SimSiam
+    assert build_method(config, images=16, device=CPU).target_steps == 2

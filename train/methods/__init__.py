@@ -44,13 +44,10 @@ def build_method(config: Config, *, images: int, device: torch.device) -> Method
             f"--method.target_steps {method.target_steps} exceeds the {steps_per_epoch} steps of "
             "an epoch: take fewer; 0 takes an epoch's"
         )
-    if method.target_steps != 1:
+    target_steps = method.target_steps or steps_per_epoch
+    if target_steps != 1:  # the loop makes no targets for a block of one: that is SimSiam
         return Alternation(
-            model,
-            method,
-            target_steps=method.target_steps or steps_per_epoch,
-            batch_size=batch_size,
-            device=device,
+            model, method, target_steps=target_steps, batch_size=batch_size, device=device
         )
     if method.moving_average:
         return MovingAverage(model, method, images=images, device=device)
