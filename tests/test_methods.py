@@ -201,6 +201,21 @@ def test_a_resumed_run_equals_a_straight_one_bit_for_bit(name, stop, tmp_path):
         assert value.equal(ends[1][key]), key
 
 
+@pytest.mark.parametrize("name", [*METHODS, "moving average"])
+def test_a_step_that_is_not_finite_leaves_nothing_behind_that_is_not(name):
+    averaged = MethodConfig(moving_average=0.8, predictor="none")
+    session = session_of(METHODS.get(name, averaged))
+    healthy, model = session.state.model.forward, session.state.model
+    for step in range(4):
+        broken = float("nan") if step == 0 else 1.0
+        model.forward = lambda views, *rest, factor=broken: healthy(views * factor, *rest)
+        train_to(session, step + 1)
+        session.state.guard.check(step + 1)
+    assert session.state.guard.skipped == 1
+    for key, value in model.state_dict().items():
+        assert value.isfinite().all(), key
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -77,3 +77,11 @@ def test_the_oldest_rows_are_replaced_in_turn_past_the_end():
         recent.put(images * torch.tensor([1.0, -1.0]).view(2, 1, 1), None)
     assert recent.rows[:, 0, 0].tolist() == [5, 6, 7, 8, 4]
     assert recent.rows[:, 1, 0].tolist() == [-5, -6, -7, -8, -4]
+
+
+def test_keys_that_are_not_finite_stay_out_of_the_queue():
+    recent = RecentImages(torch.ones(4, 2, 2))
+    z = torch.full((2, 3, 2), 5.0)
+    z[1, 1, 0], z[0, 2, 1] = float("nan"), float("inf")
+    recent.put(z, None)
+    assert recent.rows[:, 0, 0].tolist() == [5, 1, 1, 1] and recent.rows.isfinite().all()

@@ -118,6 +118,16 @@ def sum_over_ranks(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return x
 
 
+def finite_or_old(fresh: Tensor, old: Tensor) -> Tensor:
+    """Rows of `fresh` where they are finite, else those of `old`: what is kept would stay NaN.
+
+    The optimizer skips such a step; what it would leave behind is left out with it.
+    Shapes: both (N, ...).
+    """
+    is_finite = fresh.isfinite().flatten(1).all(1)
+    return torch.where(is_finite.view(-1, *[1] * (fresh.dim() - 1)), fresh, old)
+
+
 def own_rows(x: Tensor, group: dist.ProcessGroup | None, *, dim: int = 0) -> Tensor:
     """This rank's part of what `gather_rows` gave."""
     if group is None:

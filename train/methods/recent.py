@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from train.methods.method import check_memory, gather_rows
+from train.methods.method import check_memory, finite_or_old, gather_rows
 
 
 class RecentImages(nn.Module):
@@ -26,10 +26,10 @@ class RecentImages(nn.Module):
 
     @torch.no_grad()
     def put(self, z: Tensor, group: dist.ProcessGroup | None) -> None:
-        """Take in this rank's z, and those of the other ranks. Shapes: z (2, N, D)."""
+        """Take in this rank's z, and those of the other ranks, but no NaN. Shapes: z (2, N, D)."""
         fresh = gather_rows(z.detach().transpose(0, 1), group)
         places = (self.slot + torch.arange(len(fresh), device=fresh.device)) % len(self.rows)
-        self.rows.index_copy_(0, places, fresh)
+        self.rows.index_copy_(0, places, finite_or_old(fresh, self.rows[places]))
 
 
 def check_queue(

@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from train.config import MethodConfig, ModelConfig
-from train.methods.method import check_memory, collapse_meter, gather_rows, own_rows
+from train.methods.method import (
+    check_memory,
+    collapse_meter,
+    finite_or_old,
+    gather_rows,
+    own_rows,
+)
 from train.methods.simsiam import SimSiam
 from train.norm import untracked
 
@@ -95,7 +101,7 @@ class MovingAverage(SimSiam):
         with torch.autocast(views.device.type, enabled=False):
             unit = F.normalize(z.detach().float(), dim=-1)
             loss, z_std = self.loss(p, self.averaged(ids, unit))
-            kept = self.averaged(ids, unit.mean(0))
+            kept = finite_or_old(self.averaged(ids, unit.mean(0)), self.memory[ids])
             with torch.no_grad():
                 self.memory.index_copy_(
                     0, gather_rows(ids, self.group), gather_rows(kept, self.group)
