@@ -96,6 +96,21 @@ def test_three_bad_steps_in_a_row_end_the_run_and_two_do_not():
         guard.check(6)
 
 
+def test_fp16_finds_its_loss_scale_over_more_than_three_bad_steps():
+    model = small_model()
+    guard = guarded(model, fp16=True)
+    before = copy.deepcopy([p.detach() for p in model.parameters()])
+    for skipped in range(1, 6):
+        step_once(model, guard, float("inf"))
+        assert guard.check(skipped) == skipped
+    assert guard.scaler.get_scale() == 2.0**11
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    for _ in range(16):
+        step_once(model, guard, float("inf"))
+    with pytest.raises(FloatingPointError, match="loss scale fell below"):
+        guard.check(21)
+
+
 def test_a_loss_scale_that_collapses_is_an_error_not_a_silent_zero():
     guard = guarded(small_model(), fp16=True)
     guard.scaler.load_state_dict(guard.scaler.state_dict() | {"scale": 2.0**-5})
