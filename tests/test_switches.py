@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from test_sync_norm import free_port
 from train.config import Config, DataConfig, MethodConfig, ModelConfig, OptimConfig
 from train.methods import build_method
+from train.methods.method import check_memory
 from train.methods.simsiam import SimSiam
 from train.methods.targets import Alternation, MovingAverage
 from train.norm import BatchNorm
@@ -245,3 +246,12 @@ def test_an_epochs_targets_of_an_epoch_of_one_step_are_simsiams():
     )
     assert type(build_method(config, images=15, device=CPU)) is SimSiam
     assert build_method(config, images=16, device=CPU).target_steps == 2
+
+
+def test_pages_that_hold_read_files_count_as_memory_left(tmp_path, monkeypatch):
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal: 900000 kB\nMemFree: 10 kB\nMemAvailable: 400000 kB\nHuge: 0\n")
+    monkeypatch.setattr("train.methods.method.MEMORY", meminfo)
+    check_memory("a queue", "take less", count=390_000, dim=256, device=CPU)
+    with pytest.raises(ValueError, match="cpu has 0.4 GiB left: take less"):
+        check_memory("a queue", "take less", count=410_000, dim=256, device=CPU)

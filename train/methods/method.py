@@ -7,7 +7,7 @@ A newcomer's mistake: a loss summed over ranks. It is the mean over this rank's 
 the gradients.
 """
 
-import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from torch.nn import functional as F
 from train.config import ModelConfig
 from train.norm import set_kernels, set_sync_group, set_views
 from train.resnet import ResNet
+
+MEMORY = Path("/proc/meminfo")
 
 
 class Method(nn.Module):
@@ -141,7 +143,9 @@ def check_memory(what: str, remedy: str, *, count: int, dim: int, device: torch.
     if device.type == "cuda":
         left = torch.cuda.mem_get_info(device)[0]
     else:
-        left = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        # what is free without this is little where images were read: their pages stay until needed
+        rows = dict(line.split(":") for line in MEMORY.read_text().splitlines())
+        left = int(rows["MemAvailable"].split()[0]) << 10
     if needed > left:
         raise ValueError(
             f"{what} takes {needed / 2**30:.1f} GiB ({count} x {dim} fp32) and {device} has "
