@@ -10,6 +10,7 @@ A newcomer's mistake: giving them uint8. They get the two normalised views, on t
 import functools
 import importlib.util
 import runpy
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,10 +44,17 @@ def _declare_ops() -> Any:
 
 
 def import_torchvision() -> Any:
-    """torchvision. Its wheel does not import beside a CPU build of torch unless two ops exist."""
-    if not hasattr(torch.ops.torchvision, "nms"):
+    """torchvision. Its CUDA wheel imports beside a CPU build of torch only if two ops exist.
+
+    Not declared before that was tried: a library that loads declares them, and twice is fatal.
+    """
+    try:
+        import torchvision
+    except RuntimeError:  # operator torchvision::nms does not exist
+        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+            del sys.modules[name]  # half imported
         _declare_ops()
-    import torchvision
+        import torchvision
 
     return torchvision
 

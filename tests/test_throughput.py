@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from collections import Counter
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import peers
 from compare import compare, numbers
 from compare import main as compare_files
 from forecast import forecast
@@ -356,3 +358,11 @@ def test_comparing_files_fails_beyond_the_tolerance_and_names_a_bad_file(
     with pytest.raises(SystemExit):
         run("a", "c")
     assert "does not exist" in capsys.readouterr().err
+
+
+def test_a_torchvision_whose_library_loads_gets_no_operators_of_ours(monkeypatch):
+    """Its library defines them when it is imported; of a name that is taken the process ends."""
+    monkeypatch.setitem(sys.modules, "torchvision", types.ModuleType("torchvision"))
+    monkeypatch.setattr(torch.ops, "torchvision", types.SimpleNamespace(), raising=False)
+    monkeypatch.setattr(peers, "_declare_ops", lambda: pytest.fail("declared before it was tried"))
+    assert peers.import_torchvision() is sys.modules["torchvision"]
