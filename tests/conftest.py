@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-if not torch.cuda.is_available():
+if torch.cuda.is_available():  # no digit may hang on what cuDNN and cuBLAS choose
+    os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # read when they are loaded
+    torch.backends.cudnn.deterministic = True
+else:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, so before any kernel
 
 from PIL import Image

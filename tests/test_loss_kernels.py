@@ -49,7 +49,7 @@ def test_meter_of_a_collapsed_batch_is_zero():
 
 
 def test_loss_refuses_what_it_would_misread():
-    p = torch.randn(2, 4, 8)
+    p = torch.randn(2, 4, 8, device=DEVICE)
     with pytest.raises(ValueError, match=r"\(2, N, D\)"):
         symmetric_neg_cosine(p[:1], p[:1], kernels="triton")
     with pytest.raises(ValueError, match="contiguous"):
