@@ -105,7 +105,10 @@ def embed(
         return torch.empty(0, backbone.num_features, device=world.device), none, none
     found = torch.cat(ids)
     good = found >= 0
-    chosen = torch.cat(features)[good.to(world.device)]
+    chosen = torch.cat(features)
+    features.clear()  # of ImageNet 10 GB: not once more beside what follows
+    if not good.all():
+        chosen = chosen[good.to(world.device)]
     return chosen, labels[found[good]].to(world.device), found[good].to(world.device)
 
 
@@ -126,13 +129,14 @@ def knn_accuracy(
         return None
     bank, bank_labels, _ = embed(backbone, data.bank, config, world, tell=tell, stop=stop)
     queries, query_labels, _ = embed(backbone, data.queries, config, world, tell=tell, stop=stop)
-    counts = gather(world, (len(bank), len(queries), bool(bank.isfinite().all())))
-    num_bank, num_queries, finite = (list(column) for column in zip(*counts, strict=True))
+    finite = bool(bank.sum().isfinite())  # as bank.isfinite().all(), without two copies of it
+    counts = gather(world, (len(bank), len(queries), finite))
+    num_bank, num_queries, all_finite = (list(column) for column in zip(*counts, strict=True))
     if not (sum(num_bank) and sum(num_queries)):
         empty = data.queries if sum(num_bank) else data.bank
         tell(f"warning: no kNN: no image of {empty.reader.source.root} can be read")
         return None
-    if not all(finite):
+    if not all(all_finite):
         tell("warning: no kNN: features are not finite, training diverges. Lower --optim.lr")
         return None
     return knn_top1(
