@@ -13,6 +13,7 @@ import torch
 if torch.cuda.is_available():  # no digit may hang on what cuDNN and cuBLAS choose
     os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # read when they are loaded
     torch.backends.cudnn.deterministic = True
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns until it is told
 else:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, so before any kernel
 
