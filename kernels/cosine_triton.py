@@ -130,7 +130,7 @@ def loss_and_gradient(p: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     done = torch.empty(1, dtype=torch.int32, device=p.device)
     wrap_triton(_losses)[(num_parts,)](
         p, z, dp, losses, part, done, num_rows, dim, rows_per_program, -0.5 / num_rows,
-        BLOCK=max(16, 1 << (dim - 1).bit_length()), num_warps=8,
+        BLOCK=max(16, 1 << (dim - 1).bit_length()), num_warps=16,
     )  # fmt: skip
     wrap_triton(_merge_losses)[(merges,)](
         losses, part, done, stds, loss, z_std, num_rows, dim, num_parts, rows_per_program,

@@ -24,10 +24,11 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 TILE = 4096  # elements: 16 for each of 256 threads, two 16-byte loads in bf16
 POOL_TILE = 1024  # with max-pool a thread holds four windows' addresses: 2048 took 215 registers
+SECOND_TILE = 2048  # two batch norms, 4096: 126 (Triton 3.9) to 136 (3.6) registers, or spills
 NUM_WARPS = 8
 MAX_BLOCK_C = 64
 PROGRAMS = 1024  # of a reduction: about 8 for each multiprocessor of an H200.
-# assumption: these four; profiling/kernels.py on a GPU settles them. They do not depend on the
+# assumption: these five; profiling/kernels.py on a GPU settles them. They do not depend on the
 # device, so that sums are formed in one order everywhere.
 
 

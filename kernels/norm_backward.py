@@ -29,6 +29,7 @@ from torch import Tensor
 from kernels.launch import (
     NUM_WARPS,
     POOL_TILE,
+    SECOND_TILE,
     TILE,
     block_sizes,
     cdiv,
@@ -209,7 +210,7 @@ def reduce(
     num_views, num_channels = mean.shape
     num_rows, num_sums = x.shape[0] // num_views, 3 if x2 is not None else 2
     is_pooled = height > 0
-    tile = POOL_TILE if is_pooled else TILE
+    tile = POOL_TILE if is_pooled else TILE if x2 is None else SECOND_TILE
     block_r, block_c = block_sizes(num_channels, tile=tile)
     per_program, num_parts = reduction_grid(num_rows, num_channels, num_views, tile=tile)
     fp32 = {"dtype": torch.float32, "device": x.device}
