@@ -79,6 +79,16 @@ def test_training_is_refused_where_the_driver_is_too_old_for_torch(monkeypatch, 
     assert "CUDA 12.4, but torch" in line and "580" in line and "--device cpu" in line
 
 
+def test_gpus_that_the_environment_hides_are_no_fault(monkeypatch):
+    monkeypatch.setattr(doctor, "driver_cuda", lambda: 13000)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert doctor.cuda(CPU).ok is None
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(torch.cuda, "init", lambda: (_ for _ in ()).throw(RuntimeError("no GPU")))
+    assert doctor.cuda(CPU).ok is False
+
+
 def test_a_gpu_that_the_container_was_not_given_is_told(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "driver_cuda", lambda: None)
     card = tmp_path / "0000:01:00.0"

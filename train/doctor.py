@@ -112,6 +112,8 @@ def cuda(device: torch.device) -> Finding:
             "CUDA", False, f"{version} is a CPU build beside a driver",
             "pip install a CUDA build of torch",
         )  # fmt: skip
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return Finding("CUDA", None, f"{version}, CUDA_VISIBLE_DEVICES hides the GPUs")
     try:
         torch.cuda.init()
         if device.type == "cpu":
