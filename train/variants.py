@@ -192,9 +192,11 @@ def moving_average() -> Study:
 def methods(base: Config) -> Study:
     """The methods that it is compared with; losses of several kinds share no axis.
 
-    With the baseline's learning rate, all that is not named here as in each ImageNet recipe. What
-    is, a few hundred steps on the digits need: less momentum of BYOL's target, sharper assignments
-    and queries, and for MoCo a small step while the queue still holds random vectors.
+    With the baseline's backbone, projector layers and SGD; each method's own settings by default,
+    but for what is named here, which a few hundred steps on the digits need: less momentum of
+    BYOL's target, half the learning rate for its loss, which is four times SimSiam's, and no
+    solarize, which inverts a digit; sharper assignments and queries; and for MoCo a small step
+    while the queue still holds random vectors.
     """
     dim, queue = "--model.projector_dim=128", 16 * base.data.batch_size
     simclr = Row(
@@ -211,7 +213,8 @@ def methods(base: Config) -> Study:
     byol = Row(
         "byol", "BYOL", 66.5, "worse", "a little worse, with a batch of 4096",
         (
-            "--method.name=byol", "--method.byol.momentum=0.97", dim,
+            "--method.name=byol", "--method.byol.momentum=0.97",
+            "--method.byol.second_solarize=0", f"--optim.lr={base.optim.lr / 2:g}", dim,
             f"--model.predictor_hidden={4 * base.model.predictor_hidden}",
         ),
     )  # fmt: skip
