@@ -186,15 +186,15 @@ def restore_optimizer(
 
 
 def rng_state() -> Tensors:
-    """Return the state of this process's torch generators: CPU and, where there is one, GPU."""
-    cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+    """Return the state of this process's torch generators: CPU and, where a GPU is used, GPU."""
+    cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {}
     return {"cpu": torch.get_rng_state()} | cuda
 
 
 def restore_rng(states: Tensors) -> None:
-    """Put back `rng_state`; the GPU's only where then and now have one: its draws are its own."""
+    """Put back `rng_state`; the GPU's only where then and now use one: its draws are its own."""
     torch.set_rng_state(states["cpu"])
-    if "cuda" in states and torch.cuda.is_available():
+    if "cuda" in states and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(states["cuda"])
 
 
