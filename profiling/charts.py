@@ -43,36 +43,56 @@ def print_tables(found: dict) -> None:
 
 
 def draw(found: dict, path: Path) -> None:
-    """Bars of images/s with the roofline, and where a step goes, as a PNG."""
+    """Bars of images/s with the roofline, and where a step goes, as a PNG.
+
+    Loader and step have an axis each, both from 0: they lie a hundred times apart on a CPU, and the
+    height of a bar on a logarithmic axis says nothing.
+    """
     import matplotlib.pyplot as plt
 
     plt.switch_backend("agg")
-    figure, (bars, line) = plt.subplots(
-        2, 1, figsize=(9, 6), height_ratios=(3, 1), layout="constrained"
+    panels = {"loader": ("loader",), "training": ("step", "end_to_end")}
+    bars = {
+        panel: {
+            f"{part}\n{name}": one["images_per_s"]["p50"]
+            for part in parts
+            for name, one in found.get(part, {}).items()
+            if isinstance(one, dict) and "images_per_s" in one
+        }
+        for panel, parts in panels.items()
+    }
+    if not bars["training"] and "limit" not in found and bars["loader"]:
+        del bars["training"]
+    if not bars["loader"]:
+        del bars["loader"]
+    layout: list = [list(bars)] + ([["timeline"] * len(bars)] if found.get("timeline") else [])
+    figure, axes = plt.subplot_mosaic(
+        layout,
+        figsize=(10, 6),
+        width_ratios=[1 + len(values) for values in bars.values()],
+        height_ratios=(3, 1)[: len(layout)],
+        layout="constrained",
     )
-    names, values = [], []
-    for part in ("loader", "step", "end_to_end"):
-        for name, one in found.get(part, {}).items():
-            if isinstance(one, dict) and "images_per_s" in one:
-                names.append(f"{part}\n{name}")
-                values.append(one["images_per_s"]["p50"])
-    colors = ["tab:blue" if name.endswith("ours") else "tab:gray" for name in names]
-    drawn = bars.bar(names, values, color=colors)
-    bars.bar_label(drawn, fmt="{:.4g}", fontsize=8)
-    bars.set_ylabel("images/s, two views each")
-    bars.set_yscale("log")
-    bars.tick_params(axis="x", labelsize=7)
-    bars.set_title(f"{found['environment']['device']}, n = {found['n']}, medians")
-    if "limit" in found:
+    for panel, values in bars.items():
+        colors = ["tab:blue" if name.endswith("ours") else "tab:gray" for name in values]
+        drawn = axes[panel].bar(list(values), list(values.values()), color=colors)
+        axes[panel].bar_label(drawn, fmt="{:.4g}", fontsize=8)
+        axes[panel].set_ylabel("images/s, two views each")
+        axes[panel].tick_params(axis="x", labelsize=7)
+        axes[panel].set_title(panel, fontsize=9)
+    if "limit" in found and "training" in bars:
         at = found["limit"]["images_per_s"]
-        bars.axhline(at, color="tab:red", linestyle="--", label=f"roofline of a step: {at}")
-        bars.legend(fontsize=8)
-    for number, part in enumerate(found.get("timeline", [])):
-        line.barh(0, part["ms"], left=part["begin_ms"], color=f"C{number}", label=part["name"])
-    line.set_yticks([])
-    line.set_xlabel("ms of one step, under the profiler")
-    if found.get("timeline"):
-        line.legend(fontsize=8, ncols=5)
+        label = f"roofline of a step: {at}"
+        axes["training"].axhline(at, color="tab:red", linestyle="--", label=label)
+        axes["training"].legend(fontsize=8, loc="lower right")
+    figure.suptitle(f"{found['environment']['device']}, n = {found['n']}, medians")
+    if "timeline" in axes:
+        for number, part in enumerate(found["timeline"]):
+            color, begin = f"C{number}", part["begin_ms"]
+            axes["timeline"].barh(0, part["ms"], left=begin, color=color, label=part["name"])
+        axes["timeline"].set_yticks([])
+        axes["timeline"].set_xlabel("ms of one step, under the profiler")
+        axes["timeline"].legend(fontsize=8, ncols=5)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

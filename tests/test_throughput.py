@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 import peers
+from charts import draw
 from compare import compare, numbers
 from compare import main as compare_files
 from forecast import forecast
@@ -266,6 +268,25 @@ def run_script(*arguments: str) -> subprocess.CompletedProcess:
 
 TINY = ["--model.arch", "resnet18", "--model.stem", "cifar", "--model.width", "8",
         "--augment.size", "32", "--data.batch_size", "8", "--precision", "fp32"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("parts", "panels"),
+    [((), 1), (("loader",), 1), (("step",), 1), (("limit",), 1), (("loader", "limit"), 2)],
+)
+def test_a_picture_has_panels_for_what_was_measured_with_bars_from_0(
+    parts, panels, tmp_path, monkeypatch
+):
+    one = {"ours": {"images_per_s": {"p10": 99.0, "p50": 100.0, "p90": 101.0}, "n": 1}}
+    measured = {"loader": one, "step": one, "limit": {"images_per_s": 4.0}}
+    found = {"environment": {"device": "none"}, "n": 1} | {part: measured[part] for part in parts}
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    draw(found, tmp_path / "not-written.png")
+    assert len(drawn[0].axes) == panels
+    for axis in drawn[0].axes:
+        assert axis.get_yscale() == "linear"
+        assert not axis.patches or axis.get_ylim()[0] == 0
 
 
 def test_the_program_ends_in_one_json_line_with_every_part(reader):
