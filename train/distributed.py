@@ -26,6 +26,7 @@ from train.config import Config
 from train.watch import PATIENCE, Watch, may_restart
 
 PR_SET_PDEATHSIG = 1
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -180,6 +181,7 @@ def take_device(device: str, local_rank: int, local_size: int) -> torch.device:
     """
     if resolve_device(device) == "cpu":
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+        keep_freed_memory()
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
         raise ValueError(
@@ -189,6 +191,20 @@ def take_device(device: str, local_rank: int, local_size: int) -> torch.device:
     torch.cuda.set_device(local_rank)
     torch.backends.cudnn.benchmark = True  # shapes never change: the search is paid once
     return torch.device("cuda", local_rank)
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep what is freed for the next step, as PyTorch does on a GPU.
+
+    A step frees its activations and asks for them again; glibc hands large ones back to the kernel,
+    which clears each page once more. Nothing is done where the library is not glibc. Figures in
+    profiling/LOG.md.
+    Source: https://man7.org/linux/man-pages/man3/mallopt.3.html
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
+        libc.mallopt(M_MMAP_MAX, 0)
 
 
 def resolve_device(device: str) -> str:
