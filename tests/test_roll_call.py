@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from train import launch
 from train import roll_call as calls
 from train.roll_call import (
     answer,
@@ -141,3 +142,41 @@ def test_the_launcher_starts_ranks_with_the_settings_that_restarts_need(port, tm
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "['3', 'False', 'SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1', '1']"
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--nnodes", "x"], "--nnodes x: give a number of hosts"),
+        (["--nnodes", "0"], "--nnodes 0: give a number of hosts"),
+        (["--nnodes", "4:2"], "--nnodes 4:2: give"),
+        (["--nproc-per-node", "0"], "--nproc-per-node 0 on host HOST: one is the least"),
+        (["--nproc-per-node", "gpu"], "--nproc-per-node gpu on host HOST: Cuda is not available"),
+        (["--nproc-per-node", "many"], "--nproc-per-node many on host HOST: Unsupported"),
+        (["--nnodes", "2", "--rdzv-endpoint", "h:1", "--rdzv-conf", "join_timeout=soon"],
+         "--rdzv-conf join_timeout=soon: join_timeout is seconds"),
+    ],
+)  # fmt: skip
+def test_a_mistaken_launch_line_is_refused_before_the_hosts_call(flags, told, monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for name, value in launch.SETTINGS.items():
+        monkeypatch.setenv(name, value)  # put back after the test
+    monkeypatch.setattr(sys, "argv", ["launch.py", *flags, str(ROOT / "train/main.py")])
+    monkeypatch.setattr(launch, "roll_call", None)
+    monkeypatch.setattr(launch, "run", None)
+    with pytest.raises(SystemExit) as ended:
+        launch.main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 1
+    assert said.count("\n") == 1
+    assert told.replace("HOST", socket.gethostname()) in said
+
+
+def test_a_program_that_is_missing_is_named_with_its_host(monkeypatch, capsys):
+    for name, value in launch.SETTINGS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["launch.py", "--nproc-per-node", "1", "train/nowhere.py"])
+    monkeypatch.setattr(launch, "run", None)
+    with pytest.raises(SystemExit, match="1"):
+        launch.main()
+    assert f"nowhere.py is not on host {socket.gethostname()}" in capsys.readouterr().err

@@ -39,7 +39,12 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousTimeoutError
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
-from torch.distributed.run import get_args_parser, parse_min_max_nnodes, run
+from torch.distributed.run import (
+    determine_local_world_size,
+    get_args_parser,
+    parse_min_max_nnodes,
+    run,
+)
 
 from train.cli import refuse
 from train.roll_call import AGAIN, out_of_reach, roll_call
@@ -62,6 +67,7 @@ def main() -> None:
     parser.allow_abbrev = False  # torchrun takes a program's --n 3 for an abbreviation of its own
     arguments = parser.parse_args()
     try:
+        check(arguments)
         launch(arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
@@ -80,6 +86,31 @@ def main() -> None:
         refuse(str(error), code=1)
 
 
+def check(arguments: argparse.Namespace) -> None:
+    """Raise ValueError for what torchrun tells by a traceback, or only after all hosts have come."""
+    try:
+        lowest, most = parse_min_max_nnodes(arguments.nnodes)
+    except (ValueError, RuntimeError):
+        lowest = most = 0
+    if not 1 <= lowest <= most:
+        raise ValueError(f"--nnodes {arguments.nnodes}: give a number of hosts, or LEAST:MOST")
+    try:
+        ranks, why = determine_local_world_size(arguments.nproc_per_node), "one is the least"
+    except ValueError as error:
+        ranks, why = 0, f"{error} On GPUs python train/doctor.py says why"
+    if ranks < 1:
+        raise ValueError(
+            f"--nproc-per-node {arguments.nproc_per_node} on host {socket.gethostname()}: {why}; "
+            "give a number of processes, or gpu where there are GPUs"
+        )
+    is_file = not (arguments.module or arguments.no_python)
+    if is_file and not os.path.isfile(arguments.training_script):
+        raise ValueError(
+            f"{arguments.training_script} is not on host {socket.gethostname()}: start in the "
+            "repository's folder"
+        )
+
+
 def launch(arguments: argparse.Namespace) -> None:
     """Start this host's ranks, on several hosts after the roll call."""
     lowest, most = parse_min_max_nnodes(arguments.nnodes)
@@ -91,7 +122,10 @@ def launch(arguments: argparse.Namespace) -> None:
     arguments.rdzv_backend = "c10d"
     host, port = endpoint(arguments)
     conf = dict(part.split("=", 1) for part in arguments.rdzv_conf.split(",") if "=" in part)
-    limit_s = float(conf.get("join_timeout", 600))
+    try:
+        limit_s = float(conf.get("join_timeout", 600))
+    except ValueError:
+        raise ValueError(f"--rdzv-conf {arguments.rdzv_conf}: join_timeout is seconds") from None
     with roll_call(host, port, run=arguments.rdzv_id, lowest=lowest, limit_s=limit_s):
         run(arguments)
 
