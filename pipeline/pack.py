@@ -65,14 +65,18 @@ def pack(
     Raises   ValueError when dest holds shards of other images or another size, cannot be written,
              or no image is good.
     """
-    dest.mkdir(parents=True, exist_ok=True)
     Image.init()  # all its plugins now: threads that load them at once miss some
     indices: list[ShardIndex] = []
     position = 0
     try:
+        dest.mkdir(parents=True, exist_ok=True)
         lock = FileLock(dest / ".lock").acquire(timeout=0)
     except Timeout:
         raise ValueError(f"{dest} is being packed by another process") from None
+    except OSError as error:
+        raise ValueError(
+            f"{dest} cannot be written ({error.strerror}): name a folder that can"
+        ) from None
     with lock, ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         while position < len(folder):
             shard = dest / f"images-{len(indices):06d}.tar"
@@ -100,12 +104,10 @@ def _finished(
     shard: Path, folder: ImageFolder, position: int, shard_bytes: int
 ) -> ShardIndex | None:
     """Return the index of a shard that is whole, None for one to be written."""
-    if not os.path.exists(index_path(str(shard))):
-        if shard.exists():
-            raise ValueError(
-                f"{shard} is there without an index: remove it, or choose another DEST"
-            )
+    if not shard.exists():  # its index, if there is one, says nothing about anything
         return None
+    if not os.path.exists(index_path(str(shard))):
+        raise ValueError(f"{shard} is there without an index: remove it, or choose another DEST")
     try:
         found = read_index(str(shard)).packed
     except ValueError:  # cut by a power cut
@@ -117,12 +119,12 @@ def _finished(
         )
     if found.shard_bytes != shard_bytes:
         raise ValueError(
-            f"{shard} was packed with --shard-mib {found.shard_bytes / 2**20:g}: use the same, or "
-            "another DEST"
+            f"{shard} was packed with --shard-mib {found.shard_bytes / 2**20:.12g}: use the same, "
+            "or another DEST"
         )
     try:
         return load_index(str(shard)) if found.first == position else None
-    except (ValueError, OSError):  # the shard is gone, or no longer what it was
+    except (ValueError, OSError):  # no longer what it was
         return None
 
 
@@ -282,10 +284,10 @@ def main() -> None:
     Image.MAX_IMAGE_PIXELS = None  # image_size has the limit
     warnings.filterwarnings("ignore", module="PIL")  # of metadata: what counts are the pixels
     try:
-        if not 0 < arguments.shard_mib < float("inf"):
+        size = arguments.shard_mib * 2**20
+        if not 0 < size < float("inf"):
             raise ValueError(f"--shard-mib must be > 0, got {arguments.shard_mib}")
-        shard_bytes = int(arguments.shard_mib * 2**20)
-        print(json.dumps(pack_root(arguments.src, arguments.dest, shard_bytes=shard_bytes)))
+        print(json.dumps(pack_root(arguments.src, arguments.dest, shard_bytes=round(size))))
     except (ValueError, OSError, KeyboardInterrupt) as error:
         from train.cli import refuse  # brings torch and DALI, which nothing else here needs
 

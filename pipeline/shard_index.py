@@ -14,6 +14,7 @@ import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from json import JSONDecodeError
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -183,9 +184,31 @@ def read_index(shard: str) -> ShardIndex:
             if facts.pop("version") != _VERSION:
                 raise ValueError(f"{path} is of another version: remove it to have it made anew")
             facts["packed"] = Packed(**facts["packed"]) if facts["packed"] else None
-            return ShardIndex(**facts, **{name: file.get_tensor(name) for name in _ARRAYS})
-    except (SafetensorError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): remove it to have it made anew") from None
+            index = ShardIndex(**facts, **{name: file.get_tensor(name) for name in _ARRAYS})
+            if _agrees(index):
+                return index
+            reason = "its parts contradict each other"
+    except (SafetensorError, JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error)
+    raise ValueError(
+        f"{path} is damaged ({reason}): if pipeline/pack.py made it, pack the folder again, else "
+        "remove it to have it made anew"
+    )
+
+
+def _agrees(index: ShardIndex) -> bool:
+    """Whether every image of an index has a name, a label and a place within the shard."""
+    arrays = (index.ends, index.offsets, index.spans, index.labels)
+    fits = [array.shape == index.ends.shape and array.dtype == np.int64 for array in arrays]
+    return all(fits) and all(
+        checked.all()
+        for checked in (
+            np.diff(index.ends, prepend=-1, append=index.listing.size + 1) > 0,
+            (index.labels >= -1) & (index.labels < len(index.class_names)),
+            (index.offsets >= 0) & (index.spans >= 0),
+            index.spans <= index.num_bytes - index.offsets,
+        )
+    )
 
 
 def _identity(shard: str) -> tuple[int, str]:

@@ -53,6 +53,11 @@ def scan_shard(path: str) -> Contents:
 def _kind(path: str, head: bytes) -> str:
     if len(head) == 0:
         raise ValueError(f"{path} is empty: copy it again")
+    if head == bytes(512):  # what a tar file ends with
+        raise ValueError(
+            f"{path} begins with zeros: a tar file without members, or a copy that did not finish. "
+            "Copy it again, or remove it"
+        )
     if head.startswith(MAGIC_BYTES):
         return RECORDIO
     if is_tfrecord(head):

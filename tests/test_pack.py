@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -204,6 +205,11 @@ def test_a_damaged_shard_is_packed_again_and_the_others_are_left_alone(images, t
     assert content(tmp_path) == before
     changed = {path for path, time in times.items() if path.stat().st_mtime_ns != time}
     assert changed == {victim}
+    Path(f"{victim}.index").unlink()
+    open_source(str(victim))  # makes an index that is not pack's
+    victim.unlink()
+    packed(images, tmp_path)
+    assert content(tmp_path) == before
 
 
 def without_huffman_codes(jpeg: bytes) -> bytes:
@@ -243,7 +249,7 @@ def test_bad_images_are_left_out_told_and_listed_and_the_others_keep_their_order
     assert (tmp_path / "dest/left_out.jsonl").read_text().splitlines() == lines
 
 
-@pytest.mark.parametrize("size", ["0", "-1", "nan", "inf"])
+@pytest.mark.parametrize("size", ["0", "-1", "nan", "inf", "1e305"])
 def test_a_shard_of_no_size_is_refused(size, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["pack.py", "SRC", str(tmp_path), f"--shard-mib={size}"])
     with pytest.raises(SystemExit):
@@ -262,7 +268,8 @@ def test_what_cannot_be_packed_is_refused_in_one_line(tmp_path, photos, monkeypa
     src = write_images(tmp_path / "src", photos, 8)
     dest = tmp_path / "dest"
     packed(src, dest, 4000)
-    before = content(dest)
+    before, notes = content(dest), tmp_path / "notes"
+    notes.touch()
 
     def refusal(root: Path, target: Path, shard_bytes: int = 4000) -> str:
         with pytest.raises(ValueError) as caught:
@@ -270,13 +277,15 @@ def test_what_cannot_be_packed_is_refused_in_one_line(tmp_path, photos, monkeypa
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
-    assert "packed with --shard-mib 0.0038147: use the same" in refusal(src, dest, 5000)
+    told = re.search(r"packed with --shard-mib (\S+): use the same", refusal(src, dest, 5000))
+    assert told and round(float(told[1]) * 2**20) == 4000  # what is told works
     assert f"{src / 'china'} holds the images" in refusal(src / "china", src / "china")
     other = write_images(tmp_path / "other", photos, 6)
     assert "images-000000.tar holds other images than" in refusal(other, dest)
     with FileLock(dest / ".lock"):
         assert "is being packed by another process" in refusal(src, dest)
     assert content(dest) == before
+    assert "notes cannot be written (File exists): name a folder" in refusal(src, notes)
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "images-000000.tar").write_bytes(b"precious")

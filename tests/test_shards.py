@@ -266,6 +266,19 @@ def test_an_unfinished_packing_is_refused_and_a_damaged_index(shards):
     for damaged in (b"", data[:100], data[:-1], b"\xff" * 200):
         index.write_bytes(damaged)
         assert refusal(shards).startswith(f"{index} is damaged")
+    for part, other in ((b'\\"num', b"\\ num"), (b'\\"kind', b'\\"sort')):
+        assert part in data
+        index.write_bytes(data.replace(part, other))
+        assert refusal(shards).startswith(f"{index} is damaged")
+    index.write_bytes(data)
+    arrays, num_images = (
+        8 + int.from_bytes(data[:8], "little"),
+        int(opened(str(shards / "*000.tar")).starts[1]),
+    )
+    for number in range(4):  # the highest byte of the first end, label, offset and span
+        at = arrays + 8 * num_images * number + 7
+        index.write_bytes(data[:at] + b"\x40" + data[at + 1 :])
+        assert refusal(shards).startswith(f"{index} is damaged (its parts contradict each other)")
     index.write_bytes(data.replace(b'\\"version\\": 1', b'\\"version\\": 0'))
     assert refusal(shards).startswith(f"{index} is of another version")
 
@@ -277,7 +290,7 @@ def test_an_unfinished_packing_is_refused_and_a_damaged_index(shards):
         (b"PK\x03\x04" + bytes(600), "is a zip archive"),
         (b"PAR1" + bytes(600), "is a Parquet file"),
         (b"no shard at all", "starts with 6e 6f 20 73"),
-        (bytes(10240), "starts with 00 00"),
+        (bytes(10240), "begins with zeros: a tar file without members"),
         (b"", "x.tar is empty"),
     ],
     ids=["gzip", "zip", "parquet", "text", "zeros", "empty"],

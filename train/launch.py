@@ -87,7 +87,7 @@ def main() -> None:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Raise ValueError for what torchrun tells by a traceback, or only after all hosts have come."""
+    """Raise ValueError for what torchrun tells by a traceback, or after all hosts have come."""
     try:
         lowest, most = parse_min_max_nnodes(arguments.nnodes)
     except (ValueError, RuntimeError):
