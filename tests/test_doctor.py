@@ -147,6 +147,23 @@ def test_a_small_shared_memory_is_told_where_nccl_needs_it():
     assert cpu[1] is True
 
 
+def test_a_low_limit_of_open_files_gets_a_remedy_that_the_hard_limit_allows(monkeypatch):
+    for hard, remedy in ((1_048_576, "ulimit -n 65536 "), (4096, "ulimit -n 4096 "),
+                         (1024, "raise the hard limit of 1024")):  # fmt: skip
+        monkeypatch.setattr(doctor.resource, "getrlimit", lambda _, most=hard: (1024, most))
+        assert doctor.open_files(32).remedy.startswith(remedy)
+    assert doctor.open_files(8).ok
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan"])
+def test_a_test_of_no_time_is_refused(seconds, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["doctor.py", f"--seconds={seconds}"])
+    with pytest.raises(SystemExit) as stopped:
+        doctor.main()
+    assert stopped.value.code == 2
+    assert "--seconds must be above 0" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a real driver would answer")
 def test_faults_fail_the_program_with_plain_lines(tmp_path):
     """A driver beside a CPU build of torch, and a low limit of open files."""
@@ -171,7 +188,7 @@ def test_faults_fail_the_program_with_plain_lines(tmp_path):
         {"open files", "CUDA"} if has_cpu_build else {"open files"}
     )
     limit, *cuda = (line for line in done.stderr.splitlines()[::-1] if line.startswith("FAIL"))
-    assert "limit 512, 1024 are wanted for 1 ranks -> ulimit -n 512" in limit
+    assert "limit 512, 1024 are wanted for 1 ranks -> raise the hard limit of 512, in" in limit
     assert not has_cpu_build or "a CPU build beside a driver -> pip install a CUDA" in cuda[0]
     assert "\x1b" not in done.stderr
     assert told["ranks"][0]["decode_images_per_s"] > 0

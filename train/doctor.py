@@ -29,7 +29,7 @@ from torch.cuda import nccl
 from kernels.launch import HAS_TRITON
 from train import distributed
 from train.agreement import SHARED_MEMORY
-from train.cli import first_line
+from train.cli import first_line, refuse
 from train.distributed import World, gather
 from train.optim import NO_APEX, why_no_apex
 
@@ -224,9 +224,12 @@ def open_files(ranks: int) -> Finding:
     needed = max(1024, FILES_A_RANK * ranks)
     if limit >= needed:
         return Finding("open files", True, f"limit {limit}")
+    remedy = f"ulimit -n {min(65536, most)} before the start"
+    if most < needed:
+        remedy = f"raise the hard limit of {most}, in /etc/security/limits.conf or LimitNOFILE="
     return Finding(
         "open files", False, f"limit {limit}, {needed} are wanted for {ranks} ranks",
-        f"ulimit -n {min(65536, most)} before the start; docker run --ulimit nofile=65536",
+        f"{remedy}; docker run --ulimit nofile=65536",
     )  # fmt: skip
 
 
@@ -265,6 +268,8 @@ def main() -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--seconds", type=float, default=5.0, help="of all-reduce and decoding")
     arguments = parser.parse_args()
+    if not 0 < arguments.seconds <= 600:
+        refuse(f"--seconds must be above 0 and at most 600, got {arguments.seconds}")
     try:
         with distributed.start(arguments.device) as world:
             ok = consult(world, arguments.seconds)
