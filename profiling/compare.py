@@ -1,9 +1,9 @@
 """Two results side by side: `python profiling/compare.py A.json B.json --tolerance 0.05`.
 
 Every number of the two files that differs is shown; exit code 1 if one of the chosen ones got
-worse by more than the tolerance. --only takes name patterns, e.g. "ours.launches". Counts (bytes,
-launches, FLOPs, collectives, graph breaks) do not depend on the clock: the tests compare those
-with tolerance 0.
+worse by more than the tolerance, or is no number any more. --only takes name patterns, e.g.
+"ours.launches". Counts (bytes, launches, FLOPs, collectives, graph breaks) do not depend on the
+clock: the tests compare those with tolerance 0.
 A newcomer's mistake: a gate on images/s from two machines. Use --only on counts or on ratios.
 """
 
@@ -25,21 +25,41 @@ from train.cli import refuse
 
 MORE_IS_BETTER = ("*images_per_s*", "*ratios.*", "*share*", "*mfu*", "*gb_per_s*", "*efficiency*",
                   "*knn_top1*", "*tflop_per_s*")  # fmt: skip
-NOT_COMPARED = ("config.*", "measure.*", "environment.*", "files.*", "timeline.*", "n", "*.n")
+NOT_COMPARED = ("config.*", "measure.*", "environment.*", "files.*", "timeline.*", "n", "*.n",
+                "*.images")  # fmt: skip
+SETTINGS = ("config.*", "measure.*", "environment.device", "environment.cores",
+            "environment.world")  # fmt: skip
+NO_SETTINGS = ("config.out", "measure.save")
 
 
-def numbers(value: object, name: str = "") -> dict[str, float]:
-    """Every number of a JSON value by its dotted name."""
-    if isinstance(value, bool) or value is None or isinstance(value, str):
-        return {}
-    if isinstance(value, int | float):
-        return {name: float(value)}
-    assert isinstance(value, dict | list)
+def leaves(value: object, name: str = "") -> dict[str, object]:
+    """Every text, number, boolean and null of a JSON value by its dotted name."""
+    if not isinstance(value, dict | list):
+        return {name: value}
     items = value.items() if isinstance(value, dict) else enumerate(value)
-    found: dict[str, float] = {}
+    found: dict[str, object] = {}
     for key, inner in items:
-        found |= numbers(inner, f"{name}.{key}" if name else str(key))
+        found |= leaves(inner, f"{name}.{key}" if name else str(key))
     return found
+
+
+def numbers(value: object) -> dict[str, float]:
+    """Every number of a JSON value by its dotted name."""
+    return {
+        name: float(leaf)
+        for name, leaf in leaves(value).items()
+        if isinstance(leaf, int | float) and not isinstance(leaf, bool)
+    }
+
+
+def other_settings(before: dict, after: dict) -> list[str]:
+    """What two results were not made with alike, "name (before, after)" each."""
+    a, b = leaves(before), leaves(after)
+    return [
+        f"{name} ({a[name]}, {b[name]})"
+        for name in sorted(a.keys() & b.keys())
+        if matches(name, SETTINGS) and not matches(name, NO_SETTINGS) and a[name] != b[name]
+    ]
 
 
 def matches(name: str, patterns: tuple[str, ...] | list[str]) -> bool:
@@ -72,7 +92,7 @@ def compare(
             rows.append((name, old, new, new is None))
             continue
         loss = old - new if matches(name, MORE_IS_BETTER) else new - old
-        rows.append((name, old, new, loss > tolerance * abs(old)))
+        rows.append((name, old, new, not loss <= tolerance * abs(old)))  # nan too
     return rows, len(names)
 
 
@@ -82,7 +102,7 @@ def read(path: Path) -> dict:
         found = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise ValueError(f"{path} does not exist: give two files of profiling/results/") from error
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{path} is no result file: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} is no result file: it holds no JSON object")
@@ -104,6 +124,12 @@ def main() -> None:
         rows, total = compare(before, after, tolerance=arguments.tolerance, only=arguments.only)
     except ValueError as error:
         refuse(str(error), code=1)
+    if others := other_settings(before, after):
+        more = f" and {len(others) - 5} more" if len(others) > 5 else ""
+        print(
+            f"warning: the two were not made alike: {'; '.join(others[:5])}{more}. Times and rates "
+            "then say little: compare counts or ratios with --only", file=sys.stderr,
+        )  # fmt: skip
     table = Table(title=f"{total} numbers compared, those that differ")
     for name in ("name", "before", "after", "change", ""):
         table.add_column(name, justify="left" if name == "name" else "right", no_wrap=True)

@@ -12,7 +12,7 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-from limit import GPUS, count, describe
+from limit import GPU_GIB, GPUS, count, describe
 from train.config import Config
 
 REACHED = (0.6, 0.7)
@@ -22,13 +22,20 @@ CHECKPOINT_BYTES_A_PARAMETER = 8  # fp32 weight and momentum
 
 
 def forecast(config: Config, *, gpu: str, gpus: int) -> dict:
-    """The table on stderr and its figures. Raises: ValueError if the GPUs do not divide the batch.
+    """The table on stderr and its figures.
+
+    Raises: ValueError if the GPUs do not divide the batch, or it does not fit them or ImageNet.
 
     Units: GiB a GPU, milliseconds a step, minutes an epoch of ImageNet-1k, MB a checkpoint.
     """
     if config.data.batch_size % gpus:
         raise ValueError(
             f"--gpus {gpus} does not divide --data.batch_size {config.data.batch_size}"
+        )
+    if config.data.batch_size > IMAGENET_IMAGES:
+        raise ValueError(
+            f"--data.batch_size {config.data.batch_size} on --gpus {gpus} is more than all "
+            f"{IMAGENET_IMAGES} images of ImageNet-1k: lower it"
         )
     rows = config.data.batch_size // gpus
     counts = count(config.model, config.method, images=rows, size=config.augment.size)
@@ -37,7 +44,8 @@ def forecast(config: Config, *, gpu: str, gpus: int) -> dict:
     limit = describe(counts, rate, bandwidth, itemsize=itemsize)
     kept = counts.saved_bytes(itemsize)
     largest = max(product.elements[1] for product in counts.products) * itemsize
-    memory = BYTES_A_PARAMETER * counts.parameters + kept + 3 * largest
+    fixed = BYTES_A_PARAMETER * counts.parameters
+    memory = fixed + kept + 3 * largest
     least_s = limit["step_ms"] / 1e3
     steps = IMAGENET_IMAGES // config.data.batch_size
     found = {
@@ -48,7 +56,9 @@ def forecast(config: Config, *, gpu: str, gpus: int) -> dict:
         "kept_for_backward_mb_per_image": round(kept / rows / 1e6, 2),
         "roofline": limit,
         "step_ms": [round(1e3 * least_s / share, 1) for share in reversed(REACHED)],
-        "epoch_minutes": [round(steps * least_s / share / 60, 1) for share in reversed(REACHED)],
+        "epoch_minutes": [
+            float(f"{steps * least_s / share / 60:.3g}") for share in reversed(REACHED)
+        ],
         "checkpoint_mb": round(CHECKPOINT_BYTES_A_PARAMETER * counts.parameters / 1e6, 1),
         "parameters": counts.parameters,
         "measured": False,
@@ -65,4 +75,10 @@ def forecast(config: Config, *, gpu: str, gpus: int) -> dict:
     ):
         table.add_row(name, figure)
     Console(file=sys.stderr, width=None if sys.stderr.isatty() else 80).print(table)
+    if memory > GPU_GIB[gpu] * 2**30:
+        most = int((GPU_GIB[gpu] * 2**30 - fixed) * rows / (memory - fixed))
+        raise ValueError(
+            f"--gpu {gpu} has {GPU_GIB[gpu]} GiB, {rows} images need {found['memory_gib']}: lower "
+            f"--data.batch_size to {most * gpus} or less, or raise --gpus"
+        )
     return found

@@ -157,6 +157,11 @@ def main() -> None:
             if not isinstance(reader.source, ImageFolder):
                 raise ValueError("profiling/growth.py links files: give it a folder, not shards")
             m = m.filled(torch.device(world.device))
+            if m.loader_images < max(BATCHES):
+                raise ValueError(
+                    f"--loader_images {m.loader_images} is less than a batch of {max(BATCHES)}, "
+                    "the largest that is measured: raise it"
+                )
             found = measure_growth(config, reader, world, n=m.repeats, images=m.loader_images)
             found |= {"n": m.repeats, "environment": environment(world.size, world.device)}
     except (ValueError, OSError) as error:

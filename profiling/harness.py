@@ -7,7 +7,6 @@ A newcomer's mistake: a batch size a rank. --data.batch_size is global, as in tr
 """
 
 import os
-import re
 import sys
 import tempfile
 from dataclasses import dataclass, fields, replace
@@ -20,6 +19,7 @@ from jsonargparse import ArgumentError
 from photos import write_photos
 from pipeline.runner import ImageReader
 from pipeline.shards import ImageSource, open_source
+from results import check_save
 from train.cli import build_parser, explain, flags, refuse, with_brackets
 from train.config import Config, at_least
 from train.distributed import World, from_main
@@ -61,8 +61,9 @@ class MeasureConfig:
         for name in ("steps", "warmup", "repeats", "loader_images"):
             at_least(name, getattr(self, name), 0)
         at_least("gpus", self.gpus, 1)
-        if not re.fullmatch(r"[\w.-]*", self.save):
-            raise ValueError(f"save is a name for profiling/results/, not a path, got {self.save}")
+        check_save(self.save)
+        if not self.what:
+            raise ValueError("what names no part: leave it out to measure all")
         if not 0 <= self.budget_s < float("inf"):
             raise ValueError(f"budget_s must be >= 0, got {self.budget_s}")
 

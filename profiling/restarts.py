@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 
 from cluster import Cluster, why_not
-from results import save_json
+from results import check_save, save_json
 from train.cli import refuse
 from train.run_folder import environment
 
@@ -138,9 +138,12 @@ def main() -> None:
     if (reason := why_not()) is not None:
         refuse(reason, code=1)
     try:
+        check_save(arguments.save)
+        if not 1 <= arguments.kills <= 11:
+            raise ValueError(f"--kills must lie in 1 .. 11, got {arguments.kills}")
         with tempfile.TemporaryDirectory(prefix="restarts-") as folder:
             found = measure(arguments.kills, arguments.seed, Path(folder))
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         refuse(str(error), code=1)
     found["environment"] = environment(2, torch.device("cpu"))
     if arguments.save:

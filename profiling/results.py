@@ -4,11 +4,21 @@ A newcomer's mistake: editing a result by hand. Every file there was written by 
 """
 
 import json
+import os
 import re
 import time
 from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def check_save(name: str) -> None:
+    """Raise ValueError, before anything is measured, if a result of that name cannot be kept."""
+    if not re.fullmatch(r"[\w.-]*", name):
+        raise ValueError(f"save is a name for profiling/results/, not a path, got {name}")
+    folder = RESULTS if RESULTS.exists() else RESULTS.parent
+    if name and not os.access(folder, os.W_OK):
+        raise ValueError(f"--save {name}: {folder} cannot be written; without it nothing is kept")
 
 
 def result_path(name: str, device: str, kind: str = ".json") -> Path:

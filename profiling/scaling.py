@@ -29,7 +29,7 @@ from charts import draw_scaling
 from fabric import Fabric
 from forecast import REACHED
 from limit import GPUS, count
-from results import RESULTS, result_path, save_json
+from results import RESULTS, check_save, result_path, save_json
 from scaling_checks import RESNET50_BYTES, against_hosts, against_mlperf
 from step_model import Step, predict, work_of
 from train.cli import refuse
@@ -53,6 +53,7 @@ def read_measured(paths: list[Path]) -> dict[int, float]:
             rate = one["step"]["ours"]["images_per_s"]["p50"]
             model, size = one["config"]["model"], one["config"]["augment"]["size"]
             world, images = one["environment"]["world"], one["config"]["data"]["batch_size"]
+            is_cuda = one["environment"]["cuda"] is not None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"--measured {path}: no step of profiling/throughput.py ({type(error).__name__}: "
@@ -61,6 +62,9 @@ def read_measured(paths: list[Path]) -> dict[int, float]:
         if world != 1:
             raise ValueError(f"--measured {path}: of {world} ranks, whose messages are in it: "
                              "measure one GPU")  # fmt: skip
+        if not is_cuda:
+            raise ValueError(f"--measured {path}: of a CPU, the network is that of GPUs: measure "
+                             "one GPU")  # fmt: skip
         if (model["arch"], size) != ("resnet50", SIZE):
             raise ValueError(f"--measured {path}: {model['arch']} at {size} pixels; the counted "
                              f"collectives are of resnet50 at {SIZE}")  # fmt: skip
@@ -184,6 +188,7 @@ def main() -> None:
     """Read the flags, predict, print the table and one JSON line."""
     arguments = read_arguments()
     try:
+        check_save(arguments.save)
         fabric = Fabric(arguments.gpus_per_node, arguments.node_gb_per_s, arguments.net_gb_per_s,
                         arguments.net_us)  # fmt: skip
         found = forecast_ranks(arguments, fabric)

@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 
 from cluster import Cluster, why_not
-from results import save_json
+from results import check_save, save_json
 from train import distributed
 from train.cli import refuse
 from train.run_folder import environment
@@ -140,9 +140,12 @@ def main() -> None:
     if (reason := why_not()) is not None:
         refuse(f"no hosts can be made here: {reason}", code=1)
     try:
+        check_save(arguments.save)
+        if arguments.repeats < 1:
+            raise ValueError(f"--repeats must be at least 1, got {arguments.repeats}")
         with Cluster(max(HOSTS)) as hosts, tempfile.TemporaryDirectory() as folder:
             found = measure(hosts, Path(folder), repeats=arguments.repeats)
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, ValueError, OSError) as error:
         refuse(str(error), code=1)
     found |= {"n": arguments.repeats, "environment": environment(1, torch.device("cpu"))}
     if arguments.save:

@@ -123,8 +123,9 @@ def test_mlperfs_strong_scaling_comes_out_within_two_points_and_not_from_message
         assert gpus[n]["predicted"] == pytest.approx(gpus[n]["published"], rel=1e-3)
 
 
-def result_of(folder: Path, *, images=256, world=1, arch="resnet50", rate=3500.0) -> Path:
-    one = {"step": {"ours": {"images_per_s": {"p50": rate}}}, "environment": {"world": world},
+def result_of(folder: Path, *, images=256, world=1, arch="resnet50", rate=3500.0, cuda="13.0"):
+    one = {"step": {"ours": {"images_per_s": {"p50": rate}}}, 
+           "environment": {"world": world, "cuda": cuda},
            "config": {"model": {"arch": arch}, "augment": {"size": 224},
                       "data": {"batch_size": images}}}  # fmt: skip
     path = folder / f"{images}-{world}-{arch}.json"
@@ -143,7 +144,11 @@ def test_a_measured_step_is_taken_as_it_is_and_gives_that_of_other_batches(tmp_p
 
 @pytest.mark.parametrize(
     ("changed", "message"),
-    [({"world": 8}, "of 8 ranks"), ({"arch": "resnet18"}, "resnet18 at 224 pixels")],
+    [
+        ({"world": 8}, "of 8 ranks"),
+        ({"cuda": None}, "of a CPU, the network is that of GPUs"),
+        ({"arch": "resnet18"}, "resnet18 at 224 pixels"),
+    ],
 )
 def test_a_result_that_does_not_fit_is_refused(tmp_path, changed, message):
     with pytest.raises(ValueError, match=message):
@@ -156,6 +161,7 @@ def test_a_result_that_does_not_fit_is_refused(tmp_path, changed, message):
         (["--measured", "/nowhere.json"], "--measured /nowhere.json: no step of"),
         (["--net-gb-per-s", "0"], "--net-gb-per-s must be above 0, got 0.0"),
         (["--net-us", "-1"], "--net-us must be 0 or more"),
+        (["--save", "../x"], "save is a name for profiling/results/, not a path"),
     ],
 )
 def test_a_mistake_gets_one_line(flags, message, monkeypatch, capsys):

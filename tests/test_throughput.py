@@ -20,7 +20,7 @@ from compare import compare, numbers
 from compare import main as compare_files
 from forecast import forecast
 from growth import link_folder, open_list
-from harness import read_flags
+from harness import MeasureConfig, read_flags
 from kernel_times import resnet50_sites
 from limit import GPUS, count, describe
 from loader_times import OfficialViews, measure_loader, measure_stages
@@ -225,6 +225,24 @@ def test_a_forecast_says_memory_time_and_checkpoint_of_a_batch():
         forecast(config, gpu="h200", gpus=3)
 
 
+def test_a_forecast_refuses_a_batch_that_no_gpu_or_data_set_holds(capsys):
+    def of(images: int, gpus: int) -> dict:
+        config = Config(
+            data=DataConfig(root="none", batch_size=images), model=ModelConfig(arch="resnet18"),
+            augment=AugmentConfig(size=64), precision="bf16",
+        )  # fmt: skip
+        return forecast(config, gpu="a100", gpus=gpus)
+
+    with pytest.raises(ValueError, match="--gpu a100 has 80 GiB, 131072 images need ") as refused:
+        of(262_144, 2)
+    assert "memory a GPU" in capsys.readouterr().err  # the table is there all the same
+    most = int(str(refused.value).split("batch_size to ")[1].split()[0])
+    assert 79 < of(most, 2)["memory_gib"] <= 80
+    with pytest.raises(ValueError, match="25600000 on --gpus 100000 is more than all 1281167"):
+        of(25_600_000, 100_000)
+    assert min(of(262_144, 1024)["epoch_minutes"]) > 0
+
+
 def test_comparing_knows_which_direction_is_worse():
     before = {"launches": 577, "ratios": {"step/official": 3.0}, "config": {"n": 1}}
     worse, _ = compare(before, {"launches": 600, "ratios": {"step/official": 2.0}}, tolerance=0.0)
@@ -239,6 +257,9 @@ def test_comparing_knows_which_direction_is_worse():
     assert lost == [("ratios.step/official", 3.0, None, True)]
     with pytest.raises(ValueError, match="none of the numbers"):
         compare(before, {"other": 1}, tolerance=0.0)
+    for broken in (float("nan"), float("-inf")):
+        rows, _ = compare(before, before | {"ratios": {"step/official": broken}}, tolerance=9.0)
+        assert [bad for *_, bad in rows] == [True]
     assert numbers({"a": [1, {"b": 2.5}], "c": True, "d": "x"}) == {"a.0": 1.0, "a.1.b": 2.5}
 
 
@@ -335,6 +356,7 @@ def test_under_torchrun_it_tells_ranks_scaling_and_collectives():
         (["--budgt_s", "3"], "perhaps you meant --budget_s"),
         (["--modle.arch", "resnet18"], "perhaps you meant --model.arch"),
         (["--save", "../x"], "save is a name for profiling/results/"),
+        (["--what", ""], "what names no part: leave it out"),
         (["--gpus", "0"], "gpus must be at least 1"),
         (["--data.batch_size", "1"], "data.batch_size must be at least 2"),
     ],
@@ -379,6 +401,36 @@ def test_comparing_files_fails_beyond_the_tolerance_and_names_a_bad_file(
     with pytest.raises(SystemExit):
         run("a", "c")
     assert "does not exist" in capsys.readouterr().err
+    (tmp_path / "c.json").write_text("[" * 100_000)
+    with pytest.raises(SystemExit):
+        run("a", "c")
+    assert "c.json is no result file" in capsys.readouterr().err
+
+
+def test_results_that_were_not_made_alike_are_compared_with_a_warning(
+    tmp_path, monkeypatch, capsys
+):
+    for name, device, precision in (("a", "CPU", "fp32"), ("b", "GPU", "bf16")):
+        one = {"environment": {"device": device, "revision": name}, "launches": 577,
+               "config": {"precision": precision, "out": name}}  # fmt: skip
+        (tmp_path / f"{name}.json").write_text(json.dumps(one))
+
+    def told(*names: str) -> str:
+        files = [str(tmp_path / f"{name}.json") for name in names]
+        monkeypatch.setattr(sys, "argv", ["compare.py", *files])
+        compare_files()
+        return capsys.readouterr().err
+
+    differ = "config.precision (fp32, bf16); environment.device (CPU, GPU). Times"
+    assert f"warning: the two were not made alike: {differ}" in told("a", "b")
+    assert "warning" not in told("a", "a")
+
+
+def test_a_result_that_cannot_be_kept_is_refused_before_anything_is_measured(monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    MeasureConfig()
+    with pytest.raises(ValueError, match=r"--save mine: .*results cannot be written"):
+        MeasureConfig(save="mine")
 
 
 def test_a_torchvision_whose_library_loads_gets_no_operators_of_ours(monkeypatch):
