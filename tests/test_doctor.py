@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -219,6 +220,21 @@ def test_a_rank_that_finds_no_others_says_so():
         [sys.executable, "train/doctor.py", "--device", "cpu"], RANK="0", WORLD_SIZE="2"
     )
     assert done.returncode == 1 and set(failed(told)) == {"ranks"}
+
+
+def test_a_port_that_another_program_has_fails_in_the_doctors_own_words(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["doctor.py", "--device", "cpu"])
+    monkeypatch.setattr(doctor.distributed, "read_ranks", lambda: (0, 2, 0, 2))
+    for name in ("WORLD_SIZE", "TORCHELASTIC_USE_AGENT_STORE"):
+        monkeypatch.delenv(name, raising=False)
+    with socket.socket(socket.AF_INET6) as other:
+        other.bind(("::", 0))
+        other.listen()
+        monkeypatch.setenv("MASTER_ADDR", "localhost")
+        monkeypatch.setenv("MASTER_PORT", str(other.getsockname()[1]))
+        with pytest.raises(SystemExit, match="True"):
+            doctor.main()
+    assert "cannot have port" in json.loads(capsys.readouterr().out)["checks"][-1]["found"]
 
 
 def rates(decode: list[float], link: list[float]) -> list[dict[str, float]]:

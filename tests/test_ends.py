@@ -4,8 +4,10 @@ import errno
 import json
 import os
 import signal
+import socket
 import sys
 import types
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from train import distributed, session, state
 from train.cli import is_disk_full, is_out_of_memory, print_result
 from train.config import DataConfig
 from train.data import open_data
-from train.distributed import StopSignal, World, read_ranks, stop_at_once
+from train.distributed import StopSignal, World, open_store, read_ranks, stop_at_once
 from train.finish import finite
 from train.metrics import Log, Metrics
 from train.run_folder import RunFolder, revision
@@ -122,6 +124,17 @@ def test_outside_of_training_sigterm_is_an_interrupt_of_rank_0_alone():
             },
             "MASTER_PORT is 'tcp', no port",
         ),
+        (
+            {
+                "RANK": "0",
+                "WORLD_SIZE": "2",
+                "LOCAL_RANK": "0",
+                "LOCAL_WORLD_SIZE": "2",
+                "MASTER_ADDR": "a",
+                "MASTER_PORT": "65536",
+            },
+            "MASTER_PORT is '65536', no port",
+        ),
         ({"WORLD_SIZE": "2"}, "RANK, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT are"),
     ],
 )
@@ -134,6 +147,22 @@ def test_a_part_of_torchruns_environment_is_refused(variables, part, monkeypatch
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=f"{part}.*torchrun"):
         read_ranks()
+
+
+def test_a_port_that_is_taken_and_a_rank_0_that_nobody_started_are_told(monkeypatch, capfd):
+    monkeypatch.setattr(distributed, "TELL_S", 0.1)
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    with socket.socket(socket.AF_INET6) as other:
+        other.bind(("::", 0))
+        port = other.getsockname()[1]
+        monkeypatch.setenv("MASTER_ADDR", "localhost")
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        with pytest.raises(ConnectionError, match=f"rank 1 .* reach rank 0 at localhost:{port}"):
+            open_store(1, 2, timedelta(seconds=1))
+        assert f"finds no rank 0 at localhost:{port}: start it" in capfd.readouterr().err
+        other.listen()
+        with pytest.raises(ConnectionError, match=f"rank 0 .* cannot have port {port}: end what"):
+            open_store(0, 2, timedelta(seconds=1))
 
 
 def test_a_run_folder_among_the_images_is_refused(tmp_path):

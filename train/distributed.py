@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from train.agreement import agree, facts
 from train.config import Config
-from train.watch import PATIENCE, Watch, may_restart
+from train.watch import PATIENCE, TELL_S, Watch, may_restart
 
 PR_SET_PDEATHSIG = 1
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
@@ -125,7 +126,7 @@ def read_ranks() -> tuple[int, int, int, int]:
     needed = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     if size > 1 and (missing := [name for name in needed if name not in os.environ]):
         raise ValueError(f"WORLD_SIZE is {size}, but {', '.join(missing)} are not set: {remedy}")
-    if size > 1 and not os.environ["MASTER_PORT"].isdecimal():
+    if size > 1 and not ((port := os.environ["MASTER_PORT"]).isdecimal() and int(port) < 1 << 16):
         raise ValueError(f"MASTER_PORT is {os.environ['MASTER_PORT']!r}, no port: {remedy}")
     return rank, size, local_rank, local_size
 
@@ -143,17 +144,32 @@ def open_store(rank: int, size: int, timeout: timedelta) -> dist.TCPStore:
     Raises: ConnectionError when rank 0 is not there in time.
     """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    here = f"rank {rank} on host {socket.gethostname()}"
     is_torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    is_master = rank == 0 and not is_torchruns
+    waiting = threading.Timer(
+        TELL_S, print, kwargs={"file": sys.stderr, "flush": True},
+        args=(f"warning: {here} finds no rank 0 at {address}:{port}: start it there, or correct "
+              "MASTER_ADDR and MASTER_PORT; waiting",),
+    )  # fmt: skip
+    waiting.start()
     try:
         return dist.TCPStore(
-            address, port, size, is_master=rank == 0 and not is_torchruns, timeout=timeout,
-            wait_for_workers=False, multi_tenant=True,
+            address, port, size, is_master=is_master, timeout=timeout, wait_for_workers=False,
+            multi_tenant=True,
         )  # fmt: skip
     except dist.DistError as error:
+        if is_master:
+            raise ConnectionError(
+                f"{here} cannot have port {port}: end what holds it, or take another with "
+                "torchrun's --master-port"
+            ) from error
         raise ConnectionError(
-            f"rank {rank} on host {socket.gethostname()} cannot reach rank 0 at {address}:{port}: "
+            f"{here} cannot reach rank 0 at {address}:{port}: "
             "it did not start (the output on its host says why), or a firewall is between the two"
         ) from error
+    finally:
+        waiting.cancel()
 
 
 def check_restarts() -> None:

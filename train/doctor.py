@@ -273,7 +273,8 @@ def main() -> None:
     try:
         with distributed.start(arguments.device) as world:
             ok = consult(world, arguments.seconds)
-    except (ValueError, RuntimeError) as error:  # no rank hears the others: each speaks for itself
+    except (ValueError, RuntimeError, ConnectionError) as error:
+        # no rank hears the others: each speaks for itself
         own = [*examine(torch.device("cpu"), 1), Finding("ranks", False, first_line(error))]
         print(json.dumps({"ok": False, "checks": report([own], [socket.gethostname()])}))
         ok = False
