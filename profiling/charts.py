@@ -35,7 +35,8 @@ def print_tables(found: dict) -> None:
         facts.add_row("data wait", f"{found['end_to_end']['data_wait_pct']} %")
     for part in ("limit", "ranks", "memory"):
         for name, value in found.get(part, {}).items():
-            facts.add_row(f"{part}, {name}", str(value))
+            text = f"{value:.5g}" if isinstance(value, float) else str(value)
+            facts.add_row(f"{part}, {name}", text)
     overlap = found["ratios"].get("end_to_end/slower")
     if overlap is not None:
         facts.add_row("end to end / slower of loader and step", str(overlap))
@@ -92,7 +93,7 @@ def draw(found: dict, path: Path) -> None:
             axes["timeline"].barh(0, part["ms"], left=begin, color=color, label=part["name"])
         axes["timeline"].set_yticks([])
         axes["timeline"].set_xlabel("ms of one step, under the profiler")
-        axes["timeline"].legend(fontsize=8, ncols=5)
+        axes["timeline"].legend(fontsize=8, ncols=5, loc="lower right", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
