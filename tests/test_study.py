@@ -16,7 +16,7 @@ from train import distributed, study_runs
 from train.cli import read_config
 from train.metrics import Log
 from train.study import choose, read_flags
-from train.study_report import draw, markdown, otherwise, outcome, spread, summarize
+from train.study_report import draw, markdown, otherwise, outcome, spread, summarize, thresholds
 from train.study_runs import Place, Run, plan_places, plan_runs, run_all
 from train.variants import Row, Study, left_out, studies
 
@@ -198,13 +198,16 @@ def test_a_launched_run_ends_with_its_launcher(monkeypatch):
         libc.prctl(distributed.PR_SET_PDEATHSIG, 0)
 
 
-def kept(folder: Path, knn: float, *, untrained=40.0, loss=-0.8, std=0.9, collapsed=False) -> Run:
+def kept(
+    folder: Path, knn: float, *, untrained=40.0, loss=-0.8, std=0.9, collapsed=False, below=0.5
+) -> Run:
     """A finished run."""
     run = Run(folder.parent.name, int(folder.name[-1]), folder, ())
     folder.mkdir(parents=True)
     result = {
         "state": "finished", "knn_top1": knn, "knn_top1_untrained": untrained, "loss": loss,
-        "z_std": std, "collapsed": collapsed, "train_s": 10.0,
+        "z_std": std, "collapsed": collapsed, "collapse_threshold": below,
+        "train_s": 10.0,
     }  # fmt: skip
     (folder / "result.json").write_text(json.dumps(result))
     (folder / "env.json").write_text(json.dumps({"revision": "abc"}))
@@ -240,8 +243,7 @@ def small_study(tmp_path) -> dict:
         "bad": [Run("bad", 0, tmp_path / "bad" / "seed-0", ())],
     }
     return summarize(
-        study, runs, reasons={"not": "too few images"}, failed={runs["bad"][0]: "no memory"},
-        batch_size=64,
+        study, runs, reasons={"not": "too few images"}, failed={runs["bad"][0]: "no memory"}
     )  # fmt: skip
 
 
@@ -274,7 +276,7 @@ def test_outcomes_tell_seeds_that_collapse_and_encoders_that_do_not_learn(tmp_pa
     def one(name, knns, **options):
         return summarize(
             Study("s", "S", "", (row(name),)), {name: runs_of(tmp_path, name, knns, **options)},
-            reasons={}, failed={}, batch_size=64,
+            reasons={}, failed={},
         )["rows"][0]  # fmt: skip
 
     assert one("flat", (41.0, 39.0))["outcome"] == "fails"
@@ -284,6 +286,24 @@ def test_outcomes_tell_seeds_that_collapse_and_encoders_that_do_not_learn(tmp_pa
     assert (outcome(high, low), outcome(low, high)) == ("better", "worse")
     assert spread([None, 1.0, 4.0]) == {"mean": 2.5, "min": 1.0, "max": 4.0}
     assert spread([None]) is None
+
+
+def test_rows_that_collapse_below_another_std_are_named_and_have_a_line(tmp_path):
+    rows = row("base", says="learns"), row("plain"), row("moco")
+    runs = {
+        "base": runs_of(tmp_path, "base", (70.0, 76.0)),
+        "plain": runs_of(tmp_path, "plain", (70.0, 76.0), std=0.3, below=0.1),
+        "moco": runs_of(tmp_path, "moco", (70.0, 76.0), std=0.3, below=0.1),
+    }
+
+    def found(names: int) -> dict:
+        return summarize(Study("s", "S", "", rows[:names]), runs, reasons={}, failed={})
+
+    assert thresholds(found(1)) == {0.5: ["BASE"]} and "A run collapses" not in markdown(found(1))
+    assert thresholds(found(3)) == {0.5: ["BASE"], 0.1: ["PLAIN", "MOCO"]}
+    note = "A run collapses where the std is below 0.50 for BASE; below 0.10 for PLAIN, MOCO.\n"
+    assert markdown(found(3)).endswith(note)
+    assert [one["outcome"] for one in found(3)["rows"]] == ["learns", "same", "same"]
 
 
 def test_an_unknown_study_or_flag_names_the_nearest_one(capsys):

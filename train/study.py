@@ -110,11 +110,7 @@ def run_studies(chosen: Sequence[Study], own: StudyConfig, base: Config, out: Pa
         "config": dataclasses.asdict(base),
         "environment": environment(1, torch.device(device)),
     }
-    found = [
-        summarize(study, runs, reasons=reasons, failed=failed, batch_size=base.data.batch_size)
-        | about
-        for study in chosen
-    ]
+    found = [summarize(study, runs, reasons=reasons, failed=failed) | about for study in chosen]
     return {
         "state": "preempted" if stopped else "failed" if failed else "finished",
         "n": own.seeds,
@@ -136,9 +132,11 @@ def write(found: dict, out: Path) -> list[Path]:
     text, table = json.dumps(found, indent=1), markdown(found)
     text = re.sub(r"\[[-\d.,\s]+\]", lambda numbers: re.sub(r"\s+", "", numbers[0]), text)
     base.with_suffix(".json").write_text(text + "\n")
-    base.with_suffix(".md").write_text(f"# {found['title']} ({found['source']})\n\n{table}")
+    base.with_suffix(".md").write_text(
+        f"# {found['title']} ({found['source']}), n = {found['n']}\n\n{table}"
+    )
     draw(found, base.with_suffix(".png"))
-    print(f"\n{found['title']}\n{table}", file=sys.stderr)
+    print(f"\n{found['title']}, n = {found['n']}\n{table}", file=sys.stderr)
     return [base.with_suffix(kind) for kind in (".json", ".md", ".png")]
 
 

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from train.metrics import read_metrics
-from train.report import collapse_threshold
 from train.study_runs import Run
 from train.variants import Outcome, Row, Study
 
@@ -26,11 +25,11 @@ WORDS = {
 
 def summarize(
     study: Study, runs: Mapping[str, Sequence[Run]], *, reasons: Mapping[str, str],
-    failed: Mapping[Run, str], batch_size: int,
+    failed: Mapping[Run, str],
 ) -> dict:  # fmt: skip
     """What the study found, for its JSON file, its table and its figure.
 
-    reasons: why variants were left out; failed: why runs were; batch_size: the baseline's.
+    reasons: why variants were left out; failed: why runs were.
     """
     rows = []
     for row in study.rows:
@@ -49,7 +48,6 @@ def summarize(
         "source": study.source,
         "n": max(row["n"] for row in rows),
         "revisions": sorted({run["revision"] for row in rows for run in row["runs"]}),
-        "collapse_threshold": collapse_threshold(batch_size),
         "panels": study.panels,
         "rows": rows,
     }
@@ -68,6 +66,7 @@ def summarize_row(row: Row, runs: Sequence[Run]) -> dict:
         "paper_says": row.says,
         "n": len(found),
         "collapsed": sum(bool(result["collapsed"]) for result in results),
+        "collapse_threshold": next((result["collapse_threshold"] for result in results), None),
         **{
             key: spread([result[key] for result in results])
             for key in ("knn_top1", "knn_top1_untrained", "loss", "z_std", "train_s")
@@ -154,6 +153,9 @@ def markdown(found: dict) -> str:
             here += f" ({len(row['failed'])} failed)"
         cells = cell(row["knn_top1"], 1), cell(row["loss"], 3), cell(row["z_std"], 2)
         lines.append(f"{start} {' | '.join(cells)} | {here.strip()} | {row['verdict']} |")
+    if len(levels := thresholds(found)) > 1:
+        words = [f"below {level:.2f} for {', '.join(names)}" for level, names in levels.items()]
+        lines.append(f"\nA run collapses where the std is {'; '.join(words)}.")
     lines += [
         f"\nOtherwise than in the paper: {row['label']} ({WORDS[row['outcome']]} here, "
         f"{WORDS[row['paper_outcome']]} there)."
@@ -161,6 +163,15 @@ def markdown(found: dict) -> str:
         if row["verdict"] == "no"
     ]
     return "\n".join(lines) + "\n"
+
+
+def thresholds(found: dict) -> dict[float, list[str]]:
+    """Below which value of the collapse meter which rows count as collapsed."""
+    levels: dict[float, list[str]] = {}
+    for row in found["rows"]:
+        if row["n"]:
+            levels.setdefault(row["collapse_threshold"], []).append(row["label"])
+    return levels
 
 
 def otherwise(found: dict) -> list[str]:
@@ -182,7 +193,7 @@ def draw(found: dict, picture: Path) -> None:
     from matplotlib.figure import Figure
 
     panels = found["panels"]
-    figure = Figure(figsize=(4.4 * len(panels), 3.6), layout="constrained")
+    figure = Figure(figsize=(4.4 * len(panels), 3.8), layout="constrained")
     FigureCanvasAgg(figure)
     row_of_axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, tag in zip(row_of_axes, panels, strict=True):
@@ -201,8 +212,11 @@ def draw(found: dict, picture: Path) -> None:
         axes.set_ylabel(LABELS[tag])
         axes.grid(alpha=0.3)
         if tag == "train/z_std":
-            axes.axhline(found["collapse_threshold"], linestyle=":", color="gray")
+            for level in thresholds(found):
+                axes.axhline(level, linestyle=":", color="gray")
             axes.set_ylim(bottom=0)
-    row_of_axes[-1].legend(fontsize=8)
+    handles, labels = row_of_axes[-1].get_legend_handles_labels()
+    # below the panels: inside, it hid the bands of the runs that it names
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=8)
     figure.suptitle(f"{found['title']}, n = {found['n']}", fontsize=10)
     figure.savefig(picture, dpi=110)
