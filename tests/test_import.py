@@ -381,7 +381,7 @@ def test_parts_that_a_method_lacks_and_targets_of_other_images_stay_behind(tmp_p
     tensors = theirs.state_dict() | {"memory": torch.ones(5, 4)}
     checkpoint.save(tmp_path / "checkpoints", 3, {"model": tensors}, {}, about={})
     method = MethodConfig(predictor="none", moving_average=0.8)
-    ours, lines = MovingAverage(ModelConfig(**settings), method, images=5, device=CPU), []
+    ours, lines = MovingAverage(ModelConfig(**settings), method, images=5), []
     state.start_from(ours, tmp_path, log=lines.append)
     assert torch.equal(ours.projector[2].linear.weight, theirs.projector[2].linear.weight)
     assert ours.memory.abs().max() == 0 and lines[0].startswith("backbone, projector from")

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from test_sync_norm import free_port
 from train.config import Config, DataConfig, MethodConfig, ModelConfig, OptimConfig
+from train.method_config import MoCoConfig
 from train.methods import build_method
 from train.methods.method import check_memory
 from train.methods.simsiam import SimSiam
@@ -29,8 +30,6 @@ def made(kind=SimSiam, *, model: ModelConfig = SMALL, **options) -> SimSiam:
     torch.manual_seed(0)
     sizes = ("target_steps", "batch_size", "images")
     extra = {name: options.pop(name) for name in sizes if name in options}
-    if extra:
-        extra["device"] = CPU
     method = kind(model, MethodConfig(**options), **extra)
     return method.to(memory_format=torch.channels_last)
 
@@ -238,6 +237,27 @@ def test_what_the_images_or_the_memory_do_not_allow_is_refused(method, images, m
     )
     with pytest.raises(ValueError, match=message):
         build_method(config, images=images, device=CPU)
+
+
+@pytest.mark.parametrize(
+    ("method", "stated"),
+    [
+        ({"target_steps": 3}, "the targets of 3 steps .* takes 0.8 MiB .48 x 4096 fp32. on each"),
+        ({"moving_average": 0.8}, "each of 32 images .* takes 0.5 MiB .32 x 4096 fp32. on each"),
+        ({"name": "moco", "moco": MoCoConfig(queue=32)}, "queue 32 takes 0.5 MiB .32 x 4096 fp32."),
+    ],
+)
+def test_the_memory_of_targets_and_queues_is_stated_before_it_is_taken(method, stated):
+    def stop(line: str) -> None:
+        raise InterruptedError(line)
+
+    config = Config(
+        data=DataConfig(root=".", batch_size=8),
+        model=dataclasses.replace(SMALL, projector_dim=4096),
+        method=MethodConfig(**method),
+    )
+    with pytest.raises(InterruptedError, match=stated):
+        build_method(config, images=32, device=CPU, tell=stop)
 
 
 def test_an_epochs_targets_of_an_epoch_of_one_step_are_simsiams():

@@ -15,6 +15,7 @@ if not __package__:  # run as a script: the repo root, not this folder, heads sy
 import dataclasses
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -39,10 +40,12 @@ from train.state import TrainState
 from train.watch import may_restart
 
 
-def build_state(config: Config, world: World, images: int) -> tuple[TrainState, nn.Module]:
+def build_state(
+    config: Config, world: World, images: int, *, tell: Callable[[str], None] = lambda line: None
+) -> tuple[TrainState, nn.Module]:
     """The model from the seed, the same on all ranks, its optimizer, and the model as called.
 
-    images: how many there are to train on.
+    images: how many there are to train on; tell: is told what takes memory beside the network.
     """
     with_triton = use_triton(config.model.kernels, torch.empty(0, device=world.device))
     if config.model.recompute and not with_triton:
@@ -51,7 +54,7 @@ def build_state(config: Config, world: World, images: int) -> tuple[TrainState, 
             "false with --model.kernels plain and on the CPU"
         )
     torch.manual_seed(config.seed)
-    model = build_method(config, images=images, device=world.device)
+    model = build_method(config, images=images, device=world.device, tell=tell)
     model = model.to(device=world.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload] - missing in torch's stub
     model.sync_over(world.group)
     optimizer = build_optimizer(model, config.optim, lr=config.lr, device=world.device)
@@ -75,7 +78,7 @@ def run(config: Config, world: World, out: Path, folder: RunFolder | None, log: 
     data = open_data(config.data, out=out, seed=config.seed, world=world)
     source = data.train.source
     order = SampleOrder(len(source), batch_size=config.data.batch_size, seed=config.seed)
-    current, ddp = build_state(config, world, len(source))
+    current, ddp = build_state(config, world, len(source), tell=log)
     facts = state.about(config, source.fingerprint, world)
     # rank 0 reads it and sends it: hosts need not see the same disk
     found = checkpoint.load_newest(out / "checkpoints", log=log.warn) if world.is_main else None

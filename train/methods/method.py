@@ -137,8 +137,11 @@ def own_rows(x: Tensor, group: dist.ProcessGroup | None, *, dim: int = 0) -> Ten
     return x.chunk(dist.get_world_size(group), dim)[dist.get_rank(group)]
 
 
-def check_memory(what: str, remedy: str, *, count: int, dim: int, device: torch.device) -> None:
-    """Raise ValueError where `count` rows of `dim` fp32 numbers do not fit into the memory left."""
+def check_memory(what: str, remedy: str, *, count: int, dim: int, device: torch.device) -> str:
+    """A line that states what `count` rows of `dim` fp32 numbers take.
+
+    Raises: ValueError where they do not fit into the memory left.
+    """
     needed = 4 * count * dim
     if device.type == "cuda":
         left = torch.cuda.mem_get_info(device)[0]
@@ -151,3 +154,7 @@ def check_memory(what: str, remedy: str, *, count: int, dim: int, device: torch.
             f"{what} takes {needed / 2**30:.1f} GiB ({count} x {dim} fp32) and {device} has "
             f"{left / 2**30:.1f} GiB left: {remedy}"
         )
+    return (
+        f"{what} takes {needed / 2**20:.1f} MiB ({count} x {dim} fp32) on each rank and in "
+        "checkpoints"
+    )

@@ -34,8 +34,9 @@ class RecentImages(nn.Module):
 
 def check_queue(
     flag: str, kept: int, *, batch_size: int, images: int, dim: int, device: torch.device
-) -> None:
-    """Raise ValueError for a queue shorter than a step, longer than the data or the memory left.
+) -> str:
+    """A line that states what a queue takes. Raises ValueError for one shorter than a step, longer
+    than the data or the memory left.
 
     flag: with its value; kept: how many images' rows that holds; images: how many there are.
     """
@@ -47,4 +48,4 @@ def check_queue(
         raise ValueError(
             f"{flag} holds the rows of {kept} images, there are {images}: take a shorter one"
         )
-    check_memory(flag, "take a shorter one", count=2 * kept, dim=dim, device=device)
+    return check_memory(flag, "take a shorter one", count=2 * kept, dim=dim, device=device)

@@ -13,13 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from train.config import MethodConfig, ModelConfig
-from train.methods.method import (
-    check_memory,
-    collapse_meter,
-    finite_or_old,
-    gather_rows,
-    own_rows,
-)
+from train.methods.method import collapse_meter, finite_or_old, gather_rows, own_rows
 from train.methods.simsiam import SimSiam
 from train.norm import untracked
 
@@ -32,18 +26,11 @@ class Alternation(SimSiam):
     """
 
     def __init__(
-        self, model: ModelConfig, method: MethodConfig, *, target_steps: int, batch_size: int,
-        device: torch.device,
-    ):  # fmt: skip
+        self, model: ModelConfig, method: MethodConfig, *, target_steps: int, batch_size: int
+    ):
         super().__init__(model, method)
-        dim = model.projector_dim
-        check_memory(
-            f"the targets of {target_steps} steps (--method.target_steps)",
-            "take fewer steps, or a smaller --model.projector_dim",
-            count=target_steps * 2 * batch_size, dim=dim, device=device,
-        )  # fmt: skip
         self.target_steps = target_steps
-        self.targets = nn.Buffer(torch.zeros(target_steps, 2, batch_size, dim))
+        self.targets = nn.Buffer(torch.zeros(target_steps, 2, batch_size, model.projector_dim))
         self.slot = nn.Buffer(torch.zeros(1, dtype=torch.long), persistent=False)
 
     def before_step(self, step: int) -> None:
@@ -81,15 +68,8 @@ class MovingAverage(SimSiam):
     updated; the row kept is updated with the mean of the two.
     """
 
-    def __init__(
-        self, model: ModelConfig, method: MethodConfig, *, images: int, device: torch.device
-    ):
+    def __init__(self, model: ModelConfig, method: MethodConfig, *, images: int):
         super().__init__(model, method)
-        check_memory(
-            f"a moving average of each of {images} images (--method.moving_average)",
-            "take a smaller --model.projector_dim, or fewer images",
-            count=images, dim=model.projector_dim, device=device,
-        )  # fmt: skip
         self.memory = nn.Buffer(torch.zeros(images, model.projector_dim))
 
     def forward(
