@@ -23,8 +23,6 @@ from train.methods.simsiam import SimSiam
 from train.methods.targets import MovingAverage
 from train.resnet import ResNet
 
-CPU = torch.device("cpu")
-
 
 def mlp(*widths: int, bias: bool = True, norm_at_end: bool = True) -> nn.Sequential:
     """Linear, norm, ReLU, ...; the last linear layer has the bias, its norm no weight."""

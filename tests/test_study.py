@@ -3,6 +3,7 @@
 import ctypes
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 from train import distributed, study_runs
 from train.cli import read_config
 from train.metrics import Log
-from train.study import choose, read_flags
+from train.study import ALL, choose, read_flags
 from train.study_report import draw, markdown, otherwise, outcome, spread, summarize, thresholds
 from train.study_runs import Place, Run, plan_places, plan_runs, run_all
 from train.variants import Row, Study, left_out, studies
@@ -316,6 +317,10 @@ def test_an_unknown_study_or_flag_names_the_nearest_one(capsys):
         with pytest.raises(SystemExit) as stop:
             read_flags(["predictor", flag])
         assert stop.value.code == 2 and f"perhaps you meant {near}" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        read_flags(["--help"])
+    told = capsys.readouterr().out.split("positional arguments:")[1].split("options:")[0]
+    assert [one for one in [*known, ALL] if not re.search(rf"\b{one}[,.]", told)] == []
     name, own, base = read_flags(["predictor", "--seeds=2", "--epochs=7"])
     assert (name, own.seeds, base.epochs, base.data.root) == ("predictor", 2, 7, "digits")
 

@@ -47,7 +47,7 @@ def draw_confusion(counts: np.ndarray, names: Sequence[str], picture: Path, *, t
     norm = PowerNorm(0.5, vmin=0, vmax=1)
     shown = axes.imshow(share, cmap="Blues", norm=norm, interpolation="nearest")
     figure.colorbar(shown, ax=axes, shrink=0.6, label="share of the true class")
-    axes.set(xlabel="guess", ylabel="true class", title=title)
+    axes.set(xlabel="predicted class", ylabel="true class", title=title)
     if num <= NAMED:
         short = [shorten(name) for name in names]
         axes.set_xticks(range(num), short, rotation=90, fontsize=8)

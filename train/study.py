@@ -65,7 +65,11 @@ def read_flags(words: Sequence[str]) -> tuple[str, StudyConfig, Config]:
     parser = build_parser(
         "train/study.py", "Run the paper's studies over seeds.", usage="[flags] NAME", root=DIGITS
     )
-    parser.add_argument("name", help="A study of train/variants.py, or all.")
+    parser.add_argument(
+        "name",
+        help="stop-gradient, predictor, batch-norm, symmetry, similarity, dimension, batch-size, "
+        "alternation, moving-average, methods, or all.",
+    )
     parser.add_class_arguments(StudyConfig, as_group=True)
     if not any(word.split("=")[0] == "--config" for word in words):
         words = [f"--config={PRESET}", *words]
