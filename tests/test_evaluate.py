@@ -253,6 +253,9 @@ def test_other_images_do_not_keep_the_runs_validation_folder(run, tmp_path):
         (["--k=0"], "k must be at least 1"),
         (["--fast.lrs=0.1,-1"], "fast.lrs takes learning rates > 0"),
         (["--probe=slow"], "probe"),
+        (["--probe=fast", "--linear.epochs=2"], "--linear.* has no effect with --probe fast"),
+        (["--probe=none", "--fast.epochs=2"], "--fast.* has no effect with --probe none"),
+        (["--k=[]", "--eval.temperature=0.2"], "--eval.temperature has no effect with --k []"),
         (["--linear.epochs=0"], "linear.epochs must be at least 1"),
     ],
 )

@@ -14,6 +14,7 @@ from pipeline.runner import Batch
 from test_sync_norm import free_port
 from test_train import result, run
 from train import checkpoint, state
+from train.cli import parse_config
 from train.config import Config, DataConfig, ModelConfig
 from train.distributed import World
 from train.encoded import load_encoder
@@ -294,6 +295,28 @@ def test_settings_that_do_not_go_with_a_method_are_refused():
     same_size = dataclasses.replace(SWAV, small_size=SIZE)
     with pytest.raises(ValueError, match=f"--method.swav.small_size {SIZE} is that of the other"):
         config_of(MethodConfig(name="swav", swav=same_size))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("swav --method.swav.small_size=8", "small_size has no effect with .*small_views 0"),
+        ("swav --method.swav.small_scale=[0.1,0.2]", "small_scale has no effect with"),
+        ("swav --method.swav.queue_from_epoch=0", "queue_from_epoch has no effect with .*queue 0"),
+        ("swav --method.swav.queue=8 --epochs=15", "queue 8 would fill from epoch 15 of 15"),
+        (
+            "byol --method.byol.second_blur=1 --augment.blur=0",
+            "share of --augment.blur, which is 0",
+        ),
+        ("moco --optim.constant_predictor_lr=false", "MoCo v2 has none with these flags"),
+        ("simsiam --model.head_norm=all --method.predictor=none", "is default without a predictor"),
+        ("simsiam --method.swav.small_size=8", "small_size belongs to swav"),
+        ("moco --method.moco.queue=10000000000000", "queue must be at most 1099511627776"),
+    ],
+)
+def test_flags_without_effect_are_refused(flags, message):
+    with pytest.raises(ValueError, match=message):
+        parse_config(["--data.root=x", *f"--method.name={flags}".split()])
 
 
 def test_a_checkpoint_names_the_settings_of_its_own_method_alone():

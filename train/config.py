@@ -12,7 +12,7 @@ from typing import Literal
 from kernels.launch import Kernels
 from pipeline.augment import AugmentConfig
 from pipeline.graph import DecodeOptions
-from train.method_config import MethodConfig, MethodName, at_least
+from train.method_config import BYOLConfig, MethodConfig, MethodName, SwAVConfig, at_least
 
 __all__ = [
     "Config", "DataConfig", "EvalConfig", "MethodConfig", "ModelConfig", "OptimConfig", "at_least",
@@ -197,7 +197,7 @@ class Config:
         at_least("epochs", self.epochs, 1)
         at_least("log_every", self.log_every, 1)
         at_least("timeout_s", self.timeout_s, 5)
-        for name in ("seed", "max_steps", "checkpoint_every"):
+        for name in ("max_steps", "checkpoint_every"):
             at_least(name, getattr(self, name), 0)
         if self.method.name != "simsiam" and self.model.head_norm != "default":
             raise ValueError(
@@ -209,10 +209,45 @@ class Config:
                 f"--method.swav.small_size {self.augment.size} is that of the other views "
                 "(--augment.size): take a smaller one"
             )
-        if self.seed >= 1 << 64:
-            raise ValueError(f"seed must be less than 2^64, got {self.seed}")
+        self._refuse_what_has_no_effect()
+        if not 0 <= self.seed < 1 << 64:
+            raise ValueError(f"seed must be less than 2^64 and not negative, got {self.seed}")
         if self.epochs > MAX_EPOCHS:
             raise ValueError(f"epochs must be at most {MAX_EPOCHS}, got {self.epochs}")
+
+    def _refuse_what_has_no_effect(self) -> None:
+        """Of the flags that other groups' flags switch off."""
+        swav, byol = self.method.swav, self.method.byol
+        for name, owner in (
+            ("queue_from_epoch", "queue"),
+            ("small_size", "small_views"),
+            ("small_scale", "small_views"),
+        ):
+            if not getattr(swav, owner) and getattr(swav, name) != getattr(SwAVConfig, name):
+                raise ValueError(
+                    f"--method.swav.{name} has no effect with --method.swav.{owner} 0: leave it "
+                    f"out, or set --method.swav.{owner}"
+                )
+        if swav.queue and swav.queue_from_epoch >= self.epochs:
+            raise ValueError(
+                f"--method.swav.queue {swav.queue} would fill from epoch {swav.queue_from_epoch} "
+                f"of {self.epochs}: take a smaller --method.swav.queue_from_epoch, or no queue"
+            )
+        if byol.second_blur != BYOLConfig.second_blur and not self.augment.blur:
+            raise ValueError(
+                "--method.byol.second_blur is a share of --augment.blur, which is 0: leave it out, "
+                "or set --augment.blur"
+            )
+        if not self.optim.constant_predictor_lr and not self.method.has_learning_predictor:
+            raise ValueError(
+                "--optim.constant_predictor_lr false needs a predictor that learns, and "
+                f"{self.method.title} has none with these flags: leave it true"
+            )
+        if self.model.head_norm == "all" and self.method.predictor == "none":
+            raise ValueError(
+                "--model.head_norm all is default without a predictor (--method.predictor none): "
+                "leave it out"
+            )
 
     @property
     def views(self) -> list[AugmentConfig]:

@@ -105,6 +105,17 @@ class EvaluateConfig:
         """Refuse impossible values."""
         for k in self.k:
             at_least("k", k, 1)
+        for name, part, probes in (
+            ("fast", self.fast != FastProbeConfig(), ("fast", "both")),
+            ("linear", self.linear != LinearProbeConfig(), ("linear", "both")),
+        ):
+            if part and self.probe not in probes:
+                raise ValueError(
+                    f"--{name}.* has no effect with --probe {self.probe}: leave it out, or take "
+                    f"--probe {' or '.join(probes)}"
+                )
+        if self.eval.temperature is not None and not self.k:
+            raise ValueError("--eval.temperature has no effect with --k []: leave it out")
 
     @property
     def needs_labels(self) -> bool:

@@ -10,6 +10,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
+MOST = 1 << 40  # of counts and sizes: more is a slip, and from 2^63 on torch and NumPy overflow
 MethodName = Literal["simsiam", "byol", "simclr", "swav", "moco"]
 
 
@@ -108,7 +109,8 @@ class MoCoConfig:
 
     def __post_init__(self) -> None:
         """Refuse impossible values."""
-        if self.queue < 2 or self.queue % 2:
+        at_least("method.moco.queue", self.queue, 2)
+        if self.queue % 2:
             raise ValueError(f"method.moco.queue holds pairs of keys: even, got {self.queue}")
         share("method.moco.momentum", self.momentum)
         positive("method.moco.temperature", self.temperature)
@@ -204,15 +206,26 @@ class MethodConfig:
         return None
 
     @property
+    def has_learning_predictor(self) -> bool:
+        """Whether the optimizer has a predictor to train."""
+        if self.name == "simsiam":
+            return self.predictor == "mlp"
+        return (self.name == "byol" and self.byol.predictor) or (
+            self.name == "simclr" and self.simclr.predictor
+        )
+
+    @property
     def num_views(self) -> int:
         """Views of each image in full size that go through the network."""
         return 4 if self.symmetry == "asymmetric_2x" else 2
 
 
 def at_least(name: str, value: float, low: int) -> None:
-    """Raise ValueError if a flag's value is below its least one."""
+    """Raise ValueError if a flag's value is below its least one, or no size that can be meant."""
     if value < low:
         raise ValueError(f"{name} must be at least {low}, got {value}")
+    if value > MOST:
+        raise ValueError(f"{name} must be at most {MOST}, got {value}")
 
 
 def positive(name: str, value: float) -> None:
