@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from train import checkpoint, export, import_checkpoint, state
@@ -231,6 +231,7 @@ def small(**changes) -> dict:
         ({"projector.4.weight": torch.ones(4), "projector.4.bias": torch.ones(4)},
          "the batch norm of projector.1 has a weight and bias"),
         ({"predictor.3.bias": None}, "not SimSiam's"),
+        ({"projector.0.bias": torch.ones(1)}, "bias of projector.0 does not have the length"),
         ({"projector.5.weight": torch.ones(4, 4)}, "layers [0, 1, 3, 4, 5] are not"),
         ({"projector.0.weight": None, "projector.0.weight_v": torch.ones(8, 64)},
          "a batch norm follows each linear layer"),
@@ -253,6 +254,10 @@ def test_heads_that_compute_something_else_are_left_out_with_the_reason(changes,
         ({"backbone.layer3.2.conv1.weight": torch.ones(1)}, r"basic blocks \(2, 2, 3, 2\)"),
         ({"backbone.conv1.weight": torch.ones(8, 3, 5, 5)}, r"shape \(8, 3, 5, 5\)"),
         ({"backbone.conv1.weight": None}, r"shape \(0,\)"),
+        ({"backbone.bn1.weight": torch.full((8,), float("nan"))}, "bn1.weight has values that are"),
+        ({"backbone.bn1.weight": torch.ones(8, dtype=torch.int8)}, "is of torch.int8 and must be"),
+        ({"backbone.bn1.weight": torch.ones(8).to_sparse()}, "bn1.weight that is sparse"),
+        ({"queue": torch.ones(8, device="meta")}, "a queue that is sparse, quantized or without"),
         ({"backbone.bn1.bias": None}, "backbone.bn1.bias is missing and must be"),
         ({"backbone.bn1.se.weight": torch.ones(3)}, r"bn1.se.weight is \(3,\) and must be absent"),
         ({"backbone.layer2.0.conv1.weight": torch.ones(32, 8, 3, 3)},
@@ -320,6 +325,10 @@ def test_files_that_are_no_checkpoint_are_refused_by_name(tmp_path):
     files = {"empty": b"", "text": b"hello\n", "html": b"<html>", "gzip": b"\x1f\x8b\x08\x00",
              "zeros": bytes(5000), "tar": b"a" * 257 + b"ustar" + bytes(1000)}  # fmt: skip
     files |= {f"cut-{share}": data[: len(data) * share // 10] for share in (1, 5, 9)}
+    ones = data.index(torch.ones(8).numpy().tobytes())  # torch.load takes a flipped bit
+    files["flipped"] = data[: ones + 5] + b"\x01" + data[ones + 6 :]
+    save_file({"a": torch.ones(9)}, tmp_path / "a.safetensors")
+    files["cut.safetensors"] = (tmp_path / "a.safetensors").read_bytes()[:-1]
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=f"{name} is no checkpoint of torch.save") as refusal:
@@ -355,6 +364,7 @@ def test_the_program_takes_trainings_flags_and_ends_with_one_json_line(
     for flags, part in (
         ([str(tmp_path / "a.pt")], "--out RUN is missing"),
         (["a.pt", "--ot=x"], "perhaps you meant --out"),
+        (["a.pt", f"--out={tmp_path}/x", "--init=y"], "--init is for train/main.py"),
         ([str(tmp_path / "none.pt"), f"--out={tmp_path}/x"], "none.pt is not a file"),
     ):
         with pytest.raises(SystemExit):

@@ -311,6 +311,9 @@ def test_settings_that_do_not_go_with_a_method_are_refused():
         ("moco --optim.constant_predictor_lr=false", "MoCo v2 has none with these flags"),
         ("simsiam --model.head_norm=all --method.predictor=none", "is default without a predictor"),
         ("simsiam --method.swav.small_size=8", "small_size belongs to swav"),
+        ("swav --method.swav.sinkhorn_iterations=1001", "sinkhorn_iterations must be at most 1000"),
+        ("swav --method.swav.frozen_epochs=1e308", "frozen_epochs must be at most"),
+        ("simsiam --optim.warmup_epochs=1e308", "warmup_epochs must be at most"),
         ("moco --method.moco.queue=10000000000000", "queue must be at most 1099511627776"),
     ],
 )

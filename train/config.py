@@ -88,8 +88,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Refuse impossible values."""
-        for name in ("width", "projector_layers", "projector_dim", "predictor_hidden"):
+        for name in ("width", "projector_dim", "predictor_hidden"):
             at_least(f"model.{name}", getattr(self, name), 1)
+        at_least("model.projector_layers", self.projector_layers, 1, most=100)
         at_least("model.projector_hidden", self.projector_hidden, 0)
 
     def ends_in_norm(self, method: MethodName) -> bool:
@@ -120,7 +121,8 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         """Refuse impossible values."""
-        for name in ("lr", "momentum", "weight_decay", "warmup_epochs"):
+        at_least("optim.warmup_epochs", self.warmup_epochs, 0)
+        for name in ("lr", "momentum", "weight_decay"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"optim.{name} must be >= 0, got {getattr(self, name)}")
         if self.name == "lars" and self.implementation == "apex":

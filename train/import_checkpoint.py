@@ -20,11 +20,14 @@ import hashlib
 import json
 import pickle
 import re
+import zipfile
+import zlib
 from collections import Counter
 from pathlib import Path
 
 import torch
 from jsonargparse import ArgumentError
+from safetensors import SafetensorError
 
 from train import checkpoint, state
 from train.checkpoint import Tensors
@@ -44,6 +47,11 @@ def read_tensors(path: Path) -> Tensors:
     if path.stat().st_size > MAX_GIB << 30:
         raise ValueError(f"{path} has more than {MAX_GIB} GiB: keep its state_dict alone")
     try:
+        if zipfile.is_zipfile(path):  # torch.load takes flipped bits without a word
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise ValueError(f"the checksum of {damaged} in it differs, copy it again")
         with torch.serialization.safe_globals([argparse.Namespace]):  # plain attributes
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -58,18 +66,24 @@ def read_tensors(path: Path) -> Tensors:
             f"torch.load('{path}', weights_only=False)['state_dict'], 'tensors.pt')\""
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError,
-            TypeError) as error:  # fmt: skip  # what torch.load raises for cut and foreign files
+            TypeError, zipfile.BadZipFile, zlib.error, SafetensorError) as error:  # fmt: skip  # what torch.load raises for cut and foreign files
         raise ValueError(
             f"{path} is no checkpoint of torch.save, or is damaged: {first_line(error)}"
         ) from error
     content = content.get("state_dict", content) if isinstance(content, dict) else {}
     if not isinstance(content, dict):
         raise ValueError(f"{path} has a state_dict that is a {type(content).__name__}, not a dict")
-    return {
+    tensors = {
         name.removeprefix("module."): tensor
         for name, tensor in content.items()
         if isinstance(name, str) and isinstance(tensor, torch.Tensor)
     }
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+            raise ValueError(
+                f"{path} has a {name} that is sparse, quantized or without data: save plain tensors"
+            )
+    return tensors
 
 
 def fitted(found: Found, config: Config) -> Tensors:
@@ -77,6 +91,11 @@ def fitted(found: Found, config: Config) -> Tensors:
     with torch.device("meta"):
         expected = SimSiam(config.model, config.method).state_dict()
     state.check_fits(expected, found.tensors)
+    for name, tensor in found.tensors.items():
+        if tensor.is_floating_point() != expected[name].is_floating_point():
+            raise ValueError(f"{name} is of {tensor.dtype} and must be of {expected[name].dtype}")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} has values that are not finite: that training diverged")
     return {name: tensor.to(expected[name].dtype) for name, tensor in found.tensors.items()}
 
 
@@ -155,6 +174,10 @@ def main() -> None:
         path = Path(flags.pop("file"))
         flags.pop("config", None)
         config = Config(**flags)
+        if config.init:
+            raise ValueError(
+                "--init is for train/main.py: the weights come from FILE, leave it out"
+            )
     except (ArgumentError, ValueError, TypeError, OSError) as error:
         refuse(explain(str(error)))
     try:

@@ -193,6 +193,8 @@ def linear_norm(name: str, linear: Tensors, norm: Tensors, *, affine: bool) -> T
         raise ValueError(f"the batch norm of {name} has {has} weight and bias, unlike SimSiam's")
     norm = dict(norm)
     if "bias" in linear:
+        if linear["bias"].shape != norm["running_mean"].shape:
+            raise ValueError(f"the bias of {name} does not have the length of its batch norm")
         norm["running_mean"] = norm["running_mean"].double() - linear["bias"].double()
     tensors = {f"{name}.norm.{leaf}": tensor for leaf, tensor in norm.items()}
     return {f"{name}.linear.weight": linear["weight"]} | tensors

@@ -78,10 +78,11 @@ class SwAVConfig:
 
     def __post_init__(self) -> None:
         """Refuse impossible values."""
-        for name in ("queue", "queue_from_epoch", "small_views"):
+        for name in ("queue", "queue_from_epoch", "frozen_epochs"):
             at_least(f"method.swav.{name}", getattr(self, name), 0)
-        for name in ("sinkhorn_iterations", "small_size"):
-            at_least(f"method.swav.{name}", getattr(self, name), 1)
+        at_least("method.swav.small_views", self.small_views, 0, most=100)
+        at_least("method.swav.sinkhorn_iterations", self.sinkhorn_iterations, 1, most=1000)
+        at_least("method.swav.small_size", self.small_size, 1)
         at_least("method.swav.prototypes", self.prototypes, 2)
         low, high = self.small_scale
         if not 0 < low <= high <= 1:
@@ -92,8 +93,6 @@ class SwAVConfig:
                 f"method.swav.epsilon must be at least 0.025, got {self.epsilon}: below it "
                 "exp(-2 / epsilon) is 0 in fp32 and an assignment may be 0 / 0"
             )
-        if not 0 <= self.frozen_epochs < float("inf"):
-            raise ValueError(f"method.swav.frozen_epochs must be >= 0, got {self.frozen_epochs}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,12 +219,12 @@ class MethodConfig:
         return 4 if self.symmetry == "asymmetric_2x" else 2
 
 
-def at_least(name: str, value: float, low: int) -> None:
+def at_least(name: str, value: float, low: int, most: int = MOST) -> None:
     """Raise ValueError if a flag's value is below its least one, or no size that can be meant."""
-    if value < low:
+    if not value >= low:
         raise ValueError(f"{name} must be at least {low}, got {value}")
-    if value > MOST:
-        raise ValueError(f"{name} must be at most {MOST}, got {value}")
+    if value > most:
+        raise ValueError(f"{name} must be at most {most}, got {value}")
 
 
 def positive(name: str, value: float) -> None:
