@@ -271,7 +271,40 @@ def test_an_epochs_targets_of_an_epoch_of_one_step_are_simsiams():
 def test_pages_that_hold_read_files_count_as_memory_left(tmp_path, monkeypatch):
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal: 900000 kB\nMemFree: 10 kB\nMemAvailable: 400000 kB\nHuge: 0\n")
-    monkeypatch.setattr("train.methods.method.MEMORY", meminfo)
+    monkeypatch.setattr("train.memory.MACHINE", meminfo)
+    monkeypatch.setattr("train.memory.OWN_GROUPS", tmp_path / "none")
     check_memory("a queue", "take less", count=390_000, dim=256, device=CPU)
     with pytest.raises(ValueError, match="cpu has 0.4 GiB left: take less"):
         check_memory("a queue", "take less", count=410_000, dim=256, device=CPU)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("inside", [False, True], ids=["job", "container"])
+def test_a_limit_of_a_control_group_counts_as_the_memory_there_is(
+    version, inside, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("train.memory.OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr("train.memory.GROUPS", tmp_path)
+    (tmp_path / "own").write_text(
+        "5:cpu,cpuacct:/\n4:memory:/job/step\n0::/\n" if version == 1 else "0::/job/step\n"
+    )
+    top = tmp_path / "memory" if version == 1 else tmp_path
+    names = (
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+        if version == 1
+        else ("memory.max", "memory.current", "")
+    )
+
+    def limit(folder, most: str) -> None:  # 300 MiB of 400 are taken, 100 of these cache files
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / names[0]).write_text(f"{most}\n")
+        (folder / names[1]).write_text(f"{300 << 20}\n")
+        kinds = f"{names[2]}inactive_file {60 << 20}\n{names[2]}active_file {40 << 20}\n"
+        (folder / "memory.stat").write_text("anon 5\n" + kinds)
+
+    if not inside:  # in a container the group's name is the host's, and its top is the container's
+        limit(top / "job" / "step", str(2**63 - 4096) if version == 1 else "max")
+    limit(top if inside else top / "job", str(400 << 20))
+    check_memory("a queue", "take less", count=199 << 10, dim=256, device=CPU)
+    with pytest.raises(ValueError, match="cpu has 0.2 GiB left: take less"):
+        check_memory("a queue", "take less", count=201 << 10, dim=256, device=CPU)

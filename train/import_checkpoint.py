@@ -65,8 +65,9 @@ def read_tensors(path: Path) -> Tensors:
             f'trust the file, take them out of it: python -c "import torch; torch.save('
             f"torch.load('{path}', weights_only=False)['state_dict'], 'tensors.pt')\""
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError,
-            TypeError, zipfile.BadZipFile, zlib.error, SafetensorError) as error:  # fmt: skip  # what torch.load raises for cut and foreign files
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError,
+            zipfile.BadZipFile, zlib.error, SafetensorError) as error:  # fmt: skip
+        # what is raised for cut and foreign files
         raise ValueError(
             f"{path} is no checkpoint of torch.save, or is damaged: {first_line(error)}"
         ) from error

@@ -172,8 +172,9 @@ def start_from(model: Method, run: Path, *, log: Callable[[str], None]) -> None:
     try:
         check_fits(expected, weights)
     except ValueError as error:
+        theirs = found.about.get("config", {}).get("method.name", "another tool")
         raise ValueError(
-            f"--init {run} has another network: {error}. Take its settings: "
+            f"--init {run} (of {theirs}) has another network: {error}. Take its settings: "
             f"--config {run / 'config.yaml'}"
         ) from error
     model.load_state_dict(weights, strict=False)

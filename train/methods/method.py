@@ -7,7 +7,6 @@ A newcomer's mistake: a loss summed over ranks. It is the mean over this rank's 
 the gradients.
 """
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from train.config import ModelConfig
+from train.memory import memory_left
 from train.norm import set_kernels, set_sync_group, set_views
 from train.resnet import ResNet
-
-MEMORY = Path("/proc/meminfo")
 
 
 class Method(nn.Module):
@@ -143,12 +141,7 @@ def check_memory(what: str, remedy: str, *, count: int, dim: int, device: torch.
     Raises: ValueError where they do not fit into the memory left.
     """
     needed = 4 * count * dim
-    if device.type == "cuda":
-        left = torch.cuda.mem_get_info(device)[0]
-    else:
-        # what is free without this is little where images were read: their pages stay until needed
-        rows = dict(line.split(":") for line in MEMORY.read_text().splitlines())
-        left = int(rows["MemAvailable"].split()[0]) << 10
+    left = memory_left(device)
     if needed > left:
         raise ValueError(
             f"{what} takes {needed / 2**30:.1f} GiB ({count} x {dim} fp32) and {device} has "
