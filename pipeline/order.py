@@ -18,9 +18,10 @@ class SampleOrder:
 
     def __init__(self, num_samples: int, *, batch_size: int, seed: int):
         if num_samples < batch_size:
+            remedy = f"set --data.batch_size to at most {num_samples}"
             raise ValueError(
                 f"{num_samples} images are fewer than one global batch of {batch_size}: "
-                f"set --data.batch_size to at most {num_samples}"
+                + (remedy if num_samples > 1 else "give --data.root more")
             )
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
         self.steps_per_epoch = num_samples // batch_size

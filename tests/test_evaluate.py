@@ -1,8 +1,10 @@
 """train/evaluate.py on a tiny trained run: results, files, refusals, the linear probe's resume."""
 
 import dataclasses
+import errno
 import json
 import math
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -212,6 +214,37 @@ def test_missing_labels_are_refused_where_needed_and_only_there(run, digits, tmp
     assert not (tmp_path / "out" / "confusion.png").exists()
     line = refusal(capfd, run, f"--data.root={digits}/train", f"--data.val={flat}")
     assert f"--data.val {flat} has no class labels" in line
+    line = refusal(capfd, run, *flags, f"--data.val={digits}/val", "--k=[]", "--probe=none")
+    assert f"{flat} has no class labels to vote with" in line
+    for path in sorted(flat.iterdir())[1:]:
+        path.unlink()
+    line = refusal(capfd, run, *flags, "--k=[]", "--probe=none")
+    assert f"{flat} has one image, which is held out" in line
+
+
+def test_pictures_are_not_written_among_the_images(run, digits, capfd):
+    before = sorted(digits.rglob("*"))
+    line = refusal(capfd, run, f"--data.root={digits}", f"--out={digits}/val/out")
+    assert f"--out {digits}/val/out lies in the images' folder {digits}/val" in line
+    assert sorted(digits.rglob("*")) == before
+
+
+def test_too_large_a_size_ends_in_one_line(run, tmp_path, capfd, monkeypatch):
+    def full(*_):
+        raise RuntimeError("Critical error in pipeline:\nstd::bad_alloc")
+
+    monkeypatch.setattr(evaluate, "encode", full)
+    line = refusal(capfd, run, "--k=20", f"--out={tmp_path}/out")
+    assert "out of memory (std::bad_alloc): lower --eval.batch_size" in line
+
+
+def test_a_full_disk_is_named(run, tmp_path, capfd, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(evaluate, "evaluate", full)
+    line = refusal(capfd, run, "--k=20", f"--out={tmp_path}/out")
+    assert line == f"error: [Errno 28] No space left on device (--out {tmp_path}/out)"
 
 
 def test_too_many_neighbours_are_refused_before_the_first_forward_pass(

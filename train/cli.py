@@ -159,11 +159,21 @@ def is_disk_full(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
+def told(error: BaseException, out: Path) -> str:
+    """An error's text, with the folder that is full where that is what happened."""
+    return f"{error} (--out {out})" if is_disk_full(error) else str(error)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether torch on a GPU or the CPU, NumPy or DALI could not have the memory it asked for."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
         text in str(error) for text in ("can't allocate memory", "bad_alloc", "out of memory")
     )
+
+
+def memory_line(error: BaseException) -> str:
+    """Of the text of such an error the line that says how much was asked for, or where."""
+    return next((line.strip() for line in str(error).splitlines() if "alloc" in line), "")
 
 
 def print_result(result: dict, *, kept: Path) -> None:

@@ -72,6 +72,11 @@ def open_data(config: DataConfig, *, out: Path, seed: int, world: World) -> RunD
     train, val = lists
     reader = ImageReader(train, config.max_pixels)
     if train.labels is None:
+        if config.val is not None:
+            raise ValueError(
+                f"--data.val {config.val} is for kNN, and {train.root} has no class labels to vote "
+                "with: give --data.root class folders, or leave --data.val out"
+            )
         return RunData(reader, None, None, [], f"no class labels in {train.root}: no kNN check")
     labels, ids = train.labels, np.arange(len(train))
     if val is None:
@@ -138,18 +143,23 @@ def difference(source: ImageSource) -> str | None:
     )
 
 
+def check_apart(out: Path, *folders: str | None) -> None:
+    """Raise ValueError if what is written to `out` would lie among the images of a folder."""
+    for folder in folders:
+        if folder is not None and out.resolve().is_relative_to(Path(folder).resolve()):
+            raise ValueError(
+                f"--out {out} lies in the images' folder {folder}: its pictures would be taken for "
+                "images. Give another place"
+            )
+
+
 def _list(config: DataConfig, out: Path) -> tuple[ImageSource, ImageSource | None]:
     root = config.root
     if root == DIGITS:
         root = str(write_digits(out.parent / "digits-jpeg"))
     train_root, val_root = split_root(root)
     val_root = config.val or val_root
-    for folder in (train_root, val_root):
-        if folder is not None and out.resolve().is_relative_to(Path(folder).resolve()):
-            raise ValueError(
-                f"the run folder {out} lies in the images' folder {folder}: its pictures would be "
-                "taken for images. Give --out another place"
-            )
+    check_apart(out, train_root, val_root)
     val = open_source(val_root) if val_root is not None else None
     train = open_source(train_root)
     if config.val is not None and (val is None or val.labels is None):

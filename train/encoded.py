@@ -83,6 +83,10 @@ def open_sets(data: RunData, chosen: EvaluateConfig, *, seed: int) -> tuple[Eval
     else:
         none = np.full(len(data.train.source), -1)
         train, test = (EvalSet(data.train, ids, none[ids]) for ids in split_bank(none, seed=seed))
+    if not len(train.ids):
+        raise ValueError(
+            f"{data.train.source.root} has one image, which is held out: give --data.root more"
+        )
     check_k(chosen.k, len(train.ids))
     return train, test
 

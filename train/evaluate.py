@@ -16,7 +16,6 @@ if not __package__:  # run as a script: the repo root, not this folder, heads sy
 
 import dataclasses
 import hashlib
-import json
 import signal
 import time
 from dataclasses import dataclass
@@ -27,11 +26,12 @@ from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn import functional as F
 
+from pipeline.sources import split_root
 from train import distributed
 from train.checkpoint import Checkpoint
-from train.cli import refuse
+from train.cli import is_out_of_memory, memory_line, print_result, refuse, told
 from train.config import Config
-from train.data import EvalSet, open_data
+from train.data import EvalSet, check_apart, open_data
 from train.distributed import World, from_main
 from train.encoded import TOP, Encoded, accuracy, check_k, encode, load_encoder, open_sets
 from train.evaluate_config import EvaluateConfig, read_flags, run_config
@@ -248,6 +248,7 @@ def main() -> None:
         config = run_config(run, chosen)
         with distributed.start(config.device, config) as world:
             if world.is_main:
+                check_apart(out, *split_root(config.data.root), config.data.val)
                 if any((out / "checkpoints").glob("step-*")):  # its config.yaml is to stay
                     raise ValueError(f"--out {out} is the folder of a training: give another")
                 folder = RunFolder(str(out))
@@ -257,13 +258,19 @@ def main() -> None:
             result = evaluate(job, folder)
         if folder is not None:
             print_evaluation(result, config.method)
-            print(json.dumps(result))
+            print_result(result, kept=out / "evaluation.json")
     except KeyboardInterrupt:
         refuse(STOPPED, code=130)
     except (ValueError, OSError) as error:
-        refuse(str(error), code=1)
-    except torch.OutOfMemoryError as error:
-        refuse(f"{error}. Lower --eval.batch_size", code=1)
+        refuse(told(error, out), code=1)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        refuse(
+            f"out of memory ({memory_line(error)}): lower --eval.batch_size, --eval.size or "
+            "--fast.batch_size",
+            code=1,
+        )
     finally:
         if folder is not None:
             folder.close()

@@ -26,7 +26,7 @@ from safetensors.torch import save  # save_file makes files that only their owne
 from torch import Tensor
 
 from pipeline.sources import named_path
-from train.cli import first_line, refuse
+from train.cli import first_line, refuse, told
 from train.resnet import LAYERS
 from train.run_folder import CONFIG, newest_checkpoint
 
@@ -204,7 +204,7 @@ def main() -> None:
             print(f"note: {found['note']}", file=sys.stderr)
         print(json.dumps(found))
     except (ValueError, OSError) as error:
-        refuse(str(error), code=1)
+        refuse(told(error, target), code=1)
 
 
 if __name__ == "__main__":

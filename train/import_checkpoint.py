@@ -31,7 +31,7 @@ from safetensors import SafetensorError
 
 from train import checkpoint, state
 from train.checkpoint import Tensors
-from train.cli import build_parser, explain, first_line, refuse
+from train.cli import build_parser, explain, first_line, refuse, told
 from train.config import Config
 from train.layouts import Found, convert
 from train.methods.simsiam import SimSiam
@@ -184,7 +184,7 @@ def main() -> None:
     try:
         report = import_file(path, config)
     except (ValueError, OSError) as error:
-        refuse(str(error), code=1)
+        refuse(told(error, Path(config.out)), code=1)
     print_report(report)
     print(json.dumps(report))
 

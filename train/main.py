@@ -25,7 +25,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from kernels.launch import use_triton
 from pipeline.order import SampleOrder
 from train import checkpoint, distributed, doctor, state
-from train.cli import is_disk_full, is_out_of_memory, print_result, read_config, refuse
+from train.cli import is_out_of_memory, memory_line, print_result, read_config, refuse, told
 from train.config import Config
 from train.data import open_data
 from train.distributed import World, from_main
@@ -132,16 +132,14 @@ def main() -> None:
     except (ValueError, OSError, FloatingPointError) as error:
         if folder is not None:
             folder.give_up(traceback.format_exc())
-        where = f" (--out {folder.path})" if folder is not None and is_disk_full(error) else ""
-        refuse(f"{error}{where}", code=1)
+        refuse(str(error) if folder is None else told(error, folder.path), code=1)
     except (RuntimeError, MemoryError) as error:
         if folder is not None:
             folder.fail(traceback.format_exc())
         if not is_out_of_memory(error):
             raise
-        why = next((line for line in str(error).splitlines() if "alloc" in line), "")
         refuse(
-            f"out of memory ({why.strip()}): lower --data.batch_size, the sizes of views or "
+            f"out of memory ({memory_line(error)}): lower --data.batch_size, the sizes of views or "
             "--model, or use more GPUs for the same batch",
             code=1,
         )

@@ -31,7 +31,7 @@ from jsonargparse import ArgumentError
 
 from pipeline.digits import write_digits
 from pipeline.sources import list_images, split_root
-from train.cli import build_parser, explain, flags, refuse
+from train.cli import build_parser, explain, flags, print_result, refuse, told
 from train.config import Config, at_least
 from train.data import DIGITS
 from train.distributed import resolve_device
@@ -156,8 +156,8 @@ def main() -> None:
     except Timeout:
         refuse(f"--out {out} is in use by another study: wait, or choose another folder", code=1)
     except (ValueError, OSError) as error:
-        refuse(str(error), code=1)
-    print(json.dumps(result))
+        refuse(told(error, out), code=1)
+    print_result(result, kept=out / f"result-{name}.json")
     if result["failed"]:
         refuse(f"{len(result['failed'])} of {result['runs']} runs failed, see above", code=1)
 
