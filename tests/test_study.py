@@ -16,7 +16,7 @@ import pytest
 from train import distributed, study_runs
 from train.cli import read_config
 from train.metrics import Log
-from train.study import ALL, choose, read_flags
+from train.study import ALL, StudyConfig, choose, read_flags, run_studies
 from train.study_report import draw, markdown, otherwise, outcome, spread, summarize, thresholds
 from train.study_runs import Place, Run, plan_places, plan_runs, run_all
 from train.variants import Row, Study, left_out, studies
@@ -95,6 +95,42 @@ def test_variants_of_one_setting_share_their_runs_and_other_flags_are_other_runs
     longer, _ = plan_runs(rows, read_config([*DIGITS, "--epochs=99"]), **plan)
     assert longer["a"][0].folder != runs["a"][0].folder
     assert read_config(longer["a"][0].command[2:]).epochs == 99
+
+
+def test_a_variant_that_its_baseline_makes_impossible_is_named(tmp_path):
+    plan = {"out": tmp_path, "root": "somewhere", "images": 1437, "seeds": range(1)}
+    with pytest.raises(
+        ValueError, match=r"variant b \(--data.batch_size=1\): data.batch_size must"
+    ):
+        plan_runs([row("a"), row("b", "--data.batch_size=1")], read_config(DIGITS), **plan)
+
+
+@pytest.mark.parametrize("name", ["result.json", "env.json"])
+@pytest.mark.parametrize("content", ["", '{"state": "fin', "[]"])
+def test_a_file_that_a_power_cut_damaged_ends_no_study(name, content, tmp_path):
+    run = Run("a", 0, tmp_path, ())
+    result = {"state": "finished", "collapsed": False, "knn_top1": 50.0, "train_s": 1.0,
+              "knn_top1_untrained": 40.0, "loss": -0.5, "z_std": 1.0}  # fmt: skip
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    (tmp_path / "env.json").write_text(json.dumps({"revision": "abc"}))
+    assert run.result() == result
+    (tmp_path / name).write_text(content)
+    study = Study("s", "S", "section 0", (row("a"),))
+    found = summarize(study, {"a": [run]}, reasons={}, failed={}, batch_size=64)
+    assert (run.result() is None) == (name == "result.json")
+    assert found["revisions"] == ([] if name == "result.json" else ["None"])
+
+
+def test_a_study_without_a_variant_to_run_or_among_the_images_is_refused(tmp_path):
+    out, base = tmp_path / "out", read_config([*DIGITS, f"--data.root={tmp_path}/images"])
+    out.mkdir()
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.jpg").write_bytes(b"one")
+    chosen, own = choose("stop-gradient", studies(base)), StudyConfig()
+    with pytest.raises(ValueError, match="no variant can be run: there are 1 images"):
+        run_studies(chosen, own, base, out)
+    with pytest.raises(ValueError, match="lies in the images' folder"):
+        run_studies(chosen, own, base, tmp_path / "images")
 
 
 def test_places_share_out_cores_and_gpus(monkeypatch):
@@ -321,6 +357,10 @@ def test_an_unknown_study_or_flag_names_the_nearest_one(capsys):
         read_flags(["--help"])
     told = capsys.readouterr().out.split("positional arguments:")[1].split("options:")[0]
     assert [one for one in [*known, ALL] if not re.search(rf"\b{one}[,.]", told)] == []
+    for flag in "--method.predictor=none", "--model.head_norm=all", "--method.name=byol":
+        with pytest.raises(SystemExit) as stop:
+            read_flags(["predictor", flag])
+        assert stop.value.code == 2 and "around SimSiam as it is" in capsys.readouterr().err
     name, own, base = read_flags(["predictor", "--seeds=2", "--epochs=7"])
     assert (name, own.seeds, base.epochs, base.data.root) == ("predictor", 2, 7, "digits")
 

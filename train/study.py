@@ -32,8 +32,8 @@ from jsonargparse import ArgumentError
 from pipeline.digits import write_digits
 from pipeline.sources import list_images, split_root
 from train.cli import build_parser, explain, flags, print_result, refuse, told
-from train.config import Config, at_least
-from train.data import DIGITS
+from train.config import Config, MethodConfig, at_least
+from train.data import DIGITS, check_apart
 from train.distributed import resolve_device
 from train.metrics import Log
 from train.run_folder import environment
@@ -78,7 +78,14 @@ def read_flags(words: Sequence[str]) -> tuple[str, StudyConfig, Config]:
         found.pop("config", None)
         name, names = found.pop("name"), [part.name for part in dataclasses.fields(StudyConfig)]
         own = StudyConfig(**{name: found.pop(name) for name in names})
-        return name, own, Config(**found)
+        base = Config(**found)
+        varied = base.method, base.model.head_norm, base.optim.constant_predictor_lr
+        if varied != (MethodConfig(), "default", True):
+            raise ValueError(
+                "the studies vary --method.*, --model.head_norm and --optim.constant_predictor_lr "
+                "themselves, around SimSiam as it is: leave them out"
+            )
+        return name, own, base
     except (ArgumentError, ValueError, TypeError, OSError) as error:
         refuse(explain(str(error), [*flags(), *flags(StudyConfig)]))
 
@@ -98,9 +105,12 @@ def run_studies(chosen: Sequence[Study], own: StudyConfig, base: Config, out: Pa
     began, log = time.monotonic(), Log(out / "log.txt")
     root = str(write_digits(out / "digits-jpeg")) if base.data.root == DIGITS else base.data.root
     images = len(list_images(split_root(root)[0]))
+    check_apart(out, *split_root(root), base.data.val)
     rows = {row.name: row for study in chosen for row in study.rows}
     seeds = range(base.seed, base.seed + own.seeds)
     runs, reasons = plan_runs(rows.values(), base, out=out, root=root, images=images, seeds=seeds)
+    if not runs:
+        raise ValueError(f"no variant can be run: {next(iter(reasons.values()))}")
     # one seed of all variants, then the next: a study that is stopped has something of each
     wanted = {run.folder: run for of_seed in zip(*runs.values(), strict=True) for run in of_seed}
     left = [run for run in wanted.values() if run.result() is None]

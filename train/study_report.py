@@ -4,7 +4,6 @@ A newcomer's mistake: taking every difference for one. Two variants count as dif
 ranges over seeds do not overlap; of two equal ones three seeds each part in one case of ten.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -75,7 +74,7 @@ def summarize_row(row: Row, runs: Sequence[Run]) -> dict:
             {
                 "seed": run.seed,
                 **{key: result[key] for key in ("knn_top1", "knn_top1_untrained", "loss", "z_std")},
-                "revision": str(json.loads((run.folder / "env.json").read_text())["revision"]),
+                "revision": str(run.read("env.json").get("revision")),
                 "curves": read_curves(run.folder / "metrics.jsonl"),
             }
             for run, result in found.items()

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from train.cli import read_config
+from train.cli import parse_config
 from train.config import Config
 from train.distributed import StopSignal, World
 from train.metrics import Log
@@ -50,11 +50,16 @@ class Run:
 
     def result(self) -> dict | None:
         """What it found, if it is finished."""
+        found = self.read("result.json")
+        return found if found.get("state") == "finished" else None
+
+    def read(self, name: str) -> dict:
+        """A file of the run; nothing where it is missing or damaged: a new start writes it."""
         try:
-            found = json.loads((self.folder / "result.json").read_text())
-        except FileNotFoundError:
-            return None
-        return found if found["state"] == "finished" else None
+            found = json.loads((self.folder / name).read_text())
+        except (FileNotFoundError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
 
 
 @dataclass(frozen=True)
@@ -73,12 +78,16 @@ def plan_runs(
 
     root: the folder of the images. Variants of the same settings share their runs. A folder's name
     holds a hash of the settings, so that no run of other flags is taken for one of these.
+    Raises: ValueError for a variant whose flags are impossible with the baseline's.
     """
     preset = out / f"baseline-{settings_key(base)}.yaml"
     preset.write_text(yaml.safe_dump(dataclasses.asdict(base), sort_keys=False))
     runs, reasons, folders = {}, {}, {}
     for row in rows:
-        config = read_config([f"--config={preset}", *row.flags])
+        try:
+            config = parse_config([f"--config={preset}", *row.flags])
+        except ValueError as error:
+            raise ValueError(f"variant {row.name} ({' '.join(row.flags)}): {error}") from error
         if (reason := left_out(config, images)) is not None:
             reasons[row.name] = reason
             continue
