@@ -175,12 +175,28 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
         export.backbone_weights(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"- 1\n", b"a: [}", b"\xff\xfe", b"model: {}\n"])
+@pytest.mark.parametrize(
+    "content", [b"", b"- 1\n", b"a: [}", b"\xff\xfe", b"model: {}\n", b"model: 3\n",
+                b"model: {arch: resnet18, stem: cifar, width: 4}\ndata: {mean: 0}\neval: {}\n",
+                b"model: {arch: resnet99, stem: cifar, width: 4}\n"],
+)  # fmt: skip
 def test_a_damaged_config_is_named(run, content):
     folder, _ = run(arch="resnet18", width=4)
     (folder / "config.yaml").write_bytes(content)
     with pytest.raises(ValueError, match="config.yaml is not a training's .*: restore it"):
         export.backbone_weights(folder)
+
+
+@pytest.mark.parametrize("change", [{"width": 64}, {"arch": "resnet50"}, {"stem": "cifar"}])
+@pytest.mark.parametrize("tool", export.EXPORTS)
+def test_a_config_of_another_network_is_no_name_for_these_weights(run, change, tool):
+    folder, _ = run(arch="resnet18", width=8)
+    settings = yaml.safe_load((folder / "config.yaml").read_text())
+    settings["model"] |= change
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises(ValueError, match="holds another network than .*config.yaml names: "):
+        export.EXPORTS[tool](folder, folder / "out")
+    assert not (folder / "out").exists()
 
 
 def test_a_failed_export_leaves_no_half_file(run, monkeypatch):

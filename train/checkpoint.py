@@ -119,7 +119,8 @@ def load_newest(folder: Path, *, log: Callable[[str], None]) -> Checkpoint | Non
         return None
     raise CheckpointError(
         f"No checkpoint in {folder} can be used:{''.join(reasons)}\n"
-        f"Choose another --out, or delete the folder {folder} to start over."
+        "Restore one from a copy. To train anew, choose another --out, or delete the folder "
+        f"{folder} to start over."
     )
 
 

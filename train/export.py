@@ -21,16 +21,18 @@ import re
 import shutil
 from pathlib import Path
 
+import torch
 import yaml
 from safetensors.torch import save  # save_file makes files that only their owner can read
 from torch import Tensor
 
 from pipeline.sources import named_path
 from train.cli import first_line, refuse, told
-from train.resnet import LAYERS
+from train.resnet import LAYERS, ResNet
 from train.run_folder import CONFIG, newest_checkpoint
 
 PREFIX = "backbone."
+NEEDED = ("data", "mean"), ("data", "std"), ("eval", "size"), ("eval", "resize")
 CIFAR_STEM = (
     "the stem is CIFAR's: before loading, model.conv1 = torch.nn.Conv2d(3, 64, 3, 1, 1, bias=False)"
     " and model.maxpool = torch.nn.Identity()"
@@ -45,9 +47,19 @@ def backbone_weights(run: Path) -> tuple[dict[str, Tensor], dict]:
     found = newest_checkpoint(run, log=lambda line: print(line, file=sys.stderr))
     try:
         config = yaml.safe_load((run / CONFIG).read_text())
-        if not config.keys() >= {"data", "model", "eval"}:
-            raise ValueError("it lacks data, model or eval")
-    except (yaml.YAMLError, AttributeError, ValueError) as error:
+        model = {name: config["model"][name] for name in ("arch", "stem", "width")}
+        for part, name in NEEDED:
+            config[part][name]
+        with torch.device("meta"):
+            expected = ResNet(**model).state_dict()
+    except (
+        yaml.YAMLError,
+        AttributeError,
+        ValueError,
+        LookupError,
+        TypeError,
+        RuntimeError,
+    ) as error:
         raise ValueError(
             f"{run / CONFIG} is not a training's ({first_line(error)}): restore it"
         ) from error
@@ -56,6 +68,12 @@ def backbone_weights(run: Path) -> tuple[dict[str, Tensor], dict]:
         for name, tensor in found.tensors["model"].items()
         if name.startswith(PREFIX)
     }
+    here, there = ({n: tuple(t.shape) for n, t in part.items()} for part in (expected, tensors))
+    if odd := [name for name in {**here, **there} if here.get(name) != there.get(name)]:
+        raise ValueError(
+            f"{found.path} holds another network than {run / CONFIG} names: {odd[0]} is "
+            f"{there.get(odd[0], 'missing')} and must be {here.get(odd[0], 'absent')}: restore it"
+        )
     return tensors, config | {"step": found.step}
 
 
