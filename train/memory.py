@@ -46,5 +46,7 @@ def left_in_groups() -> Iterator[int]:
                         row.split() for row in (folder / "memory.stat").read_text().splitlines()
                     )
                     known = {name: int(value) for name, value in stat}
-                    cached = sum(known[f"{prefix}{kind}_file"] for kind in ("active", "inactive"))
+                    cached = sum(
+                        known.get(f"{prefix}{kind}_file", 0) for kind in ("active", "inactive")
+                    )
                     yield int(most) - int((folder / usage).read_text()) + cached
