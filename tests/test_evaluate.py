@@ -100,6 +100,17 @@ def test_a_run_is_evaluated_with_figures_and_pictures(run, tmp_path, capfd):
             assert np.asarray(picture).std() > 20
 
 
+def test_an_evaluation_replaces_the_one_before_and_a_line_of_each_is_kept(run, tmp_path, capfd):
+    out = tmp_path / "out"
+    first = result(capfd, run, "--k=[20]", "--probe=none", f"--out={out}")
+    assert (out / "confusion.png").exists()
+    second = result(capfd, run, "--k=[]", "--probe=none", f"--out={out}")
+    assert not (out / "confusion.png").exists()  # it would be taken for one of the second
+    lines = [json.loads(line) for line in (out / "evaluations.jsonl").read_text().splitlines()]
+    assert [line.pop("evaluation")["k"] for line in lines] == [[20], []]
+    assert lines == [first, second]
+
+
 def test_neighbours_are_thumbnails_of_the_nearest_images(run, digits, tmp_path, capfd, monkeypatch):
     shown = {}
     monkeypatch.setattr(

@@ -16,6 +16,7 @@ if not __package__:  # run as a script: the repo root, not this folder, heads sy
 
 import dataclasses
 import hashlib
+import json
 import signal
 import time
 from dataclasses import dataclass
@@ -53,6 +54,7 @@ from train.run_folder import (
 from train.spread import measure_spread
 
 QUERIES, NEIGHBOURS, SIDE = 10, 8, 96  # test images shown, neighbours of each, pixels
+CONFUSION, CONFUSION_LINEAR = "confusion.png", "confusion_linear.png"
 STOPPED = (
     "stopped. evaluation.json has what was done; the same command starts again, and goes on after "
     "the linear probe's last epoch"
@@ -180,7 +182,10 @@ def show_neighbours(job: Job, train: Encoded, test: Encoded) -> None:
 
 
 def evaluate(job: Job, folder: RunFolder | None) -> dict:
-    """All that was asked for, the cheap parts first; evaluation.json and pictures on rank 0."""
+    """All that was asked for, the cheap parts first; evaluation.json and pictures on rank 0.
+
+    They replace those of an evaluation before; evaluations.jsonl keeps the results of all.
+    """
     start = time.monotonic()
     backbone, projector = load_encoder(job.found, job.config, device=job.world.device)
     linear = open_probe(job, backbone) if job.chosen.probe in ("linear", "both") else None
@@ -194,7 +199,7 @@ def evaluate(job: Job, folder: RunFolder | None) -> dict:
         **measure_spread(projector, train.features),
     }  # fmt: skip
 
-    def write(title: str, guesses: Tensor | None, picture: str = "confusion.png") -> None:
+    def write(title: str, guesses: Tensor | None, picture: str = CONFUSION) -> None:
         result["seconds"] = time.monotonic() - start
         if folder is None:
             return
@@ -208,6 +213,8 @@ def evaluate(job: Job, folder: RunFolder | None) -> dict:
     if job.chosen.probe in ("fast", "both"):
         title, (result["fast_probe"], guesses) = "fast probe", on_cached(job, train, test)
     if folder is not None:
+        for picture in CONFUSION, CONFUSION_LINEAR:  # of an evaluation that this one replaces
+            (job.out / picture).unlink(missing_ok=True)
         show_neighbours(job, train, test)
     write(title, guesses)
     if linear is not None:  # hours for ImageNet: what is known by now is written and shown
@@ -215,7 +222,7 @@ def evaluate(job: Job, folder: RunFolder | None) -> dict:
             print_evaluation(result, job.config.method)
         result["linear_probe"], guesses = as_in_paper(job, linear, backbone, test)
         title = f"linear probe, learning rate {linear.config.lrs[-1]}"
-        write(title, guesses, "confusion_linear.png")
+        write(title, guesses, CONFUSION_LINEAR)
     return from_main(job.world, result)  # the others wait until all is written
 
 
@@ -257,6 +264,9 @@ def main() -> None:
             job = start_job(found, run, config, chosen, world=world, out=out, log=log)
             result = evaluate(job, folder)
         if folder is not None:
+            kept = json.dumps({**result, "evaluation": dataclasses.asdict(chosen)})
+            with (out / "evaluations.jsonl").open("a") as file:
+                file.write(f"{kept}\n")
             print_evaluation(result, config.method)
             print_result(result, kept=out / "evaluation.json")
     except KeyboardInterrupt:

@@ -91,7 +91,10 @@ class EvaluateConfig:
     """fast: minutes, on cached features. linear: the paper's recipe, 90 epochs of forward passes;
     it is saved each epoch, and the same command continues it. both: fast first, then linear."""
     out: str = ""
-    """Folder for evaluation.json, pictures and the linear probe. Empty: RUN/evaluation."""
+    """Folder for evaluation.json, pictures and the linear probe. Empty: RUN/evaluation.
+
+    Each evaluation replaces the one before in it; evaluations.jsonl keeps a line of each.
+    """
     device: Literal["auto", "cpu", "cuda"] | None = None
     """auto: a CUDA device where there is one; null: as in the run."""
     precision: Literal["bf16", "fp16", "fp32"] | None = None
