@@ -102,7 +102,7 @@ def test_without_features_there_is_no_figure_and_it_is_said_why(fault, monkeypat
     reader = types.SimpleNamespace(source=source)
     bank, queries = (EvalSet(reader, np.arange(3), np.zeros(3)) for _ in range(2))
     data = RunData(reader, bank, queries, list("abcde"), "")
-    config = Config(data=DataConfig(root="x"), eval=EvalConfig(k=1 << 50 if "k" in fault else 20))
+    config = Config(data=DataConfig(root="x"), eval=EvalConfig(k=1 << 39 if "k" in fault else 20))
 
     def embedded(backbone, images, *args, **options):
         features, classes = sets["bank" if images is bank else "queries"]

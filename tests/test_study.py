@@ -109,14 +109,14 @@ def test_a_variant_that_its_baseline_makes_impossible_is_named(tmp_path):
 @pytest.mark.parametrize("content", ["", '{"state": "fin', "[]"])
 def test_a_file_that_a_power_cut_damaged_ends_no_study(name, content, tmp_path):
     run = Run("a", 0, tmp_path, ())
-    result = {"state": "finished", "collapsed": False, "knn_top1": 50.0, "train_s": 1.0,
-              "knn_top1_untrained": 40.0, "loss": -0.5, "z_std": 1.0}  # fmt: skip
+    result = {"state": "finished", "collapsed": False, "collapse_threshold": 0.5, "train_s": 1.0,
+              "knn_top1": 50.0, "knn_top1_untrained": 40.0, "loss": -0.5, "z_std": 1.0}  # fmt: skip
     (tmp_path / "result.json").write_text(json.dumps(result))
     (tmp_path / "env.json").write_text(json.dumps({"revision": "abc"}))
     assert run.result() == result
     (tmp_path / name).write_text(content)
     study = Study("s", "S", "section 0", (row("a"),))
-    found = summarize(study, {"a": [run]}, reasons={}, failed={}, batch_size=64)
+    found = summarize(study, {"a": [run]}, reasons={}, failed={})
     assert (run.result() is None) == (name == "result.json")
     assert found["revisions"] == ([] if name == "result.json" else ["None"])
 
