@@ -183,7 +183,8 @@ class Watch:
         is_main_waiting = not self._is_ending  # for a rank that will not answer
         if is_main_waiting:
             if not verdict.is_spoken and self.local_rank == 0:
-                print(f"error: {verdict.text}", file=sys.stderr, flush=True)
+                # one write: print's line break is another, and hosts may share a log
+                print(f"error: {verdict.text}\n", end="", file=sys.stderr, flush=True)
             self.on_end(verdict.text)
         if verdict.is_final:
             end_torchrun()
