@@ -31,7 +31,7 @@ GPUS = {  # (matmul FLOP/s in bf16, bytes/s of a copy): H200 measured by others,
 }
 """Where no GPU can be measured (--dry-run): assumptions, but for the H200's copy and product."""
 GPU_GIB = {"h200": 140, "h100": 79, "a100": 80}
-"""nvidia-smi shows 143,771, 81,559 and 81,920 MiB; of A100 and H100 those with 80 GB."""
+"""Memory. Assumptions until read off a card; of A100 and H100 those sold with 80 GB."""
 
 
 @dataclass(frozen=True)
