@@ -1,19 +1,19 @@
-"""TFRecord and RecordIO shards: where the image of each record lies, and its label.
+"""TFRecord and RecordIO shards: where each record lies, the size of its image, and its label.
 
 Beside pipeline/shard_scan.py, which reads tar files and tells the kinds apart. Records are walked
 by their lengths, images passed over: 67 us of CPU a TFRecord of ten features, 4 us a RecordIO
-record (Python 3.11, a 2-core VM, best of 5).
+record (Python 3.11, a 2-core VM, best of 5). That makes the index; in training the image of a
+record is what DALI's reader of the kind makes of it (pipeline/record_reader.py).
 
-What a newcomer gets wrong: taking DALI's readers for this. readers.tfrecord and readers.mxnet give
-the records in the file's order, mixed within a buffer of 1,024, and one bad image fails its whole
-batch; our order wants any sample at any step, the same after a resume and on another number of
-ranks, and another image for a bad one. So the bytes of every shard take the way of a folder's, and
-DALI's readers are what tests/test_records.py holds this file against.
+What a newcomer gets wrong: trusting that a record is still what the index was made of. DALI's
+reader reads past the end of a record whose lengths are wrong, and a feature of another kind than
+it was told ends the process (DALI 2.4): check_record stands before it.
 
     TFRecord   tf.train.Example with image/encoded or image; image/class/label or label
     RecordIO   MXNet's image records: header (flag, label, id, id2), labels, image
 """
 
+import io
 import struct
 from collections import Counter
 from collections.abc import Iterator
@@ -51,7 +51,7 @@ class Contents:
     """Bytes of the image."""
     offsets: list[int] = field(default_factory=list)
     spans: list[int] = field(default_factory=list)
-    """Bytes to read at the offset: the image, or the RecordIO record around it."""
+    """Bytes to read at the offset: the image of a tar file, or the record around it."""
     skipped: Counter[str] = field(default_factory=Counter)
 
     def add(
@@ -95,8 +95,8 @@ def scan_tfrecord(path: str, file: BinaryIO, num_bytes: int) -> Contents:
             features = dict(_features(file, start, end))
         except (IndexError, KeyError):
             raise ValueError(f"{path} is damaged: record {number} at byte {position}") from None
-        image = _first(features, _IMAGE_FEATURES)
-        if image is None or image[0] != _BYTES:
+        image = features.get(_image_feature(features) or b"")
+        if image is None:
             names = b", ".join(sorted(features)[:5])
             raise ValueError(
                 f"{path} is no shard of encoded images: record {number} has the bytes of an image "
@@ -108,9 +108,15 @@ def scan_tfrecord(path: str, file: BinaryIO, num_bytes: int) -> Contents:
         if (value := _first(features, _NAME_FEATURES)) is not None and value[0] == _BYTES:
             name = _read(file, *value[1:]) or name
         _, start, stop = image
-        found.add(name, label, size=stop - start, offset=start)
+        found.add(name, label, size=stop - start, offset=position, span=length + 16)
         position, number = end + 4, number + 1
     return found
+
+
+def _image_feature(features: dict[bytes, tuple[int, int, int]]) -> bytes | None:
+    """The name of the feature that holds the image; None where it holds no bytes."""
+    name = next((name for name in _IMAGE_FEATURES if name in features), None)
+    return name if name is not None and features[name][0] == _BYTES else None
 
 
 def _label(file: BinaryIO, kind: int, start: int, end: int) -> str | None:
@@ -130,15 +136,15 @@ def _features(file: BinaryIO, start: int, end: int) -> Iterator[tuple[bytes, tup
     """Yield (name, (kind, start, end of its first value)) of an Example's features.
 
     Example.features = Features.feature = map<string, Feature>; a Feature holds a list of bytes,
-    floats or integers, which has its values in its field 1.
+    floats or integers, which has its values in its field 1. An empty list has the kind 0.
     """
     for _, *features in _fields(file, start, end):
         for _, *entry in _fields(file, *features):
             parts = {number: at for number, *at in _fields(file, *entry)}
             for kind, *values in _fields(file, *parts[2]):
-                for _, first, last in _fields(file, *values):
-                    yield _read(file, *parts[1]), (kind, first, last)
-                    break
+                first = next(_fields(file, *values), None)
+                found = (kind, *first[1:]) if first is not None else (0, 0, 0)
+                yield _read(file, *parts[1]), found
 
 
 def _read(file: BinaryIO, start: int, end: int) -> bytes:
@@ -218,26 +224,39 @@ def scan_recordio(path: str, file: BinaryIO, num_bytes: int) -> Contents:
     return found
 
 
-def unpack_record(record: np.ndarray) -> np.ndarray:
-    """Return the image of a RecordIO record: (num_bytes,) uint8 both.
+def check_record(kind: str, record: np.ndarray) -> str:
+    """Return the name of the feature that holds a TFRecord's image; "" for RecordIO.
 
-    Raises   BadImage where the bytes are no record.
+    Shapes   record: (num_bytes,) uint8, from the first to the last byte of one record.
+    Raises   BadImage for bytes that DALI's reader must not be given.
     """
-    parts, position = [], 0
+    if kind == RECORDIO:
+        _check_parts(record)
+        return ""
+    if record.size < 16 or struct.unpack_from("<Q", record.data)[0] != record.size - 16:
+        raise BadImage("no TFRecord record where the index has one")
+    try:
+        features = dict(_features(io.BytesIO(record.data), 12, record.size - 4))
+    except (IndexError, KeyError):
+        raise BadImage("damaged TFRecord record") from None
+    if (name := _image_feature(features)) is None:
+        raise BadImage("TFRecord record without image")
+    return name.decode()
+
+
+def _check_parts(record: np.ndarray) -> None:
+    position, part, first = 0, _LAST, 0
     while position < record.size:
         if record.size - position < 8:
             raise BadImage("truncated RecordIO record")
         magic, code = struct.unpack_from("<II", record.data, position)
         if magic != _MAGIC:
             raise BadImage("no RecordIO record where the index has one")
-        length = code & 0x1FFFFFFF
-        parts.append(record[position + 8 : position + 8 + length])
+        part, length = code >> 29, code & 0x1FFFFFFF
+        first = first if position else length
         position += 8 + (length + 3) // 4 * 4
-    magic_bytes = np.frombuffer(MAGIC_BYTES, np.uint8)
-    for at in range(len(parts) - 1, 0, -1):
-        parts.insert(at, magic_bytes)  # left out of the file where the record was cut
-    payload = np.concatenate(parts) if len(parts) > 1 else parts[0]
-    if payload.size < _HEADER_BYTES:
+    if position != record.size or part not in (_WHOLE, _LAST) or first < _HEADER_BYTES:
         raise BadImage("truncated RecordIO record")
-    (num_labels,) = struct.unpack_from("<I", payload.data)
-    return payload[_HEADER_BYTES + 4 * num_labels :]
+    (num_labels,) = struct.unpack_from("<I", record.data, 8)
+    if _HEADER_BYTES + 4 * num_labels > first:
+        raise BadImage("damaged RecordIO record")

@@ -71,20 +71,25 @@ class ImageReader:
 
     def read(self, index: int) -> Placed | None:
         """The image's bytes and its (height, width) in pixels; None for a bad image."""
-        if index in self.bad:
-            return None
-        try:
-            data = self.source.read(index)
-            return data, image_size(data, max_pixels=self.max_pixels)
-        except BadImage as error:
-            self.bad[index] = str(error)
-            return None
+        return self._read_part([index])[0]
 
     def read_all(self, ids: np.ndarray) -> list[Placed | None]:
         """`read` for each id, in order."""
         parts = np.array_split(ids, min(READERS, len(ids)))
-        done = self._pool.map(lambda part: [self.read(int(index)) for index in part], parts)
+        done = self._pool.map(lambda part: self._read_part([int(i) for i in part]), parts)
         return [placed for part in done for placed in part]
+
+    def _read_part(self, indices: list[int]) -> list[Placed | None]:
+        wanted = [index for index in indices if index not in self.bad]
+        found: dict[int, Placed] = {}
+        for index, data in zip(wanted, self.source.read_many(wanted), strict=True):
+            try:
+                if isinstance(data, BadImage):
+                    raise data
+                found[index] = data, image_size(data, max_pixels=self.max_pixels)
+            except BadImage as error:
+                self.bad[index] = str(error)
+        return [found.get(index) for index in indices]
 
 
 class DaliLoader:

@@ -20,11 +20,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from pipeline.records import Contents
-from pipeline.shard_scan import scan_shard
+from pipeline.records import RECORDIO, TFRECORD, Contents
+from pipeline.shard_scan import TAR, scan_shard
 
 SUFFIX = ".index"
-_VERSION = 1
+_VERSION = {TAR: 1, TFRECORD: 2, RECORDIO: 1}  # 1 had the place of a TFRecord's image
 _PROBE_BYTES = 1 << 16
 _ARRAYS = ("listing", "ends", "offsets", "spans", "labels")
 
@@ -61,7 +61,7 @@ class ShardIndex:
     ends: np.ndarray
     """(N,) int64: where in the listing an image's entry ends."""
     offsets: np.ndarray
-    """(N,) int64: where in the shard its bytes begin."""
+    """(N,) int64: where in the shard its bytes, or those of the record around it, begin."""
     spans: np.ndarray
     """(N,) int64: how many bytes to read there."""
     labels: np.ndarray
@@ -140,7 +140,7 @@ def save_index(shard: str, index: ShardIndex) -> None:
     arrays = {name: np.ascontiguousarray(facts.pop(name)) for name in _ARRAYS}
     folder, name = os.path.split(path)
     temporary = os.path.join(folder, f".{name}.{os.getpid()}")
-    about = {"index": json.dumps({"version": _VERSION, **facts})}
+    about = {"index": json.dumps({"version": _VERSION[index.kind], **facts})}
     try:
         with open(temporary, "wb") as file:
             file.write(
@@ -181,7 +181,7 @@ def read_index(shard: str) -> ShardIndex:
     try:
         with safe_open(path, framework="numpy") as file:
             facts = json.loads(file.metadata()["index"])
-            if facts.pop("version") != _VERSION:
+            if facts.pop("version") != _VERSION.get(facts["kind"]):
                 raise ValueError(f"{path} is of another version: remove it to have it made anew")
             facts["packed"] = Packed(**facts["packed"]) if facts["packed"] else None
             index = ShardIndex(**facts, **{name: file.get_tensor(name) for name in _ARRAYS})

@@ -1,8 +1,9 @@
 """A set of shards as a list of images: the twin of pipeline/sources.py's ImageFolder.
 
 First in the data's way, in a folder's place: index -> ShardSet -> one read of a shard's bytes ->
-pipeline/header.py -> DALI. Order, resume and the replacement of bad images are those of a folder,
-for a sample is a number and its bytes are one read away.
+(pipeline/record_reader.py, for TFRecord and RecordIO) -> pipeline/header.py -> DALI. Order, resume
+and the replacement of bad images are those of a folder, for a sample is a number and its bytes are
+one read away.
 
 A folder packed by pipeline/pack.py has the folder's order and, if no image was left out, its
 fingerprint: a run begun on the folder goes on from the shards bit for bit, and the other way round.
@@ -16,6 +17,7 @@ import re
 import resource
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 
@@ -24,9 +26,17 @@ from rich.console import Console
 from rich.progress import track
 
 from pipeline.header import BadImage
-from pipeline.records import RECORDIO, unpack_record
+from pipeline.record_reader import read_records
+from pipeline.records import RECORDIO, TFRECORD
 from pipeline.shard_index import SUFFIX, ShardIndex, index_path, open_index, sorted_classes
-from pipeline.sources import IMAGE_EXTENSIONS, ImageFolder, list_images, printable, read_range
+from pipeline.sources import (
+    IMAGE_EXTENSIONS,
+    ImageFolder,
+    attempt,
+    list_images,
+    printable,
+    read_range,
+)
 
 # Compressed ones too: scan_shard names what they are.
 _SHARD = re.compile(
@@ -56,7 +66,7 @@ class ShardSet:
     ends: np.ndarray
     """(N,) int64: where in the listing its entry ends."""
     offsets: np.ndarray
-    """(N,) int64: where in its shard an image's bytes begin."""
+    """(N,) int64: where in its shard an image, or the record around it, begins."""
     spans: np.ndarray
     """(N,) int64: how many bytes to read there."""
     labels: np.ndarray | None
@@ -89,6 +99,25 @@ class ShardSet:
 
         Raises   BadImage when the shard cannot be read there.
         """
+        (found,) = self.read_many([index])
+        if isinstance(found, BadImage):
+            raise found
+        return found
+
+    def read_many(self, indices: Sequence[int]) -> list[np.ndarray | BadImage]:
+        """Return what `read` returns or raises for each index, in order.
+
+        A call reads the records of TFRecord and RecordIO together: many calls of one are slow.
+        """
+        found = [attempt(self._read_span, index) for index in indices]
+        if self.kind in (TFRECORD, RECORDIO):
+            found = read_records(self.kind, found)
+        return [
+            BadImage("empty file") if isinstance(data, np.ndarray) and data.size == 0 else data
+            for data in found
+        ]
+
+    def _read_span(self, index: int) -> np.ndarray:
         try:
             descriptor = self._descriptor(self._shard_of(index))
             data = read_range(descriptor, int(self.offsets[index]), int(self.spans[index]))
@@ -96,10 +125,6 @@ class ShardSet:
             raise BadImage(f"unreadable shard ({error.strerror})") from None
         if data.size < self.spans[index]:
             raise BadImage("truncated shard")
-        if self.kind == RECORDIO:
-            data = unpack_record(data)
-        if data.size == 0:
-            raise BadImage("empty file")
         return data
 
     def name(self, index: int) -> str:

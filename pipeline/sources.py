@@ -15,7 +15,7 @@ import heapq
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,6 +79,10 @@ class ImageFolder:
             raise BadImage("empty file")
         return data
 
+    def read_many(self, indices: Sequence[int]) -> list[np.ndarray | BadImage]:
+        """Return what `read` returns or raises for each index, in order."""
+        return [attempt(self.read, index) for index in indices]
+
     def name(self, index: int) -> str:
         """Return the relative path as one printable line, with what is not printable escaped."""
         return printable(self.paths[index])
@@ -88,6 +92,14 @@ class ImageFolder:
         joined = b"\0".join(self.paths)
         facts = (self.labels, self.class_names, self.fingerprint, self.skipped)
         return _unpickled, (self.root, joined, *facts)
+
+
+def attempt(read: Callable[[int], np.ndarray], index: int) -> np.ndarray | BadImage:
+    """What `read` returns or raises for an image."""
+    try:
+        return read(index)
+    except BadImage as error:
+        return error
 
 
 def list_images(root: str) -> ImageFolder:

@@ -1,4 +1,4 @@
-"""TFRecord and RecordIO shards, written here by hand, against DALI's own readers of the two."""
+"""TFRecord and RecordIO shards, written here by hand, against DALI's readers of whole files."""
 
 import random
 import struct
@@ -10,7 +10,9 @@ from nvidia.dali import fn, pipeline_def
 from nvidia.dali import tfrecord as tfrec
 
 from pipeline.header import BadImage
-from pipeline.records import MAGIC_BYTES, unpack_record
+from pipeline.record_reader import read_records
+from pipeline.records import MAGIC_BYTES
+from pipeline.runner import ImageReader
 from pipeline.shard_scan import scan_shard
 from pipeline.shards import ShardSet, open_source
 
@@ -46,13 +48,19 @@ def example(features: dict[str, bytes]) -> bytes:
     return message((1, message(*((1, entry) for entry in entries))))
 
 
+def tfrecord(features: dict[str, bytes]) -> bytes:
+    """One record. The checksums are zeros: DALI looks at them neither."""
+    body = example(features)
+    return struct.pack("<QI", len(body), 0) + body + bytes(4)
+
+
 def write_tfrecord(path: Path, examples: list[dict[str, bytes]]) -> None:
-    """The file and tfrecord2idx's index. The checksums are zeros: DALI looks at them neither."""
+    """The file and tfrecord2idx's index."""
     data, index = b"", ""
     for features in examples:
-        body = example(features)
-        index += f"{len(data)} {len(body) + 16}\n"
-        data += struct.pack("<QI", len(body), 0) + body + bytes(4)
+        one = tfrecord(features)
+        index += f"{len(data)} {len(one)}\n"
+        data += one
     path.write_bytes(data)
     path.with_suffix(".idx").write_text(index)
 
@@ -239,21 +247,86 @@ def test_damaged_records_raise_nothing_but_one_line_that_names_the_shard(tmp_pat
             continue
         for offset, span in zip(found.offsets, found.spans, strict=True):
             assert 0 <= offset <= offset + span <= len(data)
-            if found.kind == "RecordIO":
-                try:
-                    unpack_record(np.frombuffer(data, np.uint8)[offset : offset + span])
-                except BadImage as error:
-                    assert str(error).isprintable()
+            spans = np.frombuffer(data, np.uint8)[offset : offset + span]
+            (image,) = read_records(found.kind, [spans])
+            assert isinstance(image, np.ndarray) or str(image).isprintable()
     assert 50 < num_refused < 250
 
 
-def test_other_bytes_than_a_record_are_a_bad_image():
-    whole = np.frombuffer(record(b"image", 1, 1), np.uint8)
-    assert unpack_record(whole).tobytes() == b"image"
-    for data, reason in (
-        (whole[:4], "truncated RecordIO"),
-        (whole[:20], "truncated RecordIO"),
-        (whole[1:], "no RecordIO record"),
-    ):
-        with pytest.raises(BadImage, match=reason):
-            unpack_record(data)
+def test_what_dalis_reader_must_not_be_given_is_a_bad_image():
+    """Wrong lengths are read beyond and other kinds of features end the process (DALI 2.4)."""
+    two = tfrecord({"image": of_bytes(b"image"), "label": of_integer(1)})
+    encoded = {"image/encoded": of_bytes(b"pixels"), "image": of_float(0.5)}
+    rec = record(b"image", 1, 1)
+    flagged = rec[:8] + struct.pack("<I", 1000) + rec[12:]
+    cases = [
+        ("TFRecord", two, b"image"),
+        ("TFRecord", tfrecord(encoded), b"pixels"),
+        ("TFRecord", two[:10], "no TFRecord record"),
+        ("TFRecord", two[:-1], "no TFRecord record"),
+        ("TFRecord", bytes([two[0] + 1]) + two[1:], "no TFRecord record"),
+        ("TFRecord", two[:13] + b"\x7f" + two[14:], "damaged TFRecord"),
+        ("TFRecord", tfrecord({"image/encoded": of_integer(3)}), "without image"),
+        ("TFRecord", tfrecord({"image/encoded": message((1, b""))}), "without image"),
+        ("TFRecord", tfrecord({"image": of_bytes(b"x") + message((3, b""))}), "without image"),
+        ("TFRecord", tfrecord({"label": of_integer(3)}), "without image"),
+        ("RecordIO", rec, b"image"),
+        ("RecordIO", rec[:4], "truncated RecordIO"),
+        ("RecordIO", rec[:20], "truncated RecordIO"),
+        ("RecordIO", rec[1:], "no RecordIO record"),
+        ("RecordIO", flagged, "damaged RecordIO"),
+    ]
+    for kind, data, expected in cases:
+        (found,) = read_records(kind, [np.frombuffer(data, np.uint8)])
+        if isinstance(expected, bytes):
+            assert isinstance(found, np.ndarray) and found.tobytes() == expected
+        else:
+            assert isinstance(found, BadImage) and expected in str(found)
+
+
+def test_a_record_that_dali_refuses_is_bad_alone_and_its_neighbours_are_read():
+    """Its feature's name is no UTF-8: a protobuf parser refuses that, our walk does not."""
+    good = [tfrecord({"image/encoded": of_bytes(b"image %d" % n)}) for n in range(3)]
+    refused = tfrecord({"image/encoded": of_bytes(b"x"), "l": of_integer(1)})
+    refused = refused.replace(b"\x0a\x01l", b"\x0a\x01\xff")
+    data = [*good[:2], refused, good[2]]
+    unread = BadImage("unreadable shard")
+    found = read_records("TFRecord", [*(np.frombuffer(d, np.uint8) for d in data), unread])
+    images = [image.tobytes() for image in found if isinstance(image, np.ndarray)]
+    assert images == [b"image 0", b"image 1", b"image 2"] and found[4] is unread
+    assert isinstance(found[2], BadImage) and "that DALI cannot read" in str(found[2])
+
+
+@pytest.mark.parametrize("name", ["x%d.rec", "x%d.tfrecord"])
+def test_images_are_read_by_number_across_shards_in_the_order_asked_for(tmp_path, images, name):
+    for shard in range(2):
+        path, part = tmp_path / (name % shard), images[shard::2]
+        if path.suffix == ".rec":
+            write_recordio(path, [record(image, n, n) for n, image in enumerate(part)])
+        else:  # names of the feature may differ within a set
+            feature = ("image", "image/encoded")[shard]
+            write_tfrecord(path, [{feature: of_bytes(image)} for image in part])
+    opened = open_source(str(tmp_path))
+    numbers = [*range(len(images)), 1] * 60  # more than one pipeline takes
+    random.Random(0).shuffle(numbers)
+    expected = [*images[0::2], *images[1::2]]
+    found = opened.read_many(numbers)
+    assert [data.tobytes() for data in found if isinstance(data, np.ndarray)] == [
+        expected[number] for number in numbers
+    ]
+    reader = ImageReader(opened)
+    placed = reader.read_all(np.array(numbers[:50]))
+    assert [p[0].tobytes() for p in placed if p] == [expected[n] for n in numbers[:50]]
+    assert not reader.bad
+
+
+def test_an_index_that_has_the_images_places_and_not_the_records_is_refused(tmp_path):
+    path = tmp_path / "x.tfrecord"
+    write_small(path)
+    open_source(str(path))
+    index = Path(f"{path}.index")
+    data = index.read_bytes()
+    assert data.count(b'\\"version\\": 2') == 1
+    index.write_bytes(data.replace(b'\\"version\\": 2', b'\\"version\\": 1'))
+    with pytest.raises(ValueError, match="is of another version: remove it to have it made anew"):
+        open_source(str(path))

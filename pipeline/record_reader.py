@@ -1,0 +1,97 @@
+"""The images of TFRecord and RecordIO records, read out of them by DALI's readers of the two.
+
+After pipeline/shards.py, which has a record's bytes from where the index says; before
+pipeline/header.py. DALI's readers go through whole files in their order, mixed within a buffer, and
+fail a whole batch for one record; ours wants any sample at any step, the same after a resume and on
+another number of ranks. So the records of one request are laid into a file in memory, in the order
+of the request, with the index that the reader takes (tfrecord2idx's, rec2idx's), and a pipeline is
+built over it: 1 ms, and 0.2 ms of CPU a photo of 110 kB (DALI 2.4, a 2-core VM, 256 photos, n=6).
+
+A newcomer's mistake: dont_use_mmap=False. DALI keeps mappings by the file's path, and the next file
+in memory may have the path of the last.
+"""
+
+# DALI makes its operators at import, where pyright cannot see them:
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalSubscript=false
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+from nvidia.dali import fn
+from nvidia.dali import tfrecord as tfrec
+from nvidia.dali.pipeline import Pipeline
+
+from pipeline.header import BadImage
+from pipeline.records import RECORDIO, check_record
+
+_AT_ONCE = 64  # records a pipeline: what is held twice stays below some 20 MB of photos
+
+
+def read_records(
+    kind: str, records: Sequence[np.ndarray | BadImage]
+) -> list[np.ndarray | BadImage]:
+    """Return the image of each record, (num_bytes,) uint8, or why there is none, in order.
+
+    Shapes   records: (num_bytes,) uint8 each, from the first to the last byte of one record; what
+             could not be read is handed on.
+    """
+    found = list(records)
+    groups: dict[str, list[int]] = {}
+    for number, record in enumerate(found):
+        if isinstance(record, BadImage):
+            continue
+        try:
+            groups.setdefault(check_record(kind, record), []).append(number)
+        except BadImage as error:
+            found[number] = error
+    for feature, numbers in groups.items():
+        for start in range(0, len(numbers), _AT_ONCE):
+            part = numbers[start : start + _AT_ONCE]
+            images = _read(kind, feature, [found[number] for number in part])
+            for number, image in zip(part, images, strict=True):
+                found[number] = image
+    return found
+
+
+def _read(kind: str, feature: str, records: list) -> list[np.ndarray | BadImage]:
+    try:
+        return _run(kind, feature, records)
+    except RuntimeError:  # of one record, and the batch is lost: each alone
+        if len(records) == 1:
+            return [BadImage(f"{kind} record that DALI cannot read")]
+    return [image for record in records for image in _read(kind, feature, [record])]
+
+
+def _run(kind: str, feature: str, records: list[np.ndarray]) -> list[np.ndarray | BadImage]:
+    starts = np.cumsum([0, *(record.size for record in records)])[:-1]
+    if kind == RECORDIO:
+        lines = [f"{key}\t{start}\n" for key, start in enumerate(starts)]
+    else:
+        lines = [f"{start} {r.size}\n" for start, r in zip(starts, records, strict=True)]
+    with _in_memory(r.data for r in records) as path, _in_memory(map(str.encode, lines)) as index:
+        pipeline = Pipeline(
+            batch_size=len(records), num_threads=1, device_id=None, prefetch_queue_depth=1
+        )
+        files = {"path": [path], "index_path": [index], "dont_use_mmap": True}
+        with pipeline:
+            if kind == RECORDIO:
+                image, _ = fn.readers.mxnet(**files)
+            else:
+                features = {feature: tfrec.FixedLenFeature((), tfrec.string, "")}
+                image = fn.readers.tfrecord(**files, features=features)[feature]
+            pipeline.set_outputs(image)
+        pipeline.build()
+        (images,) = pipeline.run()
+        return [np.array(image) for image in images]
+
+
+@contextmanager
+def _in_memory(parts: Iterable[memoryview | bytes]) -> Iterator[str]:
+    """The path of a file in memory that holds the parts, one behind the other."""
+    with os.fdopen(os.memfd_create("records"), "wb") as file:
+        for part in parts:
+            file.write(part)
+        file.flush()
+        yield f"/proc/self/fd/{file.fileno()}"
