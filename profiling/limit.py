@@ -168,3 +168,12 @@ def describe(counts: Counts, rate: float, bandwidth: float, *, itemsize: int) ->
         "step_ms": round(1e3 * seconds, 3),
         "images_per_s": round(counts.images / seconds, 1),
     }
+
+
+def most_times(images_per_s: float, step: dict[str, dict]) -> dict[str, float]:
+    """How many times each measured peer the roofline is: no step of these FLOPs can be more."""
+    return {
+        f"at_most_times_{name}": round(images_per_s / one["images_per_s"]["p50"], 3)
+        for name, one in step.items()
+        if name != "ours" and "images_per_s" in one
+    }

@@ -24,7 +24,7 @@ import torch
 from charts import draw, print_tables
 from forecast import forecast
 from harness import MeasureConfig, open_images, read_flags, with_batch
-from limit import measure_limit
+from limit import measure_limit, most_times
 from loader_times import measure_loader, measure_stages
 from pipeline.runner import ImageReader
 from results import result_path, save_json
@@ -145,7 +145,7 @@ def compare_with_limit(config: Config, world: World, found: dict) -> None:
         flops = per_rank * limit["gflop_per_image"] * 1e9
         limit["share_of_roofline"] = round(per_rank / limit["images_per_s"], 4)
         limit["mfu"] = round(flops / (limit["matmul_tflop_per_s"] * 1e12), 4)
-    found["limit"] = limit
+    found["limit"] = limit | most_times(limit["images_per_s"], found.get("step", {}))
 
 
 def measure_ranks(config: Config, m: MeasureConfig, world: World, before: dict) -> dict:

@@ -22,7 +22,7 @@ from forecast import forecast
 from growth import link_folder, open_list
 from harness import MeasureConfig, read_flags
 from kernel_times import resnet50_sites
-from limit import GPUS, count, describe
+from limit import GPUS, count, describe, most_times
 from loader_times import OfficialViews, measure_loader, measure_stages
 from peers import Official, peer_step
 from photos import write_photos
@@ -308,6 +308,15 @@ def test_a_picture_has_panels_for_what_was_measured_with_bars_from_0(
     for axis in drawn[0].axes:
         assert axis.get_yscale() == "linear"
         assert not axis.patches or axis.get_ylim()[0] == 0
+
+
+def test_the_limit_is_told_as_a_multiple_of_each_measured_peer():
+    step = {
+        "ours": {"images_per_s": {"p50": 6.0}},
+        "official": {"images_per_s": {"p50": 2.5}},
+        "lightly": {"not_measured": "not installed"},
+    }
+    assert most_times(7.5, step) == {"at_most_times_official": 3.0}
 
 
 def test_the_program_ends_in_one_json_line_with_every_part(reader):
