@@ -257,25 +257,40 @@ def test_impossible_values_name_the_flag(kind, options, message):
     [
         (
             MethodConfig(name="moco", moco=MoCoConfig(queue=10)),
-            "--method.moco.queue 10 holds the rows of 5 images, a step has 6: take a longer one",
+            "--method.moco.queue 10 holds the rows of 5 images, a step has 6: take at least 12",
         ),
         (
             MethodConfig(name="moco"),
-            "--method.moco.queue 65536 holds the rows of 32768 images, there are 12",
+            "queue 65536 holds the rows of 32768 images, there are 12: take at most 24",
         ),
         (
             MethodConfig(name="swav", swav=SwAVConfig(queue=4)),
-            "--method.swav.queue 4 holds the rows of 4 images, a step has 6",
+            "--method.swav.queue 4 holds the rows of 4 images, a step has 6: take at least 6",
         ),
         (
             MethodConfig(name="swav", swav=SwAVConfig(queue=13)),
-            "--method.swav.queue 13 holds the rows of 13 images, there are 12",
+            "--method.swav.queue 13 holds the rows of 13 images, there are 12: take at most 12",
         ),
     ],
 )
 def test_a_queue_shorter_than_a_step_or_longer_than_the_data_is_refused(method, message):
     with pytest.raises(ValueError, match=message):
         made(method)
+
+
+@pytest.mark.parametrize(("epochs", "first", "told"), [(1, 0, 1), (2, 0, 0), (2, 1, 1)])
+def test_a_queue_that_is_never_full_is_told_before_training(epochs, first, told):
+    swav = MethodConfig(name="swav", swav=SwAVConfig(queue=12, queue_from_epoch=first))
+    config = dataclasses.replace(config_of(swav), epochs=epochs)
+    lines: list[str] = []
+    model = build_method(config, images=IMAGES, device=CPU, tell=lines.append)
+    warnings = [line for line in lines if "--method.swav.queue 12 is never full" in line]
+    assert len(warnings) == told
+    used = []
+    for step in range(epochs * (IMAGES // ROWS)):
+        model.before_step(step)
+        used.append(model.assigns_recent)
+    assert any(used) != bool(told)
 
 
 def test_a_queue_that_does_not_fit_into_memory_says_how_much_is_left():

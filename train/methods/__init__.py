@@ -39,11 +39,18 @@ def build_method(
     if method.name == "swav":
         queue = method.swav.queue
         if queue:
-            tell(check_queue(f"--method.swav.queue {queue}", queue, **memory))
+            tell(check_queue(f"--method.swav.queue {queue}", queue, per_image=1, **memory))
+            steps = (config.epochs - method.swav.queue_from_epoch) * steps_per_epoch
+            if (steps - 1) * batch_size < queue:
+                tell(
+                    f"warning: --method.swav.queue {queue} is never full, and so never used, in "
+                    f"{config.epochs} epochs: it fills from --method.swav.queue_from_epoch "
+                    f"{method.swav.queue_from_epoch} on"
+                )
         return SwAV(model, method.swav, batch_size=batch_size, steps_per_epoch=steps_per_epoch)
     if method.name == "moco":
         keys = method.moco.queue
-        tell(check_queue(f"--method.moco.queue {keys}", keys // 2, **memory))
+        tell(check_queue(f"--method.moco.queue {keys}", keys, per_image=2, **memory))
         return MoCo(model, method.moco, batch_size=batch_size)
     if method.target_steps > steps_per_epoch:
         raise ValueError(

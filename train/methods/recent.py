@@ -33,19 +33,23 @@ class RecentImages(nn.Module):
 
 
 def check_queue(
-    flag: str, kept: int, *, batch_size: int, images: int, dim: int, device: torch.device
-) -> str:
+    flag: str, length: int, *, per_image: int, batch_size: int, images: int, dim: int,
+    device: torch.device,
+) -> str:  # fmt: skip
     """A line that states what a queue takes. Raises ValueError for one shorter than a step, longer
     than the data or the memory left.
 
-    flag: with its value; kept: how many images' rows that holds; images: how many there are.
+    flag: with its value, the length, of which an image takes per_image; images: how many there are.
     """
+    kept = length // per_image
     if kept < batch_size:
         raise ValueError(
-            f"{flag} holds the rows of {kept} images, a step has {batch_size}: take a longer one"
+            f"{flag} holds the rows of {kept} images, a step has {batch_size}: take at "
+            f"least {per_image * batch_size}"
         )
     if kept > images:
         raise ValueError(
-            f"{flag} holds the rows of {kept} images, there are {images}: take a shorter one"
+            f"{flag} holds the rows of {kept} images, there are {images}: take at most "
+            f"{per_image * images}"
         )
     return check_memory(flag, "take a shorter one", count=2 * kept, dim=dim, device=device)
