@@ -178,7 +178,7 @@ def test_a_pickle_under_a_checkpoint_name_never_runs(folder: Path, tmp_path: Pat
     assert (tmp_path / "canary").exists(), "the canary was alive"
 
 
-def test_all_invalid_refuses_with_every_reason_and_the_remedy(folder: Path):
+def test_all_invalid_refuses_in_one_line_with_every_reason_and_the_remedy(folder: Path):
     (folder / "step-00000020" / "state.json").unlink()
     (folder / "step-00000010" / "manifest.json").write_text("{}")
     lines: list[str] = []
@@ -186,7 +186,9 @@ def test_all_invalid_refuses_with_every_reason_and_the_remedy(folder: Path):
         checkpoint.load_newest(folder, log=lines.append)
     assert "step-00000020: state.json is missing" in str(caught.value)
     assert "step-00000010: manifest.json cannot be parsed" in str(caught.value)
-    assert f"another --out, or delete the folder {folder} to start over" in str(caught.value)
+    assert str(caught.value).startswith(f"No checkpoint in {folder} can be used (step-00000020: ")
+    assert str(caught.value).endswith("choose another --out, or delete that folder")
+    assert "\n" not in str(caught.value)
     assert len(lines) == 2 and lines[1].endswith("No older is left.")
 
 

@@ -112,15 +112,14 @@ def load_newest(folder: Path, *, log: Callable[[str], None]) -> Checkpoint | Non
         try:
             return _open(path, step)
         except ValueError as error:
-            reasons.append(f"\n  {path.name}: {error}")
+            reasons.append(f"{path.name}: {error}")
             then = "Trying the one before." if candidates[len(reasons) :] else "No older is left."
             log(f"Checkpoint {path.name} rejected: {error}. {then}")
     if not reasons:
         return None
     raise CheckpointError(
-        f"No checkpoint in {folder} can be used:{''.join(reasons)}\n"
-        "Restore one from a copy. To train anew, choose another --out, or delete the folder "
-        f"{folder} to start over."
+        f"No checkpoint in {folder} can be used ({'; '.join(reasons)}): restore one from a copy; "
+        "to train anew, choose another --out, or delete that folder"
     )
 
 
