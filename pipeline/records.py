@@ -13,10 +13,9 @@ it was told ends the process (DALI 2.4): check_record stands before it.
     RecordIO   MXNet's image records: header (flag, label, id, id2), labels, image
 """
 
-import io
 import struct
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
@@ -31,12 +30,17 @@ TFRECORD, RECORDIO = "TFRecord", "RecordIO"
 _IMAGE_FEATURES = (b"image/encoded", b"image")
 _LABEL_FEATURES = (b"image/class/label", b"label")
 _NAME_FEATURES = (b"image/filename", b"file_name", b"filename")
-_BYTES, _INTEGERS = 1, 3  # the fields of a Feature; 2 is floats
+
+# Protobuf's keys, number << 3 | how the value is written; 2: its length, then its bytes.
+_FIRST_FIELD, _SECOND_FIELD, _VARINT = 0x0A, 0x12, 0x08
+_BYTES, _FLOATS, _INTEGERS = 0x0A, 0x12, 0x1A  # the fields of a Feature
 
 _MAGIC = 0xCED7230A  # a record that holds it at a multiple of 4 is cut in parts there
 MAGIC_BYTES = struct.pack("<I", _MAGIC)
 _WHOLE, _FIRST, _LAST = 0, 1, 3  # parts of a record; 2 lies between the first and the last
 _HEADER_BYTES = 24
+
+Read = Callable[[int, int], bytes | memoryview]
 
 
 @dataclass
@@ -84,6 +88,11 @@ def scan_tfrecord(path: str, file: BinaryIO, num_bytes: int) -> Contents:
     """Records: uint64 length, uint32 checksum of it, the Example, uint32 checksum of that."""
     found = Contents(TFRECORD)
     position, number = 0, 0
+
+    def read(start: int, end: int) -> bytes:
+        file.seek(start)  # within the buffer mostly: no system call
+        return file.read(end - start)
+
     while position < num_bytes:
         file.seek(position)
         head = file.read(8)
@@ -92,96 +101,112 @@ def scan_tfrecord(path: str, file: BinaryIO, num_bytes: int) -> Contents:
         if end + 4 > num_bytes:
             raise ValueError(cut(path, num_bytes, f"record {number} ends at byte {end + 4}"))
         try:
-            features = dict(_features(file, start, end))
+            features = _features(read, start, end)
+            kind, images = _values(read, features, _IMAGE_FEATURES)
+            label = _label(read, *_values(read, features, _LABEL_FEATURES))
+            name_kind, names = _values(read, features, _NAME_FEATURES)
         except (IndexError, KeyError):
             raise ValueError(f"{path} is damaged: record {number} at byte {position}") from None
-        image = features.get(_image_feature(features) or b"")
-        if image is None:
-            names = b", ".join(sorted(features)[:5])
+        if kind != _BYTES or not images:
+            has = printable(b", ".join(sorted(features)[:5])) or "nothing"
             raise ValueError(
                 f"{path} is no shard of encoded images: record {number} has the bytes of an image "
-                f"neither in image/encoded nor in image, but {printable(names) or 'nothing'}"
+                f"neither in image/encoded nor in image, but {has}"
             )
-        label, name = None, b"record %d" % number
-        if (value := _first(features, _LABEL_FEATURES)) is not None:
-            label = _label(file, *value)
-        if (value := _first(features, _NAME_FEATURES)) is not None and value[0] == _BYTES:
-            name = _read(file, *value[1:]) or name
-        _, start, stop = image
-        found.add(name, label, size=stop - start, offset=position, span=length + 16)
+        if len(images) > 1:  # DALI's reader takes the first, too
+            found.skipped["further image of a record"] += len(images) - 1
+        name = bytes(read(*names[0])) if name_kind == _BYTES and names else b""
+        size = images[0][1] - images[0][0]
+        found.add(
+            name or b"record %d" % number, label, size=size, offset=position, span=length + 16
+        )
         position, number = end + 4, number + 1
     return found
 
 
-def _image_feature(features: dict[bytes, tuple[int, int, int]]) -> bytes | None:
-    """The name of the feature that holds the image; None where it holds no bytes."""
-    name = next((name for name in _IMAGE_FEATURES if name in features), None)
-    return name if name is not None and features[name][0] == _BYTES else None
-
-
-def _label(file: BinaryIO, kind: int, start: int, end: int) -> str | None:
+def _label(read: Read, kind: int, values: list[tuple[int, int]]) -> str | None:
+    if len(values) != 1 or kind not in (_BYTES, _INTEGERS):
+        return None
+    ((start, end),) = values
     if kind == _BYTES:
-        return _read(file, start, end).decode(errors="backslashreplace")
-    value = _varint(file, start)[0] if kind == _INTEGERS else -1
-    return str(value) if 0 <= value < 1 << 63 else None  # -1 is TFDS's mark of no label
+        return str(read(start, end), errors="backslashreplace")
+    value, num_bytes = _varint(read(start, start + 10), 0)
+    is_one = num_bytes == end - start  # and no list of several
+    return str(value) if is_one and value < 1 << 63 else None  # -1 is TFDS's mark of no label
 
 
-def _first(
-    features: dict[bytes, tuple[int, int, int]], names: tuple[bytes, ...]
-) -> tuple[int, int, int] | None:
-    return next((features[name] for name in names if name in features), None)
+def _features(read: Read, start: int, end: int) -> dict[bytes, tuple[int, int]]:
+    """Where each feature of an Example lies: Example.features = Features.feature = a map.
 
-
-def _features(file: BinaryIO, start: int, end: int) -> Iterator[tuple[bytes, tuple[int, int, int]]]:
-    """Yield (name, (kind, start, end of its first value)) of an Example's features.
-
-    Example.features = Features.feature = map<string, Feature>; a Feature holds a list of bytes,
-    floats or integers, which has its values in its field 1. An empty list has the kind 0.
+    Fields of another number or way of writing are passed over, as protobuf's parser does.
     """
-    for _, *features in _fields(file, start, end):
-        for _, *entry in _fields(file, *features):
-            parts = {number: at for number, *at in _fields(file, *entry)}
-            for kind, *values in _fields(file, *parts[2]):
-                first = next(_fields(file, *values), None)
-                found = (kind, *first[1:]) if first is not None else (0, 0, 0)
-                yield _read(file, *parts[1]), found
+    found = {}
+    for features in _first_fields(read, start, end):
+        for entry in _first_fields(read, *features):
+            parts = {key: (start, end) for key, start, end in _fields(read, *entry)}
+            found[bytes(read(*parts[_FIRST_FIELD]))] = parts[_SECOND_FIELD]
+    return found
 
 
-def _read(file: BinaryIO, start: int, end: int) -> bytes:
-    file.seek(start)  # within the buffer mostly: no system call
-    return file.read(end - start)
+def _values(
+    read: Read, features: dict[bytes, tuple[int, int]], names: tuple[bytes, ...]
+) -> tuple[int, list[tuple[int, int]]]:
+    """Return kind and places of the values of the first of these features that is there.
+
+    A Feature is a list of bytes, floats or integers, values in the list's field 1. Packed integers
+    are one value; without a list, and where there is no such feature, the kind is 0.
+    """
+    kind, values = 0, (0, 0)
+    at = next((features[name] for name in names if name in features), (0, 0))
+    for key, start, end in _fields(read, *at):
+        if key in (_BYTES, _FLOATS, _INTEGERS):  # the last one stands
+            kind, values = key, (start, end)
+    return kind, _first_fields(read, *values, also=_VARINT if kind == _INTEGERS else 0)
 
 
-def _fields(file: BinaryIO, position: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """Yield (number, start, end) of each field of a protobuf message; end of its value."""
+def _first_fields(read: Read, start: int, end: int, also: int = 0) -> list[tuple[int, int]]:
+    fields = _fields(read, start, end)
+    return [(start, end) for key, start, end in fields if key in (_FIRST_FIELD, also)]
+
+
+def _fields(read: Read, position: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """Yield (key, start, end) of each field of a protobuf message: where its value lies.
+
+    Raises   IndexError for what is no message.
+    """
     while position < end:
-        key, position = _varint(file, position)
+        head = read(position, position + 20)
+        key, at = _varint(head, 0)
+        length = 0
         match key & 7:
             case 0:
-                start, position = position, _varint(file, position)[1]
+                length = _varint(head, at)[1] - at
             case 1:
-                start, position = position, position + 8
+                length = 8
             case 2:
-                length, start = _varint(file, position)
-                position = start + length
+                length, at = _varint(head, at)
             case 5:
-                start, position = position, position + 4
+                length = 4
             case _:
                 raise IndexError
-        if position > end:
+        start = position + at
+        position = start + length
+        if position > end or key >> 32:
             raise IndexError
-        yield key >> 3, start, position
+        yield key, start, position
 
 
-def _varint(file: BinaryIO, position: int) -> tuple[int, int]:
-    """Return a protobuf integer and the position behind it. Raises IndexError at the file's end."""
-    data = _read(file, position, position + 10)
-    value = data[0] & 0x7F
-    at = 1
-    while data[at - 1] >= 0x80:
-        value |= (data[at] & 0x7F) << 7 * at
-        at += 1
-    return value, position + at
+def _varint(data: bytes | memoryview, at: int) -> tuple[int, int]:
+    """Return a protobuf integer and the position behind it. IndexError where data ends in it."""
+    value = data[at]
+    at += 1
+    if value < 0x80:
+        return value, at
+    value, shift = value & 0x7F, 7
+    while (byte := data[at]) >= 0x80:
+        value |= (byte & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+    return value | byte << shift, at + 1
 
 
 def scan_recordio(path: str, file: BinaryIO, num_bytes: int) -> Contents:
@@ -235,13 +260,19 @@ def check_record(kind: str, record: np.ndarray) -> str:
         return ""
     if record.size < 16 or struct.unpack_from("<Q", record.data)[0] != record.size - 16:
         raise BadImage("no TFRecord record where the index has one")
+    data = record.data
+
+    def read(start: int, end: int) -> memoryview:
+        return data[start:end]
+
     try:
-        features = dict(_features(io.BytesIO(record.data), 12, record.size - 4))
+        features = _features(read, 12, record.size - 4)
+        feature_kind, images = _values(read, features, _IMAGE_FEATURES)
     except (IndexError, KeyError):
         raise BadImage("damaged TFRecord record") from None
-    if (name := _image_feature(features)) is None:
+    if feature_kind != _BYTES or not images:
         raise BadImage("TFRecord record without image")
-    return name.decode()
+    return next(name for name in _IMAGE_FEATURES if name in features).decode()
 
 
 def _check_parts(record: np.ndarray) -> None:
