@@ -27,9 +27,9 @@ from pipeline.sources import printable
 TFRECORD, RECORDIO = "TFRecord", "RecordIO"
 
 # Feature names of TensorFlow's build_imagenet_data.py, then those of TFDS.
-_IMAGE_FEATURES = (b"image/encoded", b"image")
-_LABEL_FEATURES = (b"image/class/label", b"label")
-_NAME_FEATURES = (b"image/filename", b"file_name", b"filename")
+_IMAGE_FEATURES = ("image/encoded", "image")
+_LABEL_FEATURES = ("image/class/label", "label")
+_NAME_FEATURES = ("image/filename", "file_name", "filename")
 
 # Protobuf's keys, number << 3 | how the value is written; 2: its length, then its bytes.
 _FIRST_FIELD, _SECOND_FIELD, _VARINT = 0x0A, 0x12, 0x08
@@ -105,10 +105,10 @@ def scan_tfrecord(path: str, file: BinaryIO, num_bytes: int) -> Contents:
             kind, images = _values(read, features, _IMAGE_FEATURES)
             label = _label(read, *_values(read, features, _LABEL_FEATURES))
             name_kind, names = _values(read, features, _NAME_FEATURES)
-        except (IndexError, KeyError):
+        except (IndexError, KeyError, UnicodeDecodeError):
             raise ValueError(f"{path} is damaged: record {number} at byte {position}") from None
         if kind != _BYTES or not images:
-            has = printable(b", ".join(sorted(features)[:5])) or "nothing"
+            has = printable(", ".join(sorted(features)[:5]).encode()) or "nothing"
             raise ValueError(
                 f"{path} is no shard of encoded images: record {number} has the bytes of an image "
                 f"neither in image/encoded nor in image, but {has}"
@@ -135,21 +135,22 @@ def _label(read: Read, kind: int, values: list[tuple[int, int]]) -> str | None:
     return str(value) if is_one and value < 1 << 63 else None  # -1 is TFDS's mark of no label
 
 
-def _features(read: Read, start: int, end: int) -> dict[bytes, tuple[int, int]]:
+def _features(read: Read, start: int, end: int) -> dict[str, tuple[int, int]]:
     """Where each feature of an Example lies: Example.features = Features.feature = a map.
 
-    Fields of another number or way of writing are passed over, as protobuf's parser does.
+    Fields of another number or way of writing are passed over, and a name that is no UTF-8 is an
+    error, as in protobuf's parser, which would tell of it on stderr for each record.
     """
     found = {}
     for features in _first_fields(read, start, end):
         for entry in _first_fields(read, *features):
             parts = {key: (start, end) for key, start, end in _fields(read, *entry)}
-            found[bytes(read(*parts[_FIRST_FIELD]))] = parts[_SECOND_FIELD]
+            found[str(read(*parts[_FIRST_FIELD]), "utf-8")] = parts[_SECOND_FIELD]
     return found
 
 
 def _values(
-    read: Read, features: dict[bytes, tuple[int, int]], names: tuple[bytes, ...]
+    read: Read, features: dict[str, tuple[int, int]], names: tuple[str, ...]
 ) -> tuple[int, list[tuple[int, int]]]:
     """Return kind and places of the values of the first of these features that is there.
 
@@ -268,11 +269,11 @@ def check_record(kind: str, record: np.ndarray) -> str:
     try:
         features = _features(read, 12, record.size - 4)
         feature_kind, images = _values(read, features, _IMAGE_FEATURES)
-    except (IndexError, KeyError):
+    except (IndexError, KeyError, UnicodeDecodeError):
         raise BadImage("damaged TFRecord record") from None
     if feature_kind != _BYTES or not images:
         raise BadImage("TFRecord record without image")
-    return next(name for name in _IMAGE_FEATURES if name in features).decode()
+    return next(name for name in _IMAGE_FEATURES if name in features)
 
 
 def _check_parts(record: np.ndarray) -> None:

@@ -254,8 +254,9 @@ def test_damaged_records_raise_nothing_but_one_line_that_names_the_shard(tmp_pat
     assert 50 < num_refused < 250
 
 
-def test_what_dalis_reader_must_not_be_given_is_a_bad_image():
-    """Wrong lengths are read beyond and other kinds of features end the process (DALI 2.4)."""
+def test_what_dalis_reader_must_not_be_given_is_a_bad_image(capfd):
+    """Wrong lengths are read beyond, other kinds of features end the process, and names that are no
+    UTF-8 fill stderr (DALI 2.4)."""
     two = tfrecord({"image": of_bytes(b"image"), "label": of_integer(1)})
     encoded = {"image/encoded": of_bytes(b"pixels"), "image": of_float(0.5)}
     rec = record(b"image", 1, 1)
@@ -271,6 +272,11 @@ def test_what_dalis_reader_must_not_be_given_is_a_bad_image():
         ("TFRecord", tfrecord({"image/encoded": message((1, b""))}), "without image"),
         ("TFRecord", tfrecord({"image": of_bytes(b"x") + message((3, b""))}), "without image"),
         ("TFRecord", tfrecord({"label": of_integer(3)}), "without image"),
+        (
+            "TFRecord",
+            tfrecord({"image": of_bytes(b"x"), "label": b""}).replace(b"label", b"\xffabel"),
+            "damaged TFRecord",
+        ),
         ("RecordIO", rec, b"image"),
         ("RecordIO", rec[:4], "truncated RecordIO"),
         ("RecordIO", rec[:20], "truncated RecordIO"),
@@ -283,6 +289,7 @@ def test_what_dalis_reader_must_not_be_given_is_a_bad_image():
             assert isinstance(found, np.ndarray) and found.tobytes() == expected
         else:
             assert isinstance(found, BadImage) and expected in str(found)
+    assert capfd.readouterr().err == ""
 
 
 def test_fields_that_a_protobuf_parser_passes_over_hold_no_image():
@@ -309,10 +316,10 @@ def test_of_several_images_in_a_record_the_first_is_taken_and_the_others_are_cou
 
 
 def test_a_record_that_dali_refuses_is_bad_alone_and_its_neighbours_are_read():
-    """Its feature's name is no UTF-8: a protobuf parser refuses that, our walk does not."""
+    """It has a field 0: a protobuf parser refuses that, our walk does not."""
     good = [tfrecord({"image/encoded": of_bytes(b"image %d" % n)}) for n in range(3)]
-    refused = tfrecord({"image/encoded": of_bytes(b"x"), "l": of_integer(1)})
-    refused = refused.replace(b"\x0a\x01l", b"\x0a\x01\xff")
+    body = example({"image/encoded": of_bytes(b"x")}) + message((0, b""))
+    refused = struct.pack("<QI", len(body), 0) + body + bytes(4)
     data = [*good[:2], refused, good[2]]
     unread = BadImage("unreadable shard")
     found = read_records("TFRecord", [*(np.frombuffer(d, np.uint8) for d in data), unread])
