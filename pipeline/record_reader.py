@@ -26,6 +26,7 @@ from nvidia.dali.pipeline import Pipeline
 from pipeline.header import BadImage
 from pipeline.records import RECORDIO, check_record
 
+_OF_A_RECORD = "Error while parsing TFRecord"  # DALI's other errors say nothing of a record
 _AT_ONCE = 64  # records a pipeline: what is held twice stays below some 20 MB of photos
 
 
@@ -58,9 +59,17 @@ def read_records(
 def _read(kind: str, feature: str, records: list) -> list[np.ndarray | BadImage]:
     try:
         return _run(kind, feature, records)
-    except RuntimeError:  # of one record, and the batch is lost: each alone
+    except (RuntimeError, OSError, MemoryError) as error:
+        if _OF_A_RECORD not in str(error):
+            reason = str(error).partition("encountered:")[2].strip() or str(error)
+            raise OSError(
+                f"{kind} records cannot be read, which is no fault of theirs: "
+                f"{reason.splitlines()[0]}. Give this process more memory, threads and open files "
+                "(ulimit -v, -u and -n; the container's limits)"
+            ) from error
         if len(records) == 1:
             return [BadImage(f"{kind} record that DALI cannot read")]
+    # the batch is lost for one record: each alone
     return [image for record in records for image in _read(kind, feature, [record])]
 
 

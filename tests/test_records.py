@@ -1,6 +1,7 @@
 """TFRecord and RecordIO shards, written here by hand, against DALI's readers of whole files."""
 
 import random
+import resource
 import struct
 from pathlib import Path
 
@@ -326,6 +327,24 @@ def test_a_record_that_dali_refuses_is_bad_alone_and_its_neighbours_are_read():
     images = [image.tobytes() for image in found if isinstance(image, np.ndarray)]
     assert images == [b"image 0", b"image 1", b"image 2"] and found[4] is unread
     assert isinstance(found[2], BadImage) and "that DALI cannot read" in str(found[2])
+
+
+@pytest.mark.parametrize("kind", ["RecordIO", "TFRecord"])
+def test_want_of_memory_ends_the_reading_and_makes_no_image_bad(kind):
+    image = bytes(1 << 26)
+    whole = tfrecord({"image": of_bytes(image)}) if kind == "TFRecord" else record(image, 1, 1)
+    data = np.frombuffer(whole, np.uint8)
+    (found,) = read_records(kind, [data])
+    assert isinstance(found, np.ndarray) and found.size == len(image)
+    del found
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    num_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (num_bytes + (1 << 24), limits[1]))
+    try:
+        with pytest.raises(OSError, match=f"{kind} records cannot be read.*alloc.*ulimit -v"):
+            read_records(kind, [data])
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 @pytest.mark.parametrize("name", ["x%d.rec", "x%d.tfrecord"])
