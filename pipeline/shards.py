@@ -207,11 +207,12 @@ def _shards_of_folder(folder: str) -> list[str]:
             f"{lost[0]} is missing, though its index is there: restore the shard, or remove "
             f"{index_path(lost[0])} to go without it"
         )
-    sets = sorted({re.split(r"\d", os.path.basename(shard))[0] for shard in shards})
+    # by what is no number: TFDS keeps cifar10-train and cifar10-test in one folder
+    sets = sorted({re.sub(r"\d+", "*", os.path.basename(shard)) for shard in shards})
     if len(sets) > 1:
         raise ValueError(
-            f"{folder} holds several sets of shards ({sets[0]}*, {sets[1]}*): name one with a "
-            f"glob, such as '{folder}/{sets[0]}*', or all with '{folder}/*'"
+            f"{folder} holds several sets of shards ({sets[0]}, {sets[1]}): name one with a "
+            f"glob, such as '{folder}/{sets[0]}', or all with '{folder}/*'"
         )
     return sorted(shards)
 

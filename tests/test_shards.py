@@ -61,6 +61,7 @@ def refusal(root: Path | str) -> str:
 
 def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
     """As webdataset's writer: PAX, with a fractional time that takes a header of its own."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
         for name, content in members:
             info = tarfile.TarInfo(name)
@@ -307,8 +308,8 @@ def test_shards_of_two_kinds_or_two_sets_are_refused(tmp_path):
     record = b"\x0a\x23\xd7\xce\x1c\0\0\0" + bytes(24) + b"jpeg"
     (tmp_path / "b.rec").write_bytes(record)
     assert refusal(tmp_path) == (
-        f"{tmp_path} holds several sets of shards (a.tar*, b.rec*): name one with a glob, such as "
-        f"'{tmp_path}/a.tar*', or all with '{tmp_path}/*'"
+        f"{tmp_path} holds several sets of shards (a.tar, b.rec): name one with a glob, such as "
+        f"'{tmp_path}/a.tar', or all with '{tmp_path}/*'"
     )
     assert refusal(f"{tmp_path}/*") == (
         f"{tmp_path}/b.rec is a RecordIO file and {tmp_path}/a.tar a tar file: name one kind with "
@@ -320,6 +321,23 @@ def test_shards_of_two_kinds_or_two_sets_are_refused(tmp_path):
     assert refusal(f"{tmp_path}/a.tar") == (
         f"No images in 1 shards of {tmp_path}/a.tar: found 1 x extension .txt"
     )
+
+
+def test_the_splits_of_a_tfds_folder_are_two_sets_and_an_archives_parts_are_one(tmp_path):
+    for number in range(2):
+        for split in ("train", "test"):
+            name = f"cifar10-{split}.tfrecord-0000{number}-of-00002"
+            write_tar(tmp_path / "tfds/3.0.2" / name, [("1.jpg", b"x")])
+        name = f"part-0000{number}-3f-c000.tar"  # Spark's: more than one number
+        write_tar(tmp_path / "spark" / name, [(f"{number}.jpg", b"x")])
+    folder = tmp_path / "tfds/3.0.2"
+    assert refusal(folder) == (
+        f"{folder} holds several sets of shards (cifar*-test.tfrecord-*-of-*, "
+        "cifar*-train.tfrecord-*-of-*): name one with a glob, such as "
+        f"'{folder}/cifar*-test.tfrecord-*-of-*', or all with '{folder}/*'"
+    )
+    assert len(opened(f"{folder}/cifar*-train.tfrecord-*-of-*")) == 2
+    assert len(opened(tmp_path / "spark")) == 2
 
 
 def test_a_tar_file_cut_anywhere_is_refused(tmp_path):
