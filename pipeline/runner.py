@@ -25,8 +25,7 @@ from pipeline.augment import ViewDraws
 from pipeline.graph import DecodeOptions
 from pipeline.header import BadImage, image_size
 from pipeline.shards import ImageSource
-
-READERS = 8  # threads that read files: hides the latency of network storage
+from pipeline.sources import READERS
 
 Placed = tuple[np.ndarray, tuple[int, int]]
 
@@ -71,18 +70,14 @@ class ImageReader:
 
     def read(self, index: int) -> Placed | None:
         """The image's bytes and its (height, width) in pixels; None for a bad image."""
-        return self._read_part([index])[0]
+        return self.read_all(np.array([index]))[0]
 
     def read_all(self, ids: np.ndarray) -> list[Placed | None]:
         """`read` for each id, in order."""
-        parts = np.array_split(ids, min(READERS, len(ids)))
-        done = self._pool.map(lambda part: self._read_part([int(i) for i in part]), parts)
-        return [placed for part in done for placed in part]
-
-    def _read_part(self, indices: list[int]) -> list[Placed | None]:
+        indices = ids.tolist()
         wanted = [index for index in indices if index not in self.bad]
         found: dict[int, Placed] = {}
-        for index, data in zip(wanted, self.source.read_many(wanted), strict=True):
+        for index, data in zip(wanted, self.source.read_many(wanted, self._pool), strict=True):
             try:
                 if isinstance(data, BadImage):
                     raise data

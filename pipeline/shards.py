@@ -18,7 +18,7 @@ import resource
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 
 import numpy as np
@@ -32,7 +32,7 @@ from pipeline.shard_index import SUFFIX, ShardIndex, index_path, open_index, sor
 from pipeline.sources import (
     IMAGE_EXTENSIONS,
     ImageFolder,
-    attempt,
+    attempt_all,
     list_images,
     printable,
     read_range,
@@ -99,23 +99,20 @@ class ShardSet:
 
         Raises   BadImage when the shard cannot be read there.
         """
-        (found,) = self.read_many([index])
+        found: np.ndarray | BadImage = self._read_span(index)
+        if self.kind in (TFRECORD, RECORDIO):
+            (found,) = read_records(self.kind, [found])
         if isinstance(found, BadImage):
             raise found
         return found
 
-    def read_many(self, indices: Sequence[int]) -> list[np.ndarray | BadImage]:
+    def read_many(self, indices: Sequence[int], pool: Executor) -> list[np.ndarray | BadImage]:
         """Return what `read` returns or raises for each index, in order.
 
         A call reads the records of TFRecord and RecordIO together: many calls of one are slow.
         """
-        found = [attempt(self._read_span, index) for index in indices]
-        if self.kind in (TFRECORD, RECORDIO):
-            found = read_records(self.kind, found)
-        return [
-            BadImage("empty file") if isinstance(data, np.ndarray) and data.size == 0 else data
-            for data in found
-        ]
+        found = attempt_all(self._read_span, indices, pool)
+        return read_records(self.kind, found, pool) if self.kind in (TFRECORD, RECORDIO) else found
 
     def _read_span(self, index: int) -> np.ndarray:
         try:
@@ -125,6 +122,8 @@ class ShardSet:
             raise BadImage(f"unreadable shard ({error.strerror})") from None
         if data.size < self.spans[index]:
             raise BadImage("truncated shard")
+        if data.size == 0:
+            raise BadImage("empty file")
         return data
 
     def name(self, index: int) -> str:

@@ -16,6 +16,7 @@ import os
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from pipeline.header import BadImage
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 IMAGE_EXTENSIONS = frozenset(extension.encode() for extension in EXTENSIONS)
+READERS = 8  # threads that read files: hides the latency of network storage
 _SPLITS = ("val", "valid", "validation", "test")
 _FILE_KINDS = {stat.S_IFIFO: "fifo", stat.S_IFSOCK: "socket"}
 _MAX_FILE_BYTES = 1 << 31
@@ -79,9 +81,9 @@ class ImageFolder:
             raise BadImage("empty file")
         return data
 
-    def read_many(self, indices: Sequence[int]) -> list[np.ndarray | BadImage]:
+    def read_many(self, indices: Sequence[int], pool: Executor) -> list[np.ndarray | BadImage]:
         """Return what `read` returns or raises for each index, in order."""
-        return [attempt(self.read, index) for index in indices]
+        return attempt_all(self.read, indices, pool)
 
     def name(self, index: int) -> str:
         """Return the relative path as one printable line, with what is not printable escaped."""
@@ -94,12 +96,23 @@ class ImageFolder:
         return _unpickled, (self.root, joined, *facts)
 
 
-def attempt(read: Callable[[int], np.ndarray], index: int) -> np.ndarray | BadImage:
-    """What `read` returns or raises for an image."""
-    try:
-        return read(index)
-    except BadImage as error:
-        return error
+def attempt_all(
+    read: Callable[[int], np.ndarray], indices: Sequence[int], pool: Executor
+) -> list[np.ndarray | BadImage]:
+    """What `read` returns or raises for each image, in order."""
+
+    def read_part(start: int) -> list[np.ndarray | BadImage]:
+        found = []
+        for index in indices[start : start + per_thread]:
+            try:
+                found.append(read(index))
+            except BadImage as error:
+                found.append(error)
+        return found
+
+    per_thread = max(1, -(-len(indices) // READERS))
+    parts = pool.map(read_part, range(0, len(indices), per_thread))
+    return [image for part in parts for image in part]
 
 
 def list_images(root: str) -> ImageFolder:

@@ -3,6 +3,7 @@
 import random
 import resource
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from nvidia.dali import fn, pipeline_def
 from nvidia.dali import tfrecord as tfrec
 
+from pipeline import record_reader
 from pipeline.header import BadImage
 from pipeline.record_reader import read_records
 from pipeline.records import MAGIC_BYTES, check_record
@@ -308,6 +310,33 @@ def test_fields_that_a_protobuf_parser_passes_over_hold_no_image():
     assert check_record("TFRecord", np.frombuffer(unknown, np.uint8)) == "image/encoded"
 
 
+def test_small_records_share_a_pipeline_and_large_ones_are_spread_over_threads(
+    tmp_path, monkeypatch
+):
+    sizes = [100] * 64 + [5 << 20] * 2 + [3 << 20] * 3
+    write_tfrecord(tmp_path / "x.tfrecord", [{"image": of_bytes(bytes(size))} for size in sizes])
+    opened = open_source(str(tmp_path))
+    calls, run = [], record_reader._run
+
+    def counted(kind: str, feature: str, records: list) -> list:
+        calls.append(len(records))
+        return run(kind, feature, records)
+
+    monkeypatch.setattr(record_reader, "_run", counted)
+    ImageReader(opened).read_all(np.arange(len(sizes)))
+    assert sorted(calls) == [1, 1, 1, 2, 64]
+
+
+def test_an_empty_image_is_bad_in_every_way_of_reading(tmp_path):
+    write_tfrecord(tmp_path / "x.tfrecord", [{"image": of_bytes(b"")}, {"image": of_bytes(b"x")}])
+    opened = open_source(str(tmp_path))
+    assert isinstance(opened, ShardSet)
+    with pytest.raises(BadImage, match="empty file"):
+        opened.read(0)
+    reader = ImageReader(opened)
+    assert reader.read(0) is None and reader.bad == {0: "empty file"}
+
+
 def test_of_several_images_in_a_record_the_first_is_taken_and_the_others_are_counted(tmp_path):
     several = message((1, message((1, b"one"), (1, b"two"), (1, b"three"))))
     write_tfrecord(tmp_path / "x.tfrecord", [{"image": several}, {"image": of_bytes(b"four")}])
@@ -360,7 +389,8 @@ def test_images_are_read_by_number_across_shards_in_the_order_asked_for(tmp_path
     numbers = [*range(len(images)), 1] * 60  # more than one pipeline takes
     random.Random(0).shuffle(numbers)
     expected = [*images[0::2], *images[1::2]]
-    found = opened.read_many(numbers)
+    with ThreadPoolExecutor(2) as pool:
+        found = opened.read_many(numbers, pool)
     assert [data.tobytes() for data in found if isinstance(data, np.ndarray)] == [
         expected[number] for number in numbers
     ]
