@@ -37,7 +37,7 @@ _BYTES, _FLOATS, _INTEGERS = 0x0A, 0x12, 0x1A  # the fields of a Feature
 
 _MAGIC = 0xCED7230A  # a record that holds it at a multiple of 4 is cut in parts there
 MAGIC_BYTES = struct.pack("<I", _MAGIC)
-_WHOLE, _FIRST, _LAST = 0, 1, 3  # parts of a record; 2 lies between the first and the last
+_WHOLE, _FIRST, _MIDDLE, _LAST = range(4)  # parts of a record
 _HEADER_BYTES = 24
 
 Read = Callable[[int, int], bytes | memoryview]
@@ -277,14 +277,16 @@ def check_record(kind: str, record: np.ndarray) -> str:
 
 
 def _check_parts(record: np.ndarray) -> None:
-    position, part, first = 0, _LAST, 0
+    position, first, part = 0, 0, None
     while position < record.size:
         if record.size - position < 8:
             raise BadImage("truncated RecordIO record")
         magic, code = struct.unpack_from("<II", record.data, position)
         if magic != _MAGIC:
             raise BadImage("no RecordIO record where the index has one")
-        part, length = code >> 29, code & 0x1FFFFFFF
+        before, part, length = part, code >> 29, code & 0x1FFFFFFF
+        if part not in ((_WHOLE, _FIRST) if before is None else (_MIDDLE, _LAST)):
+            raise BadImage("damaged RecordIO record")
         first = first if position else length
         position += 8 + (length + 3) // 4 * 4
     if position != record.size or part not in (_WHOLE, _LAST) or first < _HEADER_BYTES:

@@ -25,7 +25,7 @@ from pipeline.augment import ViewDraws
 from pipeline.graph import DecodeOptions
 from pipeline.header import BadImage, image_size
 from pipeline.shards import ImageSource
-from pipeline.sources import READERS
+from pipeline.sources import READERS, attempt_all
 
 Placed = tuple[np.ndarray, tuple[int, int]]
 
@@ -76,14 +76,21 @@ class ImageReader:
         """`read` for each id, in order."""
         indices = ids.tolist()
         wanted = [index for index in indices if index not in self.bad]
+        images = self.source.read_many(wanted, self._pool)
+
+        def place(row: int) -> Placed:
+            data = images[row]
+            if isinstance(data, BadImage):
+                raise data
+            return data, image_size(data, max_pixels=self.max_pixels)
+
         found: dict[int, Placed] = {}
-        for index, data in zip(wanted, self.source.read_many(wanted, self._pool), strict=True):
-            try:
-                if isinstance(data, BadImage):
-                    raise data
-                found[index] = data, image_size(data, max_pixels=self.max_pixels)
-            except BadImage as error:
-                self.bad[index] = str(error)
+        placed = attempt_all(place, range(len(images)), self._pool)
+        for index, one in zip(wanted, placed, strict=True):
+            if isinstance(one, BadImage):
+                self.bad[index] = str(one)
+            else:
+                found[index] = one
         return [found.get(index) for index in indices]
 
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -27,6 +28,7 @@ from pipeline.header import BadImage
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 IMAGE_EXTENSIONS = frozenset(extension.encode() for extension in EXTENSIONS)
 READERS = 8  # threads that read files: hides the latency of network storage
+T = TypeVar("T")
 _SPLITS = ("val", "valid", "validation", "test")
 _FILE_KINDS = {stat.S_IFIFO: "fifo", stat.S_IFSOCK: "socket"}
 _MAX_FILE_BYTES = 1 << 31
@@ -97,12 +99,12 @@ class ImageFolder:
 
 
 def attempt_all(
-    read: Callable[[int], np.ndarray], indices: Sequence[int], pool: Executor
-) -> list[np.ndarray | BadImage]:
+    read: Callable[[int], T], indices: Sequence[int], pool: Executor
+) -> list[T | BadImage]:
     """What `read` returns or raises for each image, in order."""
 
-    def read_part(start: int) -> list[np.ndarray | BadImage]:
-        found = []
+    def read_part(start: int) -> list[T | BadImage]:
+        found: list[T | BadImage] = []
         for index in indices[start : start + per_thread]:
             try:
                 found.append(read(index))

@@ -285,6 +285,9 @@ def test_what_dalis_reader_must_not_be_given_is_a_bad_image(capfd):
         ("RecordIO", rec[:20], "truncated RecordIO"),
         ("RecordIO", rec[1:], "no RecordIO record"),
         ("RecordIO", flagged, "damaged RecordIO"),
+        ("RecordIO", rec[:7] + bytes([rec[7] | 1 << 5]) + rec[8:], "truncated RecordIO"),
+        ("RecordIO", rec[:7] + bytes([rec[7] | 3 << 5]) + rec[8:], "damaged RecordIO"),
+        ("RecordIO", rec + rec, "damaged RecordIO"),
     ]
     for kind, data, expected in cases:
         (found,) = read_records(kind, [np.frombuffer(data, np.uint8)])
