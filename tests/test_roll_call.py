@@ -15,11 +15,11 @@ from train import launch
 from train import roll_call as calls
 from train.roll_call import (
     answer,
-    compare_clocks,
     is_free_here,
     keep_contact,
     open_store,
     roll_call,
+    sign_in,
     wait_for,
 )
 
@@ -79,7 +79,7 @@ def test_another_program_at_the_endpoint_is_no_rendezvous(monkeypatch):
 def test_hosts_that_are_missing_are_counted_and_those_that_came_named(store, monkeypatch, capsys):
     monkeypatch.setattr(calls, "TELL_S", 0.1)
     store.set("clock", str(time.time()))
-    compare_clocks(store, "node0")
+    sign_in(store, "node0", 4, 4)
     with pytest.raises(ValueError, match=f"1 of 4 hosts have come: {socket.gethostname()}. Start"):
         answer(store, True, "node0:29500", 4, time.monotonic() + 0.5)
     assert "warning: 1 of 4 hosts have come" in capsys.readouterr().err
@@ -87,25 +87,67 @@ def test_hosts_that_are_missing_are_counted_and_those_that_came_named(store, mon
         answer(store, False, "node0:29500", 4, time.monotonic() + 60)
 
 
+def come(store, monkeypatch, *names: str, lowest: int = 2, most: int = 2) -> None:
+    for name in names:
+        monkeypatch.setattr(socket, "gethostname", lambda name=name: name)
+        sign_in(store, names[0], lowest, most)
+
+
 @pytest.mark.parametrize(("shift", "order"), [(60, "behind"), (-60, "ahead of")])
-def test_a_clock_that_is_apart_is_refused_on_all_hosts(store, shift, order):
+def test_a_clock_that_is_apart_is_refused_on_all_hosts(store, monkeypatch, shift, order):
     store.set("clock", str(time.time() + shift))
-    compare_clocks(store, "node0")
-    line = f"the clock of host {socket.gethostname()} is 60 s {order} that of node0: synchronise"
+    come(store, monkeypatch, "node0")
     for is_keeper in (True, False):
-        with pytest.raises(ValueError, match=line):
+        with pytest.raises(ValueError, match=f"clock of host node0 is 60 s {order} .*synchronise"):
             answer(store, is_keeper, "node0:29500", 2, time.monotonic() + 5)
 
 
-def test_a_clock_that_is_near_is_not_refused(store):
+def test_a_clock_that_is_near_is_not_refused(store, monkeypatch):
     store.set("clock", str(time.time() + 2))
-    compare_clocks(store, "node0")
-    answer(store, False, "node0:29500", 1, time.monotonic() + 5)
+    come(store, monkeypatch, "node0", "node1")
+    answer(store, False, "node0:29500", 2, time.monotonic() + 5)
+
+
+@pytest.mark.parametrize(("lowest", "most", "first"), [(4, 4, "4"), (3, 4, "3:4")])
+def test_another_number_of_hosts_is_refused_on_all_hosts(store, monkeypatch, lowest, most, first):
+    store.set("clock", str(time.time()))
+    come(store, monkeypatch, "node0", "node1", lowest=lowest, most=most)
+    come(store, monkeypatch, "node2", lowest=2, most=2)
+    line = f"--nnodes is 2 on host node2 and {first} on host node0: give all hosts the same"
+    for is_keeper in (True, False):
+        with pytest.raises(ValueError, match=line):
+            answer(store, is_keeper, "node0:29500", lowest, time.monotonic() + 5)
+
+
+def test_a_host_that_comes_to_a_complete_run_is_refused_alone_unless_it_comes_again(
+    store, monkeypatch
+):
+    store.set("clock", str(time.time()))
+    come(store, monkeypatch, "node0", "node1", "node0")
+    for _ in range(2):  # its own name among those that came does not let it in
+        with pytest.raises(
+            ValueError, match="node2 is one too many.*2 have come: node0, node1. To"
+        ):
+            come(store, monkeypatch, "node2")
+    answer(store, True, "node0:29500", 2, time.monotonic() + 5)
+    with pytest.raises(ValueError, match="--nnodes is 3 on host node1"):
+        come(store, monkeypatch, "node1", lowest=3, most=3)
+    answer(store, False, "node0:29500", 2, time.monotonic() + 5)
+
+
+def test_localhost_is_told_to_the_others_as_this_hosts_name(port, monkeypatch):
+    monkeypatch.setattr(calls, "POLL_S", 0.01)
+    line = f"1 of 2 hosts .*--rdzv-endpoint {socket.gethostname()}:{port}, "
+    with (
+        pytest.raises(ValueError, match=line),
+        roll_call("localhost", port, run="x", lowest=2, most=2, limit_s=0.1),
+    ):
+        pass
 
 
 def test_the_keepers_clock_goes_on_for_hosts_that_come_later(port, monkeypatch):
     monkeypatch.setattr(calls, "POLL_S", 0.01)
-    with roll_call("localhost", port, run="x", lowest=1, limit_s=5):
+    with roll_call("localhost", port, run="x", lowest=1, most=1, limit_s=5):
         late = dist.PrefixStore("roll-call/x", open_store("localhost", port, False))
         before = float(late.get("clock"))
         time.sleep(0.2)

@@ -126,7 +126,7 @@ def launch(arguments: argparse.Namespace) -> None:
         limit_s = float(conf.get("join_timeout", 600))
     except ValueError:
         raise ValueError(f"--rdzv-conf {arguments.rdzv_conf}: join_timeout is seconds") from None
-    with roll_call(host, port, run=arguments.rdzv_id, lowest=lowest, limit_s=limit_s):
+    with roll_call(host, port, run=arguments.rdzv_id, lowest=lowest, most=most, limit_s=limit_s):
         run(arguments)
 
 

@@ -30,12 +30,14 @@ AGAIN = "start the same command on all hosts, it goes on from the last checkpoin
 
 
 @contextmanager
-def roll_call(host: str, port: int, *, run: str, lowest: int, limit_s: float) -> Iterator[None]:
+def roll_call(
+    host: str, port: int, *, run: str, lowest: int, most: int, limit_s: float
+) -> Iterator[None]:
     """Enter when `lowest` hosts have come; the clock is kept until the exit, for later ones.
 
     Until then the process also ends if it does not reach the endpoint for limit_s.
     Raises: ValueError with the host and the remedy: a port that is taken, a clock that is apart,
-    hosts that have not come within limit_s.
+    another number of hosts, hosts that have not come within limit_s, one beyond `most`.
     """
     here, limit = socket.gethostname(), time.monotonic() + limit_s
     is_keeper = is_free_here(host, port)
@@ -52,8 +54,10 @@ def roll_call(host: str, port: int, *, run: str, lowest: int, limit_s: float) ->
         keeping.start()
     try:
         try:
-            compare_clocks(store, host)
-            answer(store, is_keeper, f"{host}:{port}", lowest, limit)
+            sign_in(store, host, lowest, most)
+            # localhost is another host on each
+            known = here if host == "localhost" or host.startswith("127.") else host
+            answer(store, is_keeper, f"{known}:{port}", lowest, limit)
         except dist.DistError as error:
             raise ValueError(
                 f"host {here} lost the rendezvous at {host}:{port} before all hosts had come: see "
@@ -68,19 +72,56 @@ def roll_call(host: str, port: int, *, run: str, lowest: int, limit_s: float) ->
             keeping.join()
 
 
-def compare_clocks(store: dist.Store, keeper: str) -> None:
-    """Add this host's name, or have everybody refused when its clock is apart."""
+def sign_in(store: dist.Store, keeper: str, lowest: int, most: int) -> None:
+    """Add this host's name, or have all that wait refused for what this host has otherwise.
+
+    Raises: ValueError on this host alone where the others have begun or have all they need.
+    """
     here = socket.gethostname()
+    if line := other_number(store, lowest, most) or clock_apart(store, keeper):
+        if store.check(["begun"]):
+            raise ValueError(line)
+        store.set("refused", line)
+        return
+    number = store.add("number", 1)
+    store.set(f"host/{number}", here)
+    if number > most and here not in (names := names_of(store, most)):  # not one that comes again
+        # torchrun would keep it waiting without a word and end in a traceback (torch 2.13)
+        raise ValueError(
+            f"host {here} is one too many, for --nnodes {most} have come: {', '.join(names)}. To "
+            f"train on more, or on {here} in place of another, end all and start them anew"
+        )
+
+
+def other_number(store: dist.Store, lowest: int, most: int) -> str | None:
+    """One line where the first host that came has another --nnodes.
+
+    With two numbers torchrun was seen to start ranks, end them and wait in silence (torch 2.13).
+    """
+    here, number = socket.gethostname(), str(most) if lowest == most else f"{lowest}:{most}"
+    first, _, there = store.compare_set("nnodes", "", f"{number} {here}").decode().partition(" ")
+    if first == number:
+        return None
+    return (
+        f"--nnodes is {number} on host {here} and {first} on host {there}: give all hosts the same"
+    )
+
+
+def clock_apart(store: dist.Store, keeper: str) -> str | None:
+    """One line where this host's clock is not the keeper's."""
     ahead = time.time() - float(store.get("clock"))
     if abs(ahead) < APART_S:
-        store.set(f"host/{store.add('number', 1)}", here)
-        return
+        return None
     order = "ahead of" if ahead > 0 else "behind"
-    store.set(
-        "refused",
-        f"the clock of host {here} is {abs(ahead):.0f} s {order} that of {keeper}: synchronise it "
-        "(chronyc makestep)",
+    return (
+        f"the clock of host {socket.gethostname()} is {abs(ahead):.0f} s {order} that of {keeper}: "
+        "synchronise it (chronyc makestep)"
     )
+
+
+def names_of(store: dist.Store, number: int) -> list[str]:
+    """The first hosts that came."""
+    return [store.get(f"host/{n}").decode() for n in range(1, number + 1)]
 
 
 def is_free_here(host: str, port: int) -> bool:
@@ -197,12 +238,13 @@ def answer(store: dist.Store, is_keeper: bool, endpoint: str, lowest: int, limit
                 time.sleep(2 * POLL_S)  # the others still read it here
             raise ValueError(store.get("refused").decode())
         if number >= lowest:
+            store.set("begun", "yes")
             return
         if is_keeper:
-            names = ", ".join(store.get(f"host/{n}").decode() for n in range(1, number + 1))
+            names = ", ".join(names_of(store, number))
             line = (
-                f"{number} of {lowest} hosts have come: {names}. Start the same command on the "
-                f"others, with --rdzv-endpoint {endpoint}, and let the firewall pass that port"
+                f"{number} of {lowest} hosts have come: {names}. Start the same command on all, "
+                f"each with --rdzv-endpoint {endpoint}, and let the firewall pass that port"
             )
             if time.monotonic() > limit:
                 store.set("refused", line)
