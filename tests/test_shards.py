@@ -5,6 +5,7 @@ import io
 import os
 import pickle
 import resource
+import shutil
 import sys
 import tarfile
 from pathlib import Path
@@ -25,6 +26,7 @@ from pipeline.shards import ShardSet, open_source
 from pipeline.sources import list_images
 from train import distributed
 from train.cli import read_config
+from train.data import difference
 from train.main import main, run
 from train.metrics import Log
 from train.run_folder import RunFolder
@@ -369,6 +371,20 @@ def test_a_shard_cut_under_a_running_training_gives_bad_images_not_garbage(shard
     os.unlink(fresh.shards[0])
     with pytest.raises(BadImage, match="unreadable shard .No such file"):
         fresh.read(0)
+
+
+def test_a_host_with_the_same_images_in_other_shards_is_named(images, shards, tmp_path):
+    found = opened(shards)  # rank 0's, sent to a host that has something else there
+    assert difference(found) is None
+    shards.rename(tmp_path / "as-sent")
+    pack_root(str(images), shards, shard_bytes=50_000)
+    assert opened(shards).fingerprint == found.fingerprint
+    for _ in range(2):
+        told = difference(found)
+        assert told is not None and "\n" not in told and "copy them again" in told
+        assert f"other images under {shards} than" in told and "same, in other shards" in told
+        shutil.rmtree(shards)
+        shutil.copytree(images, shards)
 
 
 def test_a_training_on_a_truncated_shard_ends_in_one_line(shards, tmp_path, monkeypatch, capfd):

@@ -131,16 +131,27 @@ def difference(source: ImageSource) -> str | None:
         here = open_source(source.root)
     except ValueError as error:
         return f"host {host}: {error}"
-    if here.fingerprint == source.fingerprint:
+    is_same = here.fingerprint == source.fingerprint
+    if is_same and are_places_same(here, source):
         return None
-    what = "same names, other sizes"
+    what = "the same, in other shards" if is_same else "same names, other sizes"
     names, expected = (set(map(s.name, range(len(s)))) for s in (here, source))
-    if odd := names ^ expected:
+    if not is_same and (odd := names ^ expected):
         what = f"{min(odd)} is {'only' if min(odd) in names else 'missing'} there"
     return (
         f"host {host} has other images under {source.root} than rank 0's host ({len(here)} against "
         f"{len(source)}; {what}): copy them again, or use storage that all hosts share"
     )
+
+
+def are_places_same(here: ImageSource, source: ImageSource) -> bool:
+    """Whether rank 0's list finds this host's images: a fingerprint says nothing of shards."""
+    if isinstance(here, ShardSet) and isinstance(source, ShardSet):
+        return here.shards == source.shards and all(
+            np.array_equal(getattr(here, name), getattr(source, name))
+            for name in ("starts", "offsets", "spans")
+        )
+    return isinstance(here, ShardSet) == isinstance(source, ShardSet)
 
 
 def check_apart(out: Path, *folders: str | None) -> None:
