@@ -189,6 +189,8 @@ def test_the_launcher_starts_ranks_with_the_settings_that_restarts_need(port, tm
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
+        (["--nproc-per-nod=8"], "--nproc-per-nod is unknown: perhaps you meant --nproc-per-node"),
+        (["--rdzv_endpont", "h:1"], "--rdzv_endpont is unknown: perhaps you meant --rdzv-endpoint"),
         (["--nnodes", "x"], "--nnodes x: give a number of hosts"),
         (["--nnodes", "0"], "--nnodes 0: give a number of hosts"),
         (["--nnodes", "4:2"], "--nnodes 4:2: give"),

@@ -108,7 +108,7 @@ def explain(message: str, known: Sequence[str] | None = None) -> str:
     known: every flag of the program; train/main.py's by default.
     """
     known = flags() if known is None else known
-    unknown = re.findall(r"--[\w.]+", message) if "nrecognized" in message else []
+    unknown = re.findall(r"--[\w.-]+", message) if "nrecognized" in message else []
     keys = re.findall(r"(?:[Kk]ey|[Oo]ption) [\"']([\w.]+)[\"']", message)
     groups = re.findall(r"Group [\"']([\w.]+)[\"']", message)
     unknown += [".".join([*groups[:1], key]) for key in keys]

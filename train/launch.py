@@ -46,7 +46,7 @@ from torch.distributed.run import (
     run,
 )
 
-from train.cli import refuse
+from train.cli import explain, refuse
 from train.roll_call import AGAIN, out_of_reach, roll_call
 
 SETTINGS = {
@@ -65,6 +65,8 @@ def main() -> None:
         os.environ.setdefault(name, value)
     parser, here = get_args_parser(), socket.gethostname()
     parser.allow_abbrev = False  # torchrun takes a program's --n 3 for an abbreviation of its own
+    known = [action.option_strings[0][2:] for action in parser._actions if action.option_strings]
+    parser.error = lambda message: refuse(explain(message, known), code=1)
     arguments = parser.parse_args()
     try:
         check(arguments)
