@@ -120,10 +120,13 @@ def test_another_number_of_hosts_is_refused_on_all_hosts(store, monkeypatch, low
 
 
 def test_a_host_that_comes_to_a_complete_run_is_refused_alone_unless_it_comes_again(
-    store, monkeypatch
+    store, monkeypatch, capsys
 ):
     store.set("clock", str(time.time()))
-    come(store, monkeypatch, "node0", "node1", "node0")
+    come(store, monkeypatch, "node0", "node1")
+    assert capsys.readouterr().err == ""
+    come(store, monkeypatch, "node0")
+    assert capsys.readouterr().err.startswith("warning: host node0 has come before, it waits")
     for _ in range(2):  # its own name among those that came does not let it in
         with pytest.raises(
             ValueError, match="node2 is one too many.*2 have come: node0, node1. To"

@@ -85,12 +85,17 @@ def sign_in(store: dist.Store, keeper: str, lowest: int, most: int) -> None:
         return
     number = store.add("number", 1)
     store.set(f"host/{number}", here)
-    if number > most and here not in (names := names_of(store, most)):  # not one that comes again
-        # torchrun would keep it waiting without a word and end in a traceback (torch 2.13)
-        raise ValueError(
-            f"host {here} is one too many, for --nnodes {most} have come: {', '.join(names)}. To "
-            f"train on more, or on {here} in place of another, end all and start them anew"
-        )
+    if number <= most:
+        return
+    if here in (names := names_of(store, most)):
+        print(f"warning: host {here} has come before, it waits for its place: end this launch if "
+              "the first one still runs", file=sys.stderr, flush=True)  # fmt: skip
+        return
+    # torchrun would keep it waiting without a word and end in a traceback (torch 2.13)
+    raise ValueError(
+        f"host {here} is one too many, for --nnodes {most} have come: {', '.join(names)}. To train "
+        f"on more, or on {here} in place of another, end all and start them anew"
+    )
 
 
 def other_number(store: dist.Store, lowest: int, most: int) -> str | None:
