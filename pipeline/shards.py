@@ -40,7 +40,7 @@ from pipeline.sources import (
 
 # Compressed ones too: scan_shard names what they are.
 _SHARD = re.compile(
-    r".*(\.(tar|tgz|tfrecords?|rec)(\.(gz|zst|xz|bz2))?|-\d{5}-of-\d{5})", re.IGNORECASE
+    r".*(\.(tar|tgz|tfrec(ords?)?|rec)|-\d{5}-of-\d{5})(\.(gz|zst|xz|bz2))?", re.IGNORECASE
 )
 _MAX_DESCRIPTORS = 1 << 16
 _SPARE_DESCRIPTORS = 256  # for everything that is no shard
