@@ -35,6 +35,11 @@ def test_a_typo_in_a_flag_names_the_nearest_one(capsys, flag, nearest):
     assert line == f"error: {name} is unknown: perhaps you meant {nearest}"
 
 
+def test_a_glob_that_the_shell_expanded_is_told_by_its_first_file(capsys):
+    told = "a-1.tar, and more, follows no flag: quote a glob"
+    assert told in refusal(capsys, "--data.root", *(f"a-{n}.tar" for n in range(99)))
+
+
 def test_help_calls_the_root_required_only_where_there_is_no_default():
     assert "[--config FILE]" in build_parser().format_usage()
     assert "(required" in build_parser().format_help()

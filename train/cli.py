@@ -142,6 +142,10 @@ def plain(line: str) -> str:
         line,
     )
     line = line.replace(". Got value:", ", got")
+    stray = re.fullmatch(r"[Uu]nrecognized arguments: ([^-]\S*)( .*)?", line)
+    if stray:  # of a glob that the shell has expanded there may be thousands
+        more = ", and more," if stray[2] else ""
+        line = f"{stray[1]}{more} follows no flag: quote a glob, and a value with spaces"
     missing = re.fullmatch(r"the following arguments are required: ([\w., ]+)", line)
     if missing:
         names = missing[1].split(", ")  # a flag that is required stands in a group
