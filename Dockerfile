@@ -1,4 +1,4 @@
-# docker build -t twinturbo .
+# docker build -t twinturbo . && mkdir -p runs   # docker would make it root's
 # docker run --gpus all --shm-size 8g --ulimit nofile=65536 --read-only --tmpfs /tmp:exec \
 #     --user $(id -u) -v /data:/data:ro -v $PWD/runs:/runs twinturbo \
 #     --config configs/imagenet.yaml --data.root /data/imagenet --out /runs/imagenet
