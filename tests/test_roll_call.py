@@ -138,6 +138,13 @@ def test_a_host_that_comes_to_a_complete_run_is_refused_alone_unless_it_comes_ag
     answer(store, False, "node0:29500", 2, time.monotonic() + 5)
 
 
+def test_a_host_that_was_started_twice_takes_no_others_place(store, monkeypatch):
+    store.set("clock", str(time.time()))
+    come(store, monkeypatch, "node0", "node1", "node1", "node2", "node3", lowest=4, most=4)
+    with pytest.raises(ValueError, match="node4 is one too many, for --nnodes 4 have come"):
+        come(store, monkeypatch, "node4", lowest=4, most=4)
+
+
 def test_localhost_is_told_to_the_others_as_this_hosts_name(port, monkeypatch):
     monkeypatch.setattr(calls, "POLL_S", 0.01)
     line = f"1 of 2 hosts .*--rdzv-endpoint {socket.gethostname()}:{port}, "

@@ -84,18 +84,18 @@ def sign_in(store: dist.Store, keeper: str, lowest: int, most: int) -> None:
         store.set("refused", line)
         return
     number = store.add("number", 1)
+    earlier = dict.fromkeys(names_of(store, number - 1))  # each once
+    if len(earlier) >= most and here not in earlier:
+        store.set(f"host/{number}", "")  # its name would let it in the next time
+        # torchrun would keep it waiting without a word and end in a traceback (torch 2.13)
+        raise ValueError(
+            f"host {here} is one too many, for --nnodes {most} have come: {', '.join(earlier)}. To "
+            f"train on more, or on {here} in place of another, end all and start them anew"
+        )
     store.set(f"host/{number}", here)
-    if number <= most:
-        return
-    if here in (names := names_of(store, most)):
+    if number > most and here in earlier:
         print(f"warning: host {here} has come before, it waits for its place: end this launch if "
               "the first one still runs", file=sys.stderr, flush=True)  # fmt: skip
-        return
-    # torchrun would keep it waiting without a word and end in a traceback (torch 2.13)
-    raise ValueError(
-        f"host {here} is one too many, for --nnodes {most} have come: {', '.join(names)}. To train "
-        f"on more, or on {here} in place of another, end all and start them anew"
-    )
 
 
 def other_number(store: dist.Store, lowest: int, most: int) -> str | None:
@@ -125,8 +125,9 @@ def clock_apart(store: dist.Store, keeper: str) -> str | None:
 
 
 def names_of(store: dist.Store, number: int) -> list[str]:
-    """The first hosts that came."""
-    return [store.get(f"host/{n}").decode() for n in range(1, number + 1)]
+    """The first hosts that came, one that came again twice, without those that were too many."""
+    names = (store.get(f"host/{n}").decode() for n in range(1, number + 1))
+    return [name for name in names if name]
 
 
 def is_free_here(host: str, port: int) -> bool:
