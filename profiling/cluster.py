@@ -14,11 +14,15 @@ import re
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from filelock import FileLock
+
 PREFIX = "twinturbo"  # of the namespaces: twinturbo-<pid>-<number of the cluster>-<host>
+CLEARING = Path(tempfile.gettempdir(), f"{PREFIX}-clearing.lock")
 GONE_S = 10  # a killed process leaves the namespace long before
 
 
@@ -128,9 +132,10 @@ def why_not() -> str | None:
 
 
 def _clear_leftovers() -> None:
-    """Remove the namespaces of programs that were killed."""
-    spaces = re.findall(rf"^({PREFIX}-(\d+)-\S+)", _ip("netns", "list"), re.MULTILINE)
-    _remove(space for space, pid in spaces if not Path("/proc", pid).exists())
+    """Remove namespaces of programs that were killed; one process at a time, for all see them."""
+    with FileLock(CLEARING):
+        spaces = re.findall(rf"^({PREFIX}-(\d+)-\S+)", _ip("netns", "list"), re.MULTILINE)
+        _remove(space for space, pid in spaces if not Path("/proc", pid).exists())
 
 
 def _remove(spaces: Iterable[str]) -> None:

@@ -4,11 +4,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
-from cluster import Cluster, _clear_leftovers
+from cluster import CLEARING, Cluster, _clear_leftovers
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("clusters")]
 SEND = "import socket; socket.create_connection(('node1', 5000)).sendall(bytes(4 << 20))"
@@ -91,3 +93,14 @@ os.kill(os.getpid(), 9)"""
     assert f"twinturbo-{killed.pid}-" in left()
     _clear_leftovers()
     assert f"twinturbo-{killed.pid}-" not in left()
+
+
+def test_two_programs_do_not_clear_at_the_same_time():
+    """The second would find namespaces in the list that the first has removed, and fail."""
+    second = threading.Thread(target=_clear_leftovers)
+    with FileLock(CLEARING):
+        second.start()
+        second.join(0.5)
+        assert second.is_alive()
+    second.join(20)
+    assert not second.is_alive()
