@@ -58,6 +58,14 @@ def test_a_host_that_cannot_run_says_why():
     assert disagreement(four(fault="no GPU")) == "host node2: no GPU"
 
 
+def test_a_mistake_in_flags_names_its_host_unless_all_made_it_or_a_file_explains_it():
+    assert disagreement(four(mistake="--x is unknown")) == "host node2: --x is unknown"
+    assert disagreement([one | {"mistake": "--x is unknown"} for one in four()]) == "--x is unknown"
+    odd = {**four()[0]["file"], "train/config.py": "odd"}
+    line = disagreement(four(mistake="--x is unknown", file=odd, flag={}, device={}))
+    assert line is not None and line.startswith("train/config.py is odd on host node2")
+
+
 def test_a_small_shm_is_named_with_the_remedy():
     line = small_shm(four(shm=1 << 20))
     assert line is not None and "/dev/shm on host node2 has 1 MiB free" in line and "--shm" in line

@@ -159,13 +159,14 @@ def other_images(folder: Path, images: Path) -> dict:
     return {"before": ["unshare", "--mount", "sh", "-c", mount, "sh"]}
 
 
-@pytest.mark.parametrize("what", ["code", "flag", "images"])
+@pytest.mark.parametrize("what", ["code", "flag", "typo", "images"])
 def test_a_host_that_differs_is_named_in_one_line_and_not_restarted(
     four, tiny_images, tmp_path, what
 ):
     change, parts = {
         "code": (lambda: other_code(tmp_path / "code"), ("train/loop.py is", "same revision")),
         "flag": (lambda: {"flags": ["--optim.lr=0.1"]}, ("--optim.lr is 0.1", "same flags")),
+        "typo": (lambda: {"flags": ["--epoch=3"]}, ("--epoch is unknown", "meant --epochs")),
         "images": (
             lambda: other_images(tmp_path / "images", tiny_images),
             ("other images", "china/00.jpg is missing there", "copy them again"),

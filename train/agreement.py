@@ -20,9 +20,9 @@ from train.config import Config, flat
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("torch", "triton", "numpy", "nvidia-dali-cuda120", "nvidia-dali-cuda130")
 REMEDIES = {
-    "device": "mend the driver on that host, or give all hosts --device cpu",
     "package": "install the same version on all hosts",
     "file": "give all hosts the same revision of the source files",
+    "device": "mend the driver on that host, or give all hosts --device cpu",
     "flag": "start all hosts with the same flags",
 }
 SHARED_MEMORY = 1 << 30
@@ -30,16 +30,20 @@ SHARED_MEMORY = 1 << 30
 --shm-size=1g."""
 
 
-def facts(config: Config | None, device: str, fault: str | None = None) -> dict:
+def facts(
+    config: Config | None, device: str, fault: str | None = None, mistake: str | None = None
+) -> dict:
     """What this process runs. device: "cpu" or "cuda"; fault: why it cannot, if it cannot.
 
     config: None where there is none to compare. --out is left out: rank 0's is used on all.
+    mistake: in its flags, if there is one.
     """
     settings = flat(config) if config is not None else {}
     shm = os.statvfs("/dev/shm") if os.path.isdir("/dev/shm") else None
     return {
         "host": socket.gethostname(),
         "fault": fault,
+        "mistake": mistake,
         "shm": shm.f_bavail * shm.f_frsize if shm is not None else 0,
         "device": {"the device": device},
         "package": versions(),
@@ -69,21 +73,41 @@ def sources() -> dict[str, str]:
 
 
 def disagreement(everyone: list[dict]) -> str | None:
-    """One line for the first fact that some host has otherwise; None where all agree."""
-    for one in everyone:
-        if one["fault"] is not None:
-            return f"host {one['host']}: {one['fault']}"
-    for kind, remedy in REMEDIES.items():
-        for name in sorted({name for one in everyone for name in one[kind]}):
-            values = [one[kind].get(name, "missing") for one in everyone]
-            usual = Counter(values).most_common(1)[0][0]  # of two as frequent, rank 0's
-            for one, value in zip(everyone, values, strict=True):
-                if value != usual:
-                    other = everyone[values.index(usual)]["host"]
-                    return (
-                        f"{name} is {value} on host {one['host']} and {usual} on host {other}: "
-                        f"{remedy}"
-                    )
+    """One line for the first host that cannot go on, or has a fact otherwise; None: all agree.
+
+    A flag that one host does not know is told after its files: they may be of another revision.
+    """
+    return (
+        said(everyone, "fault")
+        or differing(everyone, "package")
+        or differing(everyone, "file")
+        or said(everyone, "mistake")
+        or differing(everyone, "device")
+        or differing(everyone, "flag")
+    )
+
+
+def said(everyone: list[dict], what: str) -> str | None:
+    """What the first process that says something says, with its host unless all say the same."""
+    words = [one[what] for one in everyone]
+    number, first = next(((n, text) for n, text in enumerate(words) if text), (0, None))
+    if first is None or set(words) == {first}:
+        return first
+    return f"host {everyone[number]['host']}: {first}"
+
+
+def differing(everyone: list[dict], kind: str) -> str | None:
+    """One line for the first fact of a kind that some host has otherwise."""
+    for name in sorted({name for one in everyone for name in one[kind]}):
+        values = [one[kind].get(name, "missing") for one in everyone]
+        usual = Counter(values).most_common(1)[0][0]  # of two as frequent, rank 0's
+        for one, value in zip(everyone, values, strict=True):
+            if value != usual:
+                other = everyone[values.index(usual)]["host"]
+                return (
+                    f"{name} is {value} on host {one['host']} and {usual} on host {other}: "
+                    f"{REMEDIES[kind]}"
+                )
     return None
 
 

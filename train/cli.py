@@ -18,6 +18,7 @@ import torch
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from train.config import Config
+from train.distributed import start
 from train.watch import end_torchrun
 
 USAGE_ERROR = 2
@@ -192,8 +193,15 @@ def print_result(result: dict, *, kept: Path) -> None:
 def refuse(message: str, *, code: int = USAGE_ERROR) -> NoReturn:
     """One line on stderr, then the exit code.
 
-    What all ranks meet, a mistake in the flags or a stop by signal (130), is told once a host.
+    A stop by signal (130), which all ranks meet, is told once a host. One host of several may alone
+    have a mistake in its flags: rank 0 tells it, with the host, and all ranks end.
     """
+    if code == USAGE_ERROR and os.environ.get("WORLD_SIZE", "1") != "1":
+        try:
+            with start("cpu", mistake=message):
+                pass
+        except (ValueError, OSError) as error:
+            refuse(str(error), code=1)
     if code not in (USAGE_ERROR, 130) or os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {message}", file=sys.stderr, flush=True)
     if code == USAGE_ERROR:

@@ -57,10 +57,13 @@ class World:
 
 
 @contextmanager
-def start(device: str, config: Config | None = None) -> Iterator[World]:
+def start(
+    device: str, config: Config | None = None, *, mistake: str | None = None
+) -> Iterator[World]:
     """Join the other processes that torchrun started, if any; leave them at the end.
 
-    device: as --device. config: of a run, the same on all ranks.
+    device: as --device. config: of a run, the same on all ranks. mistake: in this process's flags,
+    for which all ranks of several are to end.
 
     Raises: ValueError when --device cuda is asked for where there is none, for a part of torchrun's
     environment, or when processes differ (train/agreement.py); ConnectionError, in place of what a
@@ -85,7 +88,7 @@ def start(device: str, config: Config | None = None) -> Iterator[World]:
             where = take_device(device, local_rank, local_size)
         except ValueError as error:
             fault = str(error)
-        mine = facts(config, where.type, fault)
+        mine = facts(config, where.type, fault, mistake)
         if warning := agree(store, mine, rank=rank, size=size):
             print(f"warning: {warning}", file=sys.stderr)
         groups = {"store": dist.PrefixStore("groups", store), "rank": rank, "world_size": size}
