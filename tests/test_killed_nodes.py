@@ -46,3 +46,17 @@ def test_a_killed_torchrun_of_the_endpoint_ends_all_and_the_same_command_goes_on
     assert again.succeed()["steps"] == 12
     assert "at step 0" not in again.output().split("continuing")[1].split("epoch")[0]
     assert same(weights(run.out), undisturbed)
+
+
+def test_a_host_where_ranks_fail_at_each_restart_is_named_and_ends_all(two, tiny_images, tmp_path):
+    broken = tmp_path / "safetensors.py"
+    broken.write_text("raise ImportError('libz.so: cannot open shared object file')\n")
+    run = Launched(
+        two, tmp_path, LAUNCH, f"--data.root={tiny_images}", nodes=2,
+        changes={1: {"before": ["env", f"PYTHONPATH={tmp_path}"]}},
+    )  # fmt: skip
+    assert 0 not in run.end(150)
+    assert run.left() == []
+    here, there = run.lines()
+    assert "the ranks of host node1 failed and no restart is left" in here
+    assert "rank 1 on host node1 failed" in there and "libz.so" in run.logs[1].read_text()

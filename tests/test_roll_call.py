@@ -1,15 +1,19 @@
 """Before ranks start: a port that is taken, hosts that are missing, clocks that are apart."""
 
+import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from train import launch
 from train import roll_call as calls
@@ -164,6 +168,45 @@ def test_the_keepers_clock_goes_on_for_hosts_that_come_later(port, monkeypatch):
         assert time.time() - 0.2 < float(late.get("clock")) > before
         assert any(thread.name == "roll-call" for thread in threading.enumerate())
     assert not any(thread.name == "roll-call" for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("needs_all", [True, False])
+def test_a_host_that_failed_alone_ends_all_where_all_are_needed(
+    store, monkeypatch, capsys, needs_all
+):
+    killed, over = [], threading.Event()
+    monkeypatch.setattr(calls, "ALONE_S", 0.3)
+    monkeypatch.setattr(calls.os, "kill", lambda *words: killed.append(words))
+    keeping = threading.Thread(target=calls.keep_clock, args=(store, needs_all, over))
+    keeping.start()
+    time.sleep(0.5)
+    store.set("failed", "node1")
+    time.sleep(0.15)
+    assert killed == []  # all may be failing
+    keeping.join(0.5)
+    over.set()
+    keeping.join()
+    assert killed == [(os.getpid(), signal.SIGTERM)] * needs_all
+    assert ("ranks of host node1 failed and no restart is left" in capsys.readouterr().err) is (
+        needs_all
+    )
+
+
+def test_a_host_says_when_its_ranks_failed_for_good_until_it_is_started_again(port, monkeypatch):
+    monkeypatch.setattr(calls, "POLL_S", 0.01)
+    server = dist.TCPStore("localhost", port, is_master=True, wait_for_workers=False)
+    seen = dist.PrefixStore("roll-call/x", server)
+    seen.set("clock", str(time.time()))
+    monkeypatch.setattr(calls, "is_free_here", lambda host, port: False)
+    call = partial(roll_call, "localhost", port, run="x", lowest=1, most=1, limit_s=5)
+    with pytest.raises(KeyboardInterrupt), call():
+        raise KeyboardInterrupt
+    assert not seen.check(["failed"])
+    with pytest.raises(ChildFailedError), call():
+        raise ChildFailedError("x", {0: ProcessFailure(0, 1, 1, "none")})
+    assert seen.get("failed").decode() == socket.gethostname()
+    with call():
+        assert seen.get("failed") == b""
 
 
 def test_a_host_that_cannot_reach_the_endpoint_any_more_ends_in_time(port, monkeypatch, capfd):

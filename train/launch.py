@@ -16,6 +16,8 @@ what happens then (make cluster-test; a rank that hangs: tests/test_watch.py), a
     a link, for less than T      nothing
     a link or a host             both sides say whom they lost, wait for it to come    T + J
                                  again and restart, or end
+    the ranks of one host, at    the host is named, all end                         35 s
+    each restart
     a torchrun                   all ranks save at the same step; the other hosts      J
                                  wait until it is started again
     the torchrun at HOST         all ranks save and everything ends: start the same    30 s

@@ -7,16 +7,18 @@ A newcomer's mistake: a second launch on the endpoint's host. One process a host
 
 import errno
 import os
+import signal
 import socket
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from train.watch import TELL_S
 
@@ -26,6 +28,9 @@ with 60 s it trained on one of two hosts as rank 0 of 1, and reported success (t
 ANSWER_S = 10.0  # a store answers at once; another program that has the port, never
 POLL_S = 0.5
 CONTACT_S = 5.0
+ALONE_S = 35.0
+"""A host has failed alone when this one has not ended so much later: torchrun waits 30 s for a rank
+that will not end."""
 AGAIN = "start the same command on all hosts, it goes on from the last checkpoint"
 
 
@@ -48,7 +53,11 @@ def roll_call(
     # a connection of its own: a call that waits blocks all others on the same one
     own = dist.PrefixStore(f"roll-call/{run}", server.clone())  # type: ignore[attr-defined] - missing in torch's stub
     over = threading.Event()
-    keep = partial(keep_clock, own) if is_keeper else partial(keep_contact, host, port, limit_s)
+    keep = (
+        partial(keep_clock, own, lowest == most)
+        if is_keeper
+        else partial(keep_contact, host, port, limit_s)
+    )
     keeping = threading.Thread(target=keep, args=(over,), name="roll-call", daemon=True)
     if is_keeper:
         keeping.start()
@@ -66,6 +75,10 @@ def roll_call(
         if not is_keeper:
             keeping.start()
         yield
+    except ChildFailedError:  # no restart is left; a host that was killed is waited for
+        with suppress(dist.DistError):  # the keeper has ended too
+            store.set("failed", here)
+        raise
     finally:
         over.set()
         if is_keeper:
@@ -83,6 +96,8 @@ def sign_in(store: dist.Store, keeper: str, lowest: int, most: int) -> None:
             raise ValueError(line)
         store.set("refused", line)
         return
+    if store.check(["failed"]) and store.get("failed").decode() == here:
+        store.set("failed", "")  # it was mended and started again
     number = store.add("number", 1)
     earlier = dict.fromkeys(names_of(store, number - 1))  # each once
     if len(earlier) >= most and here not in earlier:
@@ -202,10 +217,22 @@ def open_store(host: str, port: int, is_keeper: bool) -> dist.TCPStore:
     return made[0]
 
 
-def keep_clock(store: dist.Store, over: threading.Event) -> None:
-    """Show this host's time to the others until it is over."""
+def keep_clock(store: dist.Store, needs_all: bool, over: threading.Event) -> None:
+    """Show this host's time to the others until it is over, or a host that is needed failed alone.
+
+    Then this process ends, and all others with it: torchrun would have them wait for that host's
+    ranks without a word.
+    """
+    since = None
     while not over.is_set():
         store.set("clock", str(time.time()))
+        failed = store.get("failed").decode() if store.check(["failed"]) else ""
+        since = (since or time.monotonic()) if failed else None
+        if needs_all and since is not None and time.monotonic() - since > ALONE_S:
+            print(f"error: the ranks of host {failed} failed and no restart is left, its output "
+                  f"says why: {AGAIN}", file=sys.stderr, flush=True)  # fmt: skip
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
         over.wait(POLL_S)
 
 
