@@ -225,7 +225,7 @@ def undecodable(
 ) -> dict[int, str]:
     """The first line of DALI's complaint, by position, for each image that it cannot decode.
 
-    Raises: RuntimeError where it is the device that failed: that says nothing of an image.
+    Raises: RuntimeError where the device failed or memory lacked: that says nothing of an image.
     """
     placement = "cpu" if device_id is None else "gpu"
     # for one image at a time there is nothing to reserve, and a GPU in training is full
@@ -249,7 +249,8 @@ def undecodable(
         try:
             pipeline.run()
         except (RuntimeError, UnicodeDecodeError) as error:
-            if "CUDA " in str(error):  # out of memory, say: DALI names the API that failed
+            # DALI names the CUDA API that failed, and of the host's memory this alone
+            if "CUDA " in str(error) or "bad_alloc" in str(error):
                 raise
             lines = [line.strip() for line in str(error).splitlines()]
             complaint = (line for line in lines if "ailed" in line or "ailure" in line)

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import os
+import re
 import weakref
 from pathlib import Path
 
@@ -141,13 +142,20 @@ def test_an_image_that_only_dali_refuses_is_found_and_its_step_run_again(folder,
     assert (found[2].ids != clean[2].ids).tolist() == [row == 5 for row in range(8)]
 
 
-def test_a_device_that_fails_marks_no_image_as_bad(folder, monkeypatch):
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA runtime API error cudaErrorMemoryAllocation (2):\nout of memory",
+        "Critical error in pipeline:\nencountered:\n\nstd::bad_alloc\n",
+    ],
+)
+def test_a_device_or_memory_that_fails_marks_no_image_as_bad(folder, monkeypatch, text):
     def run_out(self):
-        raise RuntimeError("CUDA runtime API error cudaErrorMemoryAllocation (2):\nout of memory")
+        raise RuntimeError(text)
 
     images = [np.frombuffer(path.read_bytes(), np.uint8) for path in sorted(folder.iterdir())[:2]]
     monkeypatch.setattr(graph.Pipeline, "run", run_out)
-    with pytest.raises(RuntimeError, match="out of memory"):
+    with pytest.raises(RuntimeError, match=re.escape(text)):
         graph.undecodable(images, DecodeOptions(), device_id=None)
 
 
