@@ -2,7 +2,8 @@
 # Train on several nodes of a SLURM cluster:
 #     OUT=/shared/runs/a sbatch deploy/slurm.sh --config configs/imagenet.yaml --data.root /data/imagenet
 # The arguments go to train/main.py. The job requeues itself until the run has finished: the same
-# command continues the run in $OUT. Lines to change are marked CHANGE.
+# command continues the run in $OUT. Lines to change are marked CHANGE. PYTHON names another Python
+# than .venv/bin/python; RANKS_PER_NODE=2 rehearses on nodes without GPUs.
 #
 #SBATCH --job-name=twinturbo
 #SBATCH --nodes=4                   # CHANGE
