@@ -33,6 +33,9 @@ import sys
 if not __package__:  # run as a script: the repo root, not this folder, heads sys.path
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+# at its import torch reads it; without, 20 lines of stack frames for each lost connection
+
 import argparse
 import signal
 import socket
@@ -56,7 +59,6 @@ SETTINGS = {
     # SIGUSR1 is SLURM's warning: torchrun would die of it and leave its ranks behind
     "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # else a restart reads the attempt before's keys
-    "TORCH_CPP_LOG_LEVEL": "ERROR",  # else 20 lines of stack frames for each lost connection
     "PYTHONFAULTHANDLER": "1",  # a rank that dies of SIGSEGV shows where
 }
 
@@ -86,8 +88,10 @@ def main() -> None:
         refuse(out_of_reach(*endpoint(arguments), error), code=1)
     except SignalException as error:  # the ranks have saved, status.json says so
         raise SystemExit(128 + error.sigval) from None
-    except ValueError as error:
-        refuse(str(error), code=1)
+    except (ValueError, OSError) as error:  # OSError: of --log-dir
+        refuse(f"host {here}: {error}" if isinstance(error, OSError) else str(error), code=1)
+    except KeyboardInterrupt:  # before torchrun takes the signal
+        refuse(f"host {here} stopped before all hosts had come", code=130)
 
 
 def check(arguments: argparse.Namespace) -> None:

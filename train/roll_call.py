@@ -53,11 +53,7 @@ def roll_call(
     # a connection of its own: a call that waits blocks all others on the same one
     own = dist.PrefixStore(f"roll-call/{run}", server.clone())  # type: ignore[attr-defined] - missing in torch's stub
     over = threading.Event()
-    keep = (
-        partial(keep_clock, own, lowest == most)
-        if is_keeper
-        else partial(keep_contact, host, port, limit_s)
-    )
+    keep = partial(keep_clock, own) if is_keeper else partial(keep_contact, host, port, limit_s)
     keeping = threading.Thread(target=keep, args=(over,), name="roll-call", daemon=True)
     if is_keeper:
         keeping.start()
@@ -75,7 +71,7 @@ def roll_call(
         if not is_keeper:
             keeping.start()
         yield
-    except ChildFailedError:  # no restart is left; a host that was killed is waited for
+    except (ChildFailedError, OSError):  # it is over here; a host that was killed is waited for
         with suppress(dist.DistError):  # the keeper has ended too
             store.set("failed", here)
         raise
@@ -96,8 +92,11 @@ def sign_in(store: dist.Store, keeper: str, lowest: int, most: int) -> None:
             raise ValueError(line)
         store.set("refused", line)
         return
-    if store.check(["failed"]) and store.get("failed").decode() == here:
-        store.set("failed", "")  # it was mended and started again
+    if store.check(["failed"]):
+        raise ValueError(
+            f"the ranks of host {store.get('failed').decode()} failed and no restart is left: all "
+            f"hosts end within {ALONE_S:.0f} s, then {AGAIN}"
+        )
     number = store.add("number", 1)
     earlier = dict.fromkeys(names_of(store, number - 1))  # each once
     if len(earlier) >= most and here not in earlier:
@@ -217,22 +216,25 @@ def open_store(host: str, port: int, is_keeper: bool) -> dist.TCPStore:
     return made[0]
 
 
-def keep_clock(store: dist.Store, needs_all: bool, over: threading.Event) -> None:
-    """Show this host's time to the others until it is over, or a host that is needed failed alone.
+def keep_clock(store: dist.Store, over: threading.Event) -> None:
+    """Show this host's time to the others until it is over, or a host has failed alone.
 
-    Then this process ends, and all others with it: torchrun would have them wait for that host's
-    ranks without a word.
+    Then this process ends, and all others with it: torchrun has closed the rendezvous, also where
+    --nnodes allows fewer hosts, and would have them wait for that host's ranks without a word.
     """
     since = None
     while not over.is_set():
         store.set("clock", str(time.time()))
-        failed = store.get("failed").decode() if store.check(["failed"]) else ""
-        since = (since or time.monotonic()) if failed else None
-        if needs_all and since is not None and time.monotonic() - since > ALONE_S:
-            print(f"error: the ranks of host {failed} failed and no restart is left, its output "
-                  f"says why: {AGAIN}", file=sys.stderr, flush=True)  # fmt: skip
-            os.kill(os.getpid(), signal.SIGTERM)
-            return
+        if store.check(["failed"]):
+            since = since or time.monotonic()
+            if time.monotonic() - since > ALONE_S:
+                failed = store.get("failed").decode()
+                line = (
+                    f"the ranks of host {failed} failed and no restart is left, its output says why"
+                )
+                print(f"error: {line}: {AGAIN}", file=sys.stderr, flush=True)
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
         over.wait(POLL_S)
 
 
