@@ -74,6 +74,23 @@ def test_the_failure_of_a_run_on_a_full_disk_is_told_and_not_another_one(tmp_pat
     assert json.loads((folder.path / "status.json").read_text()) == {"state": "failed", "step": 3}
 
 
+@pytest.mark.parametrize("state", ["finished", "preempted", "running"])
+def test_a_refused_start_leaves_an_ended_run_as_it_is_and_tells_that_a_killed_one_failed(
+    tmp_path, state
+):
+    folder = RunFolder(str(tmp_path / "run"))
+    folder.status(state, 12)
+    folder.close()
+    for begins, then in ((False, "failed" if state == "running" else state), (True, "failed")):
+        again = RunFolder(str(tmp_path / "run"))
+        if begins:
+            again.status("running", 12)
+        again.give_up("the trace")
+        again.close()
+        told = json.loads((folder.path / "status.json").read_text())
+        assert told == {"state": then, "step": 12}
+
+
 def test_a_signal_in_set_up_leaves_no_half_folder_and_one_in_a_run_says_preempted(tmp_path):
     folder = RunFolder(str(tmp_path / "new"))
     folder.stop()

@@ -47,6 +47,7 @@ class RunFolder:
         """Make the folder and take it. Raises: ValueError if it cannot be written or is in use."""
         self.path = Path(path)
         self._is_new = not self.path.exists()
+        self._has_begun = False
         self.checkpoints = self.path / "checkpoints"
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True, mode=0o750)
@@ -101,6 +102,7 @@ class RunFolder:
 
     def status(self, state: str, step: int) -> None:
         """running, preempted, failed or finished."""
+        self._has_begun |= state == "running"
         self.write("status.json", {"state": state, "step": step})
 
     def add_bad_files(self, entries: list[dict]) -> None:
@@ -117,10 +119,11 @@ class RunFolder:
                 file.write(trace)
 
     def give_up(self, trace: str) -> None:
-        """After bad input: a folder made now, in which nothing ran, goes; else as `fail`."""
-        if self._is_new and not (self.path / "status.json").exists():
+        """After bad input. Where nothing ran a folder made now goes and an ended run stays."""
+        state = self._read("status.json").get("state")
+        if self._is_new and state is None:
             shutil.rmtree(self.path)
-        else:
+        elif self._has_begun or state not in ("finished", "preempted"):
             self.fail(trace)
 
     def stop(self) -> None:
