@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from nvidia.dali import fn, pipeline_def, types
 from PIL import Image, ImageFilter
 
@@ -65,11 +66,13 @@ def open_loader(
     )  # fmt: skip
 
 
-def seconds_after_filling(batches: Iterator, device: torch.device) -> float:
-    """Seconds from the batch number FILL to the end."""
+def seconds_after_filling(batches: Iterator, world: World) -> float:
+    """Seconds from batch FILL to the end. All ranks begin at once, for their rates are added."""
     for _ in range(FILL):
         next(batches)
-    return seconds_of(lambda: [None for _ in batches], device)
+    if world.size > 1:
+        dist.barrier(group=world.host_group)
+    return seconds_of(lambda: [None for _ in batches], world.device)
 
 
 def ours(reader: ImageReader, config: Config, world: World, *, steps: int) -> Repetition:
@@ -81,7 +84,7 @@ def ours(reader: ImageReader, config: Config, world: World, *, steps: int) -> Re
         nonlocal begin
         loader = open_loader(reader, order, config, world, range(begin, begin + FILL + steps))
         begin += FILL + steps
-        return seconds_after_filling(iter(loader), world.device)
+        return seconds_after_filling(iter(loader), world)
 
     return repeat
 
@@ -143,7 +146,7 @@ def torchvision_loader(
         sampler[:] = (int(i) for i in rng.integers(0, len(reader.source), (FILL + steps) * rows))
 
         batches = ([v.to(world.device, non_blocking=True) for v in views] for views in loader)
-        return seconds_after_filling(batches, world.device)
+        return seconds_after_filling(batches, world)
 
     return repeat
 
@@ -177,7 +180,7 @@ def dali_example(reader: ImageReader, config: Config, world: World, *, steps: in
         pipeline = example()
         pipeline.build()
         batches = (pipeline.run() for _ in range(FILL + steps))
-        return seconds_after_filling(batches, world.device)
+        return seconds_after_filling(batches, world)
 
     return repeat
 
