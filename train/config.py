@@ -84,7 +84,7 @@ class ModelConfig:
     PyTorch's own operations elsewhere."""
     recompute: bool = False
     """Normalise again in the backward pass instead of keeping what convolutions read: activations
-    take a fifth less memory and 26 MB more an image are moved (ResNet-50). Triton kernels only."""
+    take a sixth less memory and 26 MB more an image are moved (ResNet-50). Triton kernels only."""
 
     def __post_init__(self) -> None:
         """Refuse impossible values."""
