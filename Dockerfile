@@ -49,7 +49,8 @@ RUN export PIP_BREAK_SYSTEM_PACKAGES=1 PIP_DISABLE_PIP_VERSION_CHECK=1 \
     && python3 -m pip install --no-cache-dir $PIP_ARGS --no-deps -r requirements-peers.txt
 ENV OMP_WAIT_POLICY=passive
 USER 10001
-ENTRYPOINT ["python3", "-m", "pytest", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
+ENTRYPOINT ["python3", "-m", "pytest", "-n", "2", "--dist", "loadfile", "--max-worker-restart=0", \
+     "--no-loadscope-reorder"]
 CMD []
 
 FROM runtime

@@ -17,10 +17,13 @@ PIP := $(RUN) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 demo: $(VENV)/.ready
 	$(RUN) train/main.py --config configs/demo.yaml $(ARGS)
 
+# a worker that a hanging test ended is not started again: it would run the same test
+DISTRIBUTE := --dist loadfile --max-worker-restart=0
+
 # two processes of two threads on two cores: threads that wait must not spin; where there are GPUs they
 # are hidden, so that kernels run in the interpreter as everywhere else
 test: check
-	CUDA_VISIBLE_DEVICES= OMP_WAIT_POLICY=passive $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	CUDA_VISIBLE_DEVICES= OMP_WAIT_POLICY=passive $(RUN) -m pytest -n 2 $(DISTRIBUTE) --no-loadscope-reorder $(ARGS)
 
 check: $(VENV)/.ready-dev
 	$(VENV)/bin/ruff format --check --quiet .
@@ -31,7 +34,7 @@ check: $(VENV)/.ready-dev
 
 # mostly waits: more processes than cores
 cluster-test: $(VENV)/.ready-dev
-	CUDA_VISIBLE_DEVICES= OMP_WAIT_POLICY=passive $(RUN) -m pytest -m cluster -n 4 --dist loadfile -rs $(ARGS)
+	CUDA_VISIBLE_DEVICES= OMP_WAIT_POLICY=passive $(RUN) -m pytest -m cluster -n 4 $(DISTRIBUTE) -rs $(ARGS)
 
 # the kernels for real, and what needs a CUDA device
 KERNEL_TESTS := $(addsuffix .py,$(addprefix tests/test_,norm_kernels loss_kernels cosine two_views))

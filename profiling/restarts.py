@@ -35,7 +35,7 @@ from train.run_folder import environment
 ROOT = Path(__file__).parent.parent
 LIMIT_S = 300
 FLAGS = [
-    "--data.root=digits", "--model.arch=resnet18", "--model.stem=cifar", "--model.width=4",
+    "--data.root=digits", "--model.arch=resnet18", "--model.stem=cifar", "--model.width=8",
     "--model.projector_dim=32", "--model.projector_hidden=32", "--model.predictor_hidden=8",
     "--augment.size=16", "--eval.size=16", "--eval.resize=16", "--eval.every_epochs=1000",
     "--data.batch_size=32", "--epochs=4", "--precision=fp32", "--log_every=1",

@@ -17,17 +17,27 @@ if torch.cuda.is_available():  # no digit may hang on what cuDNN and cuBLAS choo
 else:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, so before any kernel
 
+os.environ["PYTHONFAULTHANDLER"] = "1"  # for the processes that tests start: tests/limits.py
+
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from cluster import Cluster, why_not
 from launched import LAUNCH, Launched, weights
+from limits import limited
 from peers import import_torchvision
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that take a process for minutes come first: last, they would run alone."""
     items.sort(key=lambda item: item.path.stem not in ("test_compiled_step", "test_train"))
+
+
+@pytest.fixture(autouse=True)
+def processes_that_end(request) -> Iterator[None]:
+    """A test whose processes hang fails with their stacks, before its own limit is reached."""
+    with limited(float(request.config.getini("faulthandler_timeout"))):
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -11,13 +11,14 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from cluster import Cluster
+from limits import abort
 
 ROOT = Path(__file__).parent.parent
 LIMIT_S = 300
 """Much more than anything here takes where the cores are free."""
 IMAGES, BATCH = 48, 8
 TINY = [
-    "--model.arch=resnet18", "--model.stem=cifar", "--model.width=4", "--model.projector_layers=2",
+    "--model.arch=resnet18", "--model.stem=cifar", "--model.width=8", "--model.projector_layers=2",
     "--model.projector_dim=16", "--model.projector_hidden=16", "--model.predictor_hidden=8",
     "--augment.size=32", "--eval.size=32", "--eval.resize=32", "--eval.k=5",
     "--eval.every_epochs=9", "--precision=fp32", f"--data.batch_size={BATCH}", "--epochs=2",
@@ -70,6 +71,9 @@ class Launched:
         try:
             return [p.wait(max(0.1, limit - time.monotonic())) for p in self.processes]
         except subprocess.TimeoutExpired:
+            abort(self.left())
+            for process in self.processes:
+                process.wait(10)
             raise AssertionError(f"still running after {limit_s:.0f} s\n{self.output()}") from None
 
     def succeed(self) -> dict:
@@ -90,7 +94,9 @@ class Launched:
         """Until is_so() is true; fails when it takes too long, or all launchers have ended."""
         limit = time.monotonic() + LIMIT_S
         while not is_so():
-            assert time.monotonic() < limit, f"{what}: not within {LIMIT_S} s\n{self.output()}"
+            if time.monotonic() > limit:
+                abort(self.left())
+                raise AssertionError(f"{what}: not within {LIMIT_S} s\n{self.output()}")
             running = [p for p in self.processes if p.poll() is None]
             assert running or is_so(), f"{what}: all have ended\n{self.output()}"
             time.sleep(0.02)

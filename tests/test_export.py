@@ -177,11 +177,11 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     "content", [b"", b"- 1\n", b"a: [}", b"\xff\xfe", b"model: {}\n", b"model: 3\n",
-                b"model: {arch: resnet18, stem: cifar, width: 4}\ndata: {mean: 0}\neval: {}\n",
-                b"model: {arch: resnet99, stem: cifar, width: 4}\n"],
+                b"model: {arch: resnet18, stem: cifar, width: 8}\ndata: {mean: 0}\neval: {}\n",
+                b"model: {arch: resnet99, stem: cifar, width: 8}\n"],
 )  # fmt: skip
 def test_a_damaged_config_is_named(run, content):
-    folder, _ = run(arch="resnet18", width=4)
+    folder, _ = run(arch="resnet18", width=8)
     (folder / "config.yaml").write_bytes(content)
     with pytest.raises(ValueError, match="config.yaml is not a training's .*: restore it"):
         export.backbone_weights(folder)

@@ -121,7 +121,7 @@ def test_without_features_there_is_no_figure_and_it_is_said_why(fault, monkeypat
 def test_a_rank_without_images_has_features_of_no_rows():
     world = World(1, 2, 1, 2, torch.device("cpu"), None)
     images = EvalSet(types.SimpleNamespace(), np.arange(1), np.zeros(1, np.int64))
-    backbone = ResNet("resnet18", stem="cifar", width=4)
+    backbone = ResNet("resnet18", stem="cifar", width=8)
     config = Config(data=DataConfig(root="x"))
     features, labels, ids = embed.embed(backbone, images, config, world)
     assert features.shape == (0, backbone.num_features) and len(labels) == len(ids) == 0

@@ -13,7 +13,7 @@ from train.optim import GuardedStep, build_optimizer, find_apex_sgd, lr_at, set_
 
 CPU = torch.device("cpu")
 SMALL = ModelConfig(
-    arch="resnet18", stem="cifar", width=4, projector_dim=8, projector_hidden=8, predictor_hidden=4
+    arch="resnet18", stem="cifar", width=8, projector_dim=8, projector_hidden=8, predictor_hidden=4
 )
 
 

@@ -368,7 +368,7 @@ def test_an_unknown_study_or_flag_names_the_nearest_one(capsys):
 def test_a_study_leaves_tables_and_figures_and_is_not_run_again(tmp_path):
     words = [
         sys.executable, "train/study.py", "stop-gradient", "--seeds=1", f"--out={tmp_path}/study",
-        "--max_steps=2", "--model.width=4", "--device=cpu", "--eval.batch_size=512",
+        "--max_steps=2", "--model.width=8", "--device=cpu", "--eval.batch_size=512",
     ]  # fmt: skip
 
     def go() -> dict:

@@ -20,7 +20,7 @@ from train.optim import build_optimizer
 
 CPU = torch.device("cpu")
 SMALL = ModelConfig(
-    arch="resnet18", stem="cifar", width=4, projector_layers=2, projector_dim=16,
+    arch="resnet18", stem="cifar", width=8, projector_layers=2, projector_dim=16,
     projector_hidden=16, predictor_hidden=8,
 )  # fmt: skip
 ROWS = 6
