@@ -29,7 +29,7 @@ def run_pytest(folder: Path, name: str, *, limit_s: float) -> subprocess.Complet
     """The tests' own settings and fixtures over one of the tests in HANGS."""
     (folder / "test_hangs.py").write_text(HANGS)
     words = [f"{folder}/test_hangs.py", "-k", name, "-p", "conftest", f"--rootdir={folder}",
-             "-c", str(ROOT / "pyproject.toml"), "-o", f"faulthandler_timeout={limit_s}"]  # fmt: skip
+             "-c", f"{ROOT}/pyproject.toml", "-o", f"faulthandler_timeout={limit_s}"]  # fmt: skip
     return subprocess.run(
         [sys.executable, "-m", "pytest", *words], cwd=ROOT, capture_output=True, text=True,
         timeout=120, check=False, env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests"},

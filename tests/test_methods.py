@@ -105,8 +105,8 @@ def in_double_precision() -> Iterator[None]:
 def three_steps(name: str, rank: int, group, *, compiled: bool) -> dict:
     """Gradients of the first step, losses, and all of the state after three steps.
 
-    On half of the batch or on all of it, in fp64; compiled: in fp32, which Dynamo takes `float` for,
-    with TinyBackbone, in one graph on two ranks.
+    On half of the batch or on all of it, in fp64; compiled: in fp32, for Dynamo takes `float` for
+    that, with TinyBackbone, in one graph on two ranks.
     """
     with nullcontext() if compiled else in_double_precision():
         return _three_steps(name, rank, group, compiled=compiled)
