@@ -13,6 +13,7 @@ from kernels.launch import Kernels
 from pipeline.augment import AugmentConfig
 from pipeline.graph import DecodeOptions
 from train.method_config import BYOLConfig, MethodConfig, MethodName, SwAVConfig, at_least
+from train.precision import Precision
 
 __all__ = [
     "Config", "DataConfig", "EvalConfig", "MethodConfig", "ModelConfig", "OptimConfig", "at_least",
@@ -174,8 +175,9 @@ class Config:
     """Passes over the images; the cosine schedule ends there."""
     max_steps: int = 0
     """End after this many steps, schedule unchanged; 0: after the last epoch."""
-    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
-    """Autocast of the forward pass; weights, statistics and losses stay fp32."""
+    precision: Precision = "bf16"
+    """Of the forward pass; weights, statistics and losses stay fp32. tf32: fp32 that rounds what it
+    multiplies to TF32, on a CUDA device."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a CUDA device where there is one."""
     compile: Literal["auto", "true", "false"] = "auto"

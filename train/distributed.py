@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from train.agreement import agree, facts
 from train.config import Config
+from train.precision import Precision, set_tf32
 from train.watch import PATIENCE, TELL_S, Watch, may_restart
 
 PR_SET_PDEATHSIG = 1
@@ -71,10 +72,11 @@ def start(
     already.
     """
     rank, size, local_rank, local_size = read_ranks()
+    precision: Precision = "fp32" if config is None else config.precision
     if "WORLD_SIZE" in os.environ:
         follow_launcher()
     if size == 1:
-        where = take_device(device, local_rank, local_size)
+        where = take_device(device, local_rank, local_size, precision)
         yield World(rank, size, local_rank, local_size, where, None)
         return
     timeout_s = Config.timeout_s if config is None else config.timeout_s
@@ -85,7 +87,7 @@ def start(
         where, fault = torch.device("cpu"), None
         try:
             check_restarts()
-            where = take_device(device, local_rank, local_size)
+            where = take_device(device, local_rank, local_size, precision)
         except ValueError as error:
             fault = str(error)
         mine = facts(config, where.type, fault, mistake)
@@ -193,12 +195,16 @@ def follow_launcher() -> None:
         raise SystemExit(1)
 
 
-def take_device(device: str, local_rank: int, local_size: int) -> torch.device:
-    """This process's GPU, or the CPU with its share of the cores.
+def take_device(
+    device: str, local_rank: int, local_size: int, precision: Precision = "fp32"
+) -> torch.device:
+    """This process's GPU, or the CPU with its share of the cores, computing in a precision.
 
-    Raises: ValueError where there are no GPUs, or fewer than processes.
+    Raises: ValueError where there are no GPUs, or fewer than processes, or for tf32 without one.
     """
-    if resolve_device(device) == "cpu":
+    kind = resolve_device(device)
+    set_tf32(precision, torch.device(kind))
+    if kind == "cpu":
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
         keep_freed_memory()
         return torch.device("cpu")

@@ -11,8 +11,9 @@ from pipeline.loader import view_loader
 from pipeline.runner import Batch
 from train import distributed
 from train.distributed import StopSignal
-from train.embed import DTYPES, EvaluationStopped, autocast, knn_accuracy
+from train.embed import EvaluationStopped, knn_accuracy
 from train.optim import set_lr
+from train.precision import DTYPES, autocast
 from train.session import Session, save
 from train.window import Window, bad_entries
 
@@ -53,7 +54,7 @@ def train(session: Session) -> str:
             window.data_arrived()
             if for_targets:
                 views = normalized(session, batch.images)
-                with autocast(config, world.device):
+                with autocast(config.precision, world.device):
                     current.model.keep_targets(views, batch.step)
                 window.count()
                 continue
@@ -118,7 +119,7 @@ def train_step(session: Session, batch: Batch) -> tuple[Tensor, dict[str, Tensor
     views = normalized(session, batch.images)
     ids = batch.ids.to(session.world.device, non_blocking=True)
     small = None if batch.small is None else normalized(session, batch.small)
-    with record_function("forward"), autocast(config, session.world.device):
+    with record_function("forward"), autocast(config.precision, session.world.device):
         loss, scalars = session.ddp(views, ids, small)
     norm = current.guard(loss, frozen=current.model.frozen(current.step))
     current.model.after_step(current.step, session.schedule_steps)
