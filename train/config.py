@@ -188,7 +188,8 @@ class Config:
     """Steps between two checkpoints; 0: one an epoch. SIGTERM and Ctrl-C save one too."""
     timeout_s: float = 60.0
     """Several processes: end when one gives no sign of life for so long (stopped, its host or link
-    down). One that lives but keeps the others waiting has ten times as long."""
+    down). One that lives but keeps the others waiting has ten times as long. A step that takes
+    longer writes down where it stands (stacks-rank-N.txt)."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     method: MethodConfig = field(default_factory=MethodConfig)

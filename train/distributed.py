@@ -25,7 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 from train.agreement import agree, facts
 from train.config import Config
 from train.precision import Precision, set_tf32
-from train.watch import PATIENCE, TELL_S, Watch, may_restart
+from train.verdict import PATIENCE
+from train.watch import TELL_S, Watch, may_restart
 
 PR_SET_PDEATHSIG = 1
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h

@@ -15,6 +15,7 @@ from train.embed import EvaluationStopped, knn_accuracy
 from train.optim import set_lr
 from train.precision import DTYPES, autocast
 from train.session import Session, save
+from train.stacks import ALLOWED_S
 from train.window import Window, bad_entries
 
 PICTURES = 8  # images whose two views are shown
@@ -57,6 +58,7 @@ def train(session: Session) -> str:
                 with autocast(config.precision, world.device):
                     current.model.keep_targets(views, batch.step)
                 window.count()
+                session.allow(ALLOWED_S)  # the first step of a block may compile
                 continue
             if batch.step == 0 and session.metrics is not None:
                 session.metrics.view_pairs(0, batch.images[:, :PICTURES])
@@ -71,12 +73,14 @@ def train(session: Session) -> str:
                 window.pause()
                 check_knn(session, stop)
             if current.step % save_every == 0 or is_last or stopping:
+                session.allow(ALLOWED_S)
                 window.pause()
                 save(session, is_last=is_last or stopping)
             if stopping and not is_last:
                 ended = "preempted"
                 break
             window.resume()
+            session.allow()
     except EvaluationStopped:  # the same command makes up for the check
         save(session, is_last=True)
         ended = "preempted"
@@ -147,6 +151,12 @@ def knn_is_due(session: Session) -> bool:
 
 def check_knn(session: Session, stop: StopSignal) -> None:
     """Measure kNN now and write it down. Raises: EvaluationStopped when a signal comes."""
+
+    def stopping() -> bool:
+        session.allow(ALLOWED_S)  # for each batch
+        return stop.agreed()
+
+    session.allow(ALLOWED_S)
     current = session.state
     top1 = knn_accuracy(
         current.model.backbone,
@@ -154,7 +164,7 @@ def check_knn(session: Session, stop: StopSignal) -> None:
         session.config,
         session.world,
         tell=session.log,
-        stop=stop.agreed,
+        stop=stopping,
     )
     if top1 is None:
         return

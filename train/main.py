@@ -36,6 +36,7 @@ from train.metrics import Log, Metrics
 from train.optim import GuardedStep, build_optimizer
 from train.run_folder import SLOW_PRECISION, RunFolder, environment, is_slow_precision
 from train.session import Session
+from train.stacks import watched
 from train.state import TrainState
 from train.watch import may_restart
 
@@ -106,8 +107,11 @@ def run(config: Config, world: World, out: Path, folder: RunFolder | None, log: 
     for kind, count in source.skipped.items():
         log(f"left out under {source.root}: {count} x {kind}")
     log(data.note)
-    session = Session(config, world, data, order, current, ddp, facts, log, folder, metrics)
-    return finish(session, ended=train(session))
+    with watched(out, world, config.timeout_s) as stacks:
+        session = Session(
+            config, world, data, order, current, ddp, facts, log, folder, metrics, stacks
+        )
+        return finish(session, ended=train(session))
 
 
 @record
