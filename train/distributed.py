@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from train.agreement import agree, facts
 from train.config import Config
+from train.groups import open_groups
 from train.precision import Precision, set_tf32
 from train.verdict import PATIENCE
 from train.watch import TELL_S, Watch, may_restart
@@ -46,6 +47,8 @@ class World:
     """A gloo group of all ranks, for what the host decides; None in a world of one."""
     watch: Watch | None = None
     """Knows which rank is gone; None in a world of one."""
+    sums: Any = None
+    """The group of synchronised batch norm: all ranks, a communicator of its own; None for one."""
 
     @property
     def is_main(self) -> bool:
@@ -54,7 +57,7 @@ class World:
 
     @property
     def group(self) -> dist.ProcessGroup | None:
-        """The group of synchronised batch norm: all ranks, or None where there is one."""
+        """All ranks, or None where there is one."""
         return dist.group.WORLD if self.size > 1 else None
 
 
@@ -94,16 +97,11 @@ def start(
         mine = facts(config, where.type, fault, mistake)
         if warning := agree(store, mine, rank=rank, size=size):
             print(f"warning: {warning}", file=sys.stderr)
-        groups = {"store": dist.PrefixStore("groups", store), "rank": rank, "world_size": size}
-        if where.type == "cuda":
-            # NCCL's time-out ends the process without a name: gloo's, which is caught, comes first
-            later = patience + timedelta(seconds=60)
-            dist.init_process_group("nccl", timeout=later, device_id=where, **groups)
-            host_group: Any = dist.new_group(backend="gloo", timeout=patience)
-        else:
-            dist.init_process_group("gloo", timeout=patience, **groups)
-            host_group = dist.group.WORLD
-        yield World(rank, size, local_rank, local_size, where, host_group, watch)
+        sums, host_group = open_groups(
+            dist.PrefixStore("groups", store), rank=rank, size=size, device=where,
+            timeout_s=timeout_s, out="" if config is None else config.out,
+        )  # fmt: skip
+        yield World(rank, size, local_rank, local_size, where, host_group, watch, sums)
         watch.close()
         dist.barrier(group=host_group)  # rank 0 keeps the store until no watch needs it
         dist.destroy_process_group()  # not after an error: it could wait for a rank that is gone

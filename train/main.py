@@ -57,7 +57,7 @@ def build_state(
     torch.manual_seed(config.seed)
     model = build_method(config, images=images, device=world.device, tell=tell)
     model = model.to(device=world.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload] - missing in torch's stub
-    model.sync_over(world.group)
+    model.sync_over(world.sums)
     optimizer = build_optimizer(model, config.optim, lr=config.lr, device=world.device)
     scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "fp16")
     compiled = {"auto": world.device.type == "cuda", "true": True, "false": False}

@@ -24,13 +24,10 @@ import torch
 import torch.distributed as dist
 
 from train.distributed import World
+from train.groups import TRACE
 
 ALLOWED_S = 600.0
 LAST_S = 10.0  # to write both files at the end; then the process ends in any case
-
-
-TRACE = "nccl-trace-rank-"
-"""torch's flight recorder in the run folder: `torchfrtrace FOLDER -p nccl-trace-rank-` reads it."""
 
 
 class Stacks:
