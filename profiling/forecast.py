@@ -14,6 +14,7 @@ from rich.table import Table
 
 from limit import GPU_GIB, GPUS, count, describe
 from train.config import Config
+from train.precision import DTYPES
 
 REACHED = (0.6, 0.7)
 IMAGENET_IMAGES = 1_281_167
@@ -39,7 +40,7 @@ def forecast(config: Config, *, gpu: str, gpus: int) -> dict:
         )
     rows = config.data.batch_size // gpus
     counts = count(config.model, config.method, images=rows, size=config.augment.size)
-    itemsize = 4 if config.precision == "fp32" else 2
+    itemsize = DTYPES[config.precision].itemsize
     rate, bandwidth = GPUS[gpu]
     limit = describe(counts, rate, bandwidth, itemsize=itemsize)
     kept = counts.saved_bytes(itemsize)

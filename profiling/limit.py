@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from kernel_times import Site, clock, copy_bandwidth
 from train.config import Config, MethodConfig, ModelConfig
 from train.methods.simsiam import SimSiam
+from train.precision import DTYPES
 
 OPTIMIZER_BYTES = 28
 GPUS = {  # (matmul FLOP/s in bf16, bytes/s of a copy): H200 measured by others, the rest assumed
@@ -147,7 +148,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, *, n: int = 20) -> flo
 
 def measure_limit(config: Config, device: torch.device, *, rows: int) -> dict:
     """The roofline of a step of `rows` images on this device, with what it is made of."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.precision]
+    dtype = DTYPES[config.precision]
     counts = count(config.model, config.method, images=rows, size=config.augment.size)
     rate = matmul_rate(device, dtype)
     mib = 1024 if device.type == "cuda" else 256

@@ -1,9 +1,11 @@
 """The training steps that ours is measured beside: what others would run on the same views.
 
 official: facebookresearch/simsiam's model (@a7bc177): torchvision's ResNet with nn.BatchNorm2d (or
-nn.SyncBatchNorm over ranks), two passes, NCHW, fp32 with TF32 where the GPU has it, eager.
+nn.SyncBatchNorm over ranks), two passes, NCHW, eager, in PyTorch's default precision: fp32 with
+TF32 in convolutions where the GPU has it.
 eager_bf16: the same in bf16 autocast and channels_last. compiled_plain: that under torch.compile.
-lightly, solo_learn: the blocks of those packages put together as their examples do, fp32, eager.
+lightly, solo_learn: the blocks of those packages put together as their examples do, eager, in
+that precision.
 A newcomer's mistake: giving them uint8. They get the two normalised views, on the device, for free.
 """
 
@@ -174,10 +176,13 @@ def peer_step(
     )  # fmt: skip
 
     def step() -> Tensor:
+        ours = torch.backends.cudnn.allow_tf32
+        torch.backends.cudnn.allow_tf32 = True  # PyTorch's default, which these programs leave
         with torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=is_bf16):
             loss = call(*views)
         optimizer.zero_grad()
         loss.backward()
+        torch.backends.cudnn.allow_tf32 = ours
         optimizer.step()
         return loss.detach()
 

@@ -65,7 +65,7 @@ def test_a_typo_in_a_yaml_key_names_the_nearest_one(capsys, tmp_path):
         (["--data.root=x", "--method.stop_gradient=7"], "expected true or false, got 7"),
         (["--data.root=x", "--data.batch_size=0"], "data.batch_size must be at least 2"),
         (["--data.root=x", "--model.arch=resnet5"], "model.arch"),
-        (["--data.root=x", "--precision=fp8"], "expected bf16 or fp16 or fp32, got fp8"),
+        (["--data.root=x", "--precision=fp8"], "expected bf16 or fp16 or tf32 or fp32, got fp8"),
         (["--data.root=x", "--eval.size=300"], "eval.size 300 exceeds eval.resize 256"),
         (["--data.root=x", "--optim.lr=-1"], "optim.lr must be >= 0"),
         (["--data.root=x", "--augment.flip=2"], "augment.flip is a probability"),

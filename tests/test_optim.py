@@ -180,9 +180,45 @@ def test_lars_leaves_all_as_it_is_where_a_gradient_is_not_finite():
     assert guard.check(2) == 1
 
 
-def test_lars_without_its_package_is_refused_in_one_line(monkeypatch):
-    monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
-    with pytest.raises(ValueError, match="LARS needs pytorch_optimizer"):
-        build_optimizer(small_model(), OptimConfig(name="lars"), lr=0.1, device=CPU)
+def test_apex_has_no_lars():
     with pytest.raises(ValueError, match="apex has no LARS"):
         OptimConfig(name="lars", implementation="apex")
+
+
+class ApexSGD(torch.optim.Optimizer):
+    """As NVIDIA apex's FusedSGD: its kernel does nothing where its flag is not 0."""
+
+    def __init__(self, groups, **options):
+        super().__init__(groups, options)
+        self._dummy_overflow_buf = torch.zeros(1, dtype=torch.int32)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.copy_(torch.where(self._dummy_overflow_buf != 0, p, p - group["lr"] * p.grad))
+
+
+@pytest.mark.parametrize("fp16", [False, True])
+@pytest.mark.parametrize("kind", ["sgd", "lars", "apex"])
+def test_no_optimizer_waits_for_the_host_and_none_takes_a_bad_step(monkeypatch, kind, fp16):
+    model = small_model()
+    if kind == "apex":
+        optimizer = ApexSGD([{"params": list(model.parameters())}], lr=0.1)
+    else:
+        optimizer = build_optimizer(model, OptimConfig(name=kind), lr=0.1, device=CPU)
+    guard = GuardedStep(optimizer, torch.amp.GradScaler("cpu", enabled=fp16), CPU)
+
+    def refuse(tensor):
+        raise AssertionError("reads the device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "__bool__", refuse)
+        patched.setattr(torch.Tensor, "item", refuse)
+        before = copy.deepcopy([p.detach() for p in model.parameters()])
+        step_once(model, guard, float("inf"))
+        kept = [p.detach().clone() for p in model.parameters()]
+        step_once(model, guard, 1.0)
+    assert all(torch.equal(a, b) for a, b in zip(before, kept, strict=True))
+    assert any((a != b).any() for a, b in zip(before, model.parameters(), strict=True))
+    assert guard.check(2) == 1

@@ -4,14 +4,17 @@ import os
 import signal
 import threading
 import time
+import types
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
 
+from train import verdict as rules
 from train import watch
-from train.watch import DEAD_S, GRACE_S, PATIENCE, Sign, Watch, judge
+from train.verdict import DEAD_S, GRACE_S, PATIENCE, Sign, judge
+from train.watch import Watch
 
 BROKEN = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer"
 
@@ -68,8 +71,9 @@ def test_a_ranks_own_words_come_before_what_others_noticed():
 def ranks(monkeypatch):
     """Three ranks' watches in one process, with a faster clock; what ended, by rank."""
     monkeypatch.setattr(watch, "INTERVAL_S", 0.02)
-    monkeypatch.setattr(watch, "DEAD_S", 0.3)
-    monkeypatch.setattr(watch, "GRACE_S", 1.0)
+    for module in (watch, rules):
+        monkeypatch.setattr(module, "DEAD_S", 0.3)
+        monkeypatch.setattr(module, "GRACE_S", 1.0)
     monkeypatch.setattr(watch, "LINGER_S", 1.0)
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     before = signal.getsignal(signal.SIGTERM)
@@ -116,6 +120,21 @@ def test_a_stopped_rank_0_is_named_on_each_of_the_other_hosts(ranks, monkeypatch
     until(lambda: len(codes) == 2)
     errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error")]
     assert len(errors) == 2 and all("lost rank 0" in line for line in errors)
+
+
+def test_a_late_rank_is_told_once_with_its_file(ranks, capfd):
+    for rank, watched in enumerate(ranks):
+        watched.progress = 8 - (rank == 1)
+        watched.stacks = types.SimpleNamespace(late_s=0.0, path=f"run/stacks-rank-{rank}.txt")
+    for late_s in (0.0, 0.5):
+        for watched in ranks:
+            watched.stacks.late_s = late_s
+        counts = [watched._beat["count"] for watched in ranks]
+        until(lambda: all(w._beat["count"] > n + 5 for w, n in zip(ranks, counts, strict=True)))  # noqa: B023 - called here
+    told = capfd.readouterr().err
+    (line,) = [line for line in told.splitlines() if line.startswith("warning")]
+    assert "rank 1 on host" in line and "keeps the others waiting" in line
+    assert line.endswith("where it stands is in run/stacks-rank-1.txt there")
 
 
 class HangingStore:

@@ -13,6 +13,7 @@ from kernels.launch import Kernels
 from pipeline.augment import AugmentConfig
 from pipeline.graph import DecodeOptions
 from train.method_config import BYOLConfig, MethodConfig, MethodName, SwAVConfig, at_least
+from train.precision import Precision
 
 __all__ = [
     "Config", "DataConfig", "EvalConfig", "MethodConfig", "ModelConfig", "OptimConfig", "at_least",
@@ -174,8 +175,9 @@ class Config:
     """Passes over the images; the cosine schedule ends there."""
     max_steps: int = 0
     """End after this many steps, schedule unchanged; 0: after the last epoch."""
-    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
-    """Autocast of the forward pass; weights, statistics and losses stay fp32."""
+    precision: Precision = "bf16"
+    """Of the forward pass; weights, statistics and losses stay fp32. tf32: fp32 that rounds what it
+    multiplies to TF32, on a CUDA device."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a CUDA device where there is one."""
     compile: Literal["auto", "true", "false"] = "auto"
@@ -186,7 +188,8 @@ class Config:
     """Steps between two checkpoints; 0: one an epoch. SIGTERM and Ctrl-C save one too."""
     timeout_s: float = 60.0
     """Several processes: end when one gives no sign of life for so long (stopped, its host or link
-    down). One that lives but keeps the others waiting has ten times as long."""
+    down). One that lives but keeps the others waiting has ten times as long. A step that takes
+    longer writes down where it stands (stacks-rank-N.txt)."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     method: MethodConfig = field(default_factory=MethodConfig)

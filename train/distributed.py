@@ -24,7 +24,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from train.agreement import agree, facts
 from train.config import Config
-from train.watch import PATIENCE, TELL_S, Watch, may_restart
+from train.groups import open_groups
+from train.precision import Precision, set_tf32
+from train.verdict import PATIENCE
+from train.watch import TELL_S, Watch, may_restart
 
 PR_SET_PDEATHSIG = 1
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
@@ -44,6 +47,8 @@ class World:
     """A gloo group of all ranks, for what the host decides; None in a world of one."""
     watch: Watch | None = None
     """Knows which rank is gone; None in a world of one."""
+    sums: Any = None
+    """The group of synchronised batch norm: all ranks, a communicator of its own; None for one."""
 
     @property
     def is_main(self) -> bool:
@@ -52,7 +57,7 @@ class World:
 
     @property
     def group(self) -> dist.ProcessGroup | None:
-        """The group of synchronised batch norm: all ranks, or None where there is one."""
+        """All ranks, or None where there is one."""
         return dist.group.WORLD if self.size > 1 else None
 
 
@@ -71,10 +76,11 @@ def start(
     already.
     """
     rank, size, local_rank, local_size = read_ranks()
+    precision: Precision = "fp32" if config is None else config.precision
     if "WORLD_SIZE" in os.environ:
         follow_launcher()
     if size == 1:
-        where = take_device(device, local_rank, local_size)
+        where = take_device(device, local_rank, local_size, precision)
         yield World(rank, size, local_rank, local_size, where, None)
         return
     timeout_s = Config.timeout_s if config is None else config.timeout_s
@@ -85,22 +91,17 @@ def start(
         where, fault = torch.device("cpu"), None
         try:
             check_restarts()
-            where = take_device(device, local_rank, local_size)
+            where = take_device(device, local_rank, local_size, precision)
         except ValueError as error:
             fault = str(error)
         mine = facts(config, where.type, fault, mistake)
         if warning := agree(store, mine, rank=rank, size=size):
             print(f"warning: {warning}", file=sys.stderr)
-        groups = {"store": dist.PrefixStore("groups", store), "rank": rank, "world_size": size}
-        if where.type == "cuda":
-            # NCCL's time-out ends the process without a name: gloo's, which is caught, comes first
-            later = patience + timedelta(seconds=60)
-            dist.init_process_group("nccl", timeout=later, device_id=where, **groups)
-            host_group: Any = dist.new_group(backend="gloo", timeout=patience)
-        else:
-            dist.init_process_group("gloo", timeout=patience, **groups)
-            host_group = dist.group.WORLD
-        yield World(rank, size, local_rank, local_size, where, host_group, watch)
+        sums, host_group = open_groups(
+            dist.PrefixStore("groups", store), rank=rank, size=size, device=where,
+            timeout_s=timeout_s, out="" if config is None else config.out,
+        )  # fmt: skip
+        yield World(rank, size, local_rank, local_size, where, host_group, watch, sums)
         watch.close()
         dist.barrier(group=host_group)  # rank 0 keeps the store until no watch needs it
         dist.destroy_process_group()  # not after an error: it could wait for a rank that is gone
@@ -193,12 +194,16 @@ def follow_launcher() -> None:
         raise SystemExit(1)
 
 
-def take_device(device: str, local_rank: int, local_size: int) -> torch.device:
-    """This process's GPU, or the CPU with its share of the cores.
+def take_device(
+    device: str, local_rank: int, local_size: int, precision: Precision = "fp32"
+) -> torch.device:
+    """This process's GPU, or the CPU with its share of the cores, computing in a precision.
 
-    Raises: ValueError where there are no GPUs, or fewer than processes.
+    Raises: ValueError where there are no GPUs, or fewer than processes, or for tf32 without one.
     """
-    if resolve_device(device) == "cpu":
+    kind = resolve_device(device)
+    set_tf32(precision, torch.device(kind))
+    if kind == "cpu":
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
         keep_freed_memory()
         return torch.device("cpu")

@@ -7,7 +7,6 @@ images looked at, and update them.
 import math
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -19,18 +18,10 @@ from train.config import Config
 from train.data import EvalSet, RunData
 from train.distributed import World, gather
 from train.knn import knn_top1
+from train.precision import DTYPES, autocast
 from train.resnet import ResNet
 
 TELL_S = 15  # seconds between two lines about a long evaluation
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-@contextmanager
-def autocast(config: Config, device: torch.device):
-    """The forward pass in the run's precision; nothing for fp32."""
-    dtype = DTYPES[config.precision]
-    with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-        yield
 
 
 @torch.no_grad()
@@ -43,7 +34,7 @@ def features_of(backbone: nn.Module, images: Tensor, config: Config) -> Tensor:
         DTYPES[config.precision],
         kernels=config.model.kernels,
     )
-    with autocast(config, images.device):
+    with autocast(config.precision, images.device):
         return backbone(x).float()
 
 

@@ -15,6 +15,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from train.cli import explain, flags, parse_config, refuse, with_brackets
 from train.config import Config, at_least
+from train.precision import Precision
 from train.run_folder import CONFIG
 
 LISTS = ("--k", "--fast.lrs", "--linear.lrs")
@@ -97,8 +98,8 @@ class EvaluateConfig:
     """
     device: Literal["auto", "cpu", "cuda"] | None = None
     """auto: a CUDA device where there is one; null: as in the run."""
-    precision: Literal["bf16", "fp16", "fp32"] | None = None
-    """Autocast of the backbone; probes are fp32. null: as in the run."""
+    precision: Precision | None = None
+    """Of the backbone; probes are fp32, or tf32 with it. null: as in the run."""
     data: ImagesConfig = field(default_factory=ImagesConfig)
     eval: LookConfig = field(default_factory=LookConfig)
     fast: FastProbeConfig = field(default_factory=FastProbeConfig)

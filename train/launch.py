@@ -12,7 +12,8 @@ what happens then (make cluster-test; a rank that hangs: tests/test_watch.py), a
                                  last checkpoint
     a rank is stopped            the same; with --max-restarts 0 the others end, its   T + 35 s
                                  own torchrun waits until it goes on
-    a rank hangs but lives       the same                                              10 T + 35 s
+    a rank hangs but lives       after T a warning names it and the file of its        10 T + 35 s
+                                 stacks (train/stacks.py); then the same
     a link, for less than T      nothing
     a link or a host             both sides say whom they lost, wait for it to come    T + J
                                  again and restart, or end

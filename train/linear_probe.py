@@ -31,8 +31,9 @@ from train.data import EvalSet
 from train.distributed import World
 from train.embed import features_of
 from train.evaluate_config import LinearProbeConfig
+from train.lars import LARS
 from train.metrics import Log
-from train.optim import find_lars, lr_at
+from train.optim import lr_at
 
 CROP_SCALE = (0.08, 1.0)  # torchvision's RandomResizedCrop, as the official code has it
 TRUST, MOMENTUM = 0.001, 0.9
@@ -45,7 +46,7 @@ class Head(nn.Module):
     def __init__(self, features: int, classes: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(classes, features).normal_(std=0.01))
-        # (1, C) and not (C,): the library adapts what has two dimensions, the official code all
+        # (1, C) and not (C,): LARS here adapts what has two dimensions, the official code all
         self.bias = nn.Parameter(torch.zeros(1, classes))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -59,7 +60,7 @@ def build_lars(heads: nn.ModuleList) -> torch.optim.Optimizer:
     buffer = 0.9 buffer + 0.001 |w| / |g| g (g alone where |w| or |g| is 0); w = w - lr buffer
     """
     groups = [{"params": list(head.parameters())} for head in heads]
-    return find_lars()(groups, momentum=MOMENTUM, trust_coefficient=TRUST)
+    return LARS(groups, lr=0.0, momentum=MOMENTUM, trust=TRUST)
 
 
 class LinearProbe:

@@ -11,9 +11,11 @@ from pipeline.loader import view_loader
 from pipeline.runner import Batch
 from train import distributed
 from train.distributed import StopSignal
-from train.embed import DTYPES, EvaluationStopped, autocast, knn_accuracy
+from train.embed import EvaluationStopped, knn_accuracy
 from train.optim import set_lr
+from train.precision import DTYPES, autocast
 from train.session import Session, save
+from train.stacks import ALLOWED_S
 from train.window import Window, bad_entries
 
 PICTURES = 8  # images whose two views are shown
@@ -53,9 +55,10 @@ def train(session: Session) -> str:
             window.data_arrived()
             if for_targets:
                 views = normalized(session, batch.images)
-                with autocast(config, world.device):
+                with autocast(config.precision, world.device):
                     current.model.keep_targets(views, batch.step)
                 window.count()
+                session.allow(ALLOWED_S)  # the first step of a block may compile
                 continue
             if batch.step == 0 and session.metrics is not None:
                 session.metrics.view_pairs(0, batch.images[:, :PICTURES])
@@ -70,12 +73,14 @@ def train(session: Session) -> str:
                 window.pause()
                 check_knn(session, stop)
             if current.step % save_every == 0 or is_last or stopping:
+                session.allow(ALLOWED_S)
                 window.pause()
                 save(session, is_last=is_last or stopping)
             if stopping and not is_last:
                 ended = "preempted"
                 break
             window.resume()
+            session.allow()
     except EvaluationStopped:  # the same command makes up for the check
         save(session, is_last=True)
         ended = "preempted"
@@ -118,7 +123,7 @@ def train_step(session: Session, batch: Batch) -> tuple[Tensor, dict[str, Tensor
     views = normalized(session, batch.images)
     ids = batch.ids.to(session.world.device, non_blocking=True)
     small = None if batch.small is None else normalized(session, batch.small)
-    with record_function("forward"), autocast(config, session.world.device):
+    with record_function("forward"), autocast(config.precision, session.world.device):
         loss, scalars = session.ddp(views, ids, small)
     norm = current.guard(loss, frozen=current.model.frozen(current.step))
     current.model.after_step(current.step, session.schedule_steps)
@@ -146,6 +151,12 @@ def knn_is_due(session: Session) -> bool:
 
 def check_knn(session: Session, stop: StopSignal) -> None:
     """Measure kNN now and write it down. Raises: EvaluationStopped when a signal comes."""
+
+    def stopping() -> bool:
+        session.allow(ALLOWED_S)  # for each batch
+        return stop.agreed()
+
+    session.allow(ALLOWED_S)
     current = session.state
     top1 = knn_accuracy(
         current.model.backbone,
@@ -153,7 +164,7 @@ def check_knn(session: Session, stop: StopSignal) -> None:
         session.config,
         session.world,
         tell=session.log,
-        stop=stop.agreed,
+        stop=stopping,
     )
     if top1 is None:
         return

@@ -36,6 +36,7 @@ from train.metrics import Log, Metrics
 from train.optim import GuardedStep, build_optimizer
 from train.run_folder import SLOW_PRECISION, RunFolder, environment, is_slow_precision
 from train.session import Session
+from train.stacks import watched
 from train.state import TrainState
 from train.watch import may_restart
 
@@ -56,7 +57,7 @@ def build_state(
     torch.manual_seed(config.seed)
     model = build_method(config, images=images, device=world.device, tell=tell)
     model = model.to(device=world.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload] - missing in torch's stub
-    model.sync_over(world.group)
+    model.sync_over(world.sums)
     optimizer = build_optimizer(model, config.optim, lr=config.lr, device=world.device)
     scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "fp16")
     compiled = {"auto": world.device.type == "cuda", "true": True, "false": False}
@@ -106,8 +107,11 @@ def run(config: Config, world: World, out: Path, folder: RunFolder | None, log: 
     for kind, count in source.skipped.items():
         log(f"left out under {source.root}: {count} x {kind}")
     log(data.note)
-    session = Session(config, world, data, order, current, ddp, facts, log, folder, metrics)
-    return finish(session, ended=train(session))
+    with watched(out, world, config.timeout_s) as stacks:
+        session = Session(
+            config, world, data, order, current, ddp, facts, log, folder, metrics, stacks
+        )
+        return finish(session, ended=train(session))
 
 
 @record

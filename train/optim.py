@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from train.config import OptimConfig
+from train.lars import LARS
 
 BAD_STEPS_IN_A_ROW = 3
 MIN_SCALE = 2.0**-4
@@ -46,32 +47,16 @@ def build_optimizer(
         "momentum": config.momentum,
         "weight_decay": config.weight_decay,
     }
-    if config.name == "lars":
-        return find_lars()(groups, **options)
     if config.implementation == "apex":
         return find_apex_sgd(device)(groups, **options)
-    optimizer = torch.optim.SGD(groups, fused=True, **options)
+    if config.name == "lars":
+        optimizer: torch.optim.SGD = LARS(groups, **options)
+    else:
+        optimizer = torch.optim.SGD(groups, fused=True, **options)
     if config.momentum:  # torch leaves it uninitialised memory where the first step is skipped
         for parameter in [one for group in groups for one in group["params"]]:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
-
-
-def find_lars() -> Callable[..., torch.optim.Optimizer]:
-    """pytorch_optimizer's LARS: a gradient g becomes 0.001 |w| / (|g| + wd |w|) (g + wd w).
-
-    So it was in apex's LARC, SwAV's. SimCLR's and BYOL's divide by |g + wd w|, which differs by at
-    most the share wd |w| / |g|; SimCLR's momentum also has the learning rate inside. Batch norm and
-    biases are plain SGD's, without decay, as in SimCLR and BYOL; SwAV's code adapts them too.
-    Raises: ValueError if it is not installed.
-    """
-    try:
-        from pytorch_optimizer import LARS  # imports a hundred optimizers: only where one is needed
-    except ImportError as error:
-        raise ValueError(
-            "LARS needs pytorch_optimizer, which is not installed: pip install -r requirements.txt"
-        ) from error
-    return LARS
 
 
 def find_apex_sgd(device: torch.device) -> Callable[..., torch.optim.Optimizer]:
@@ -150,16 +135,19 @@ class GuardedStep:
         ]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
         bad = (~torch.isfinite(norm)).float()
-        if self.scaler.is_enabled():
+        if not isinstance(self.optimizer, torch.optim.SGD):
+            # apex's kernel returns where this is not 0 (csrc/multi_tensor_sgd_kernel.cu)
+            self.optimizer._dummy_overflow_buf.copy_(bad)  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif self.scaler.is_enabled():
             self.scaler.step(self.optimizer)
-            self.scaler.update()
-        elif isinstance(self.optimizer, torch.optim.SGD):
+        else:
             # torch's fused optimizers read this flag on the device, as GradScaler sets it
             self.optimizer.found_inf = bad.reshape(1)  # type: ignore[attr-defined]
             self.optimizer.grad_scale = None  # type: ignore[attr-defined]
             self.optimizer.step()
-        elif not bad:  # apex and LARS have no such flag: this reads the device once a step
-            self.optimizer.step()
+        if self.scaler.is_enabled():
+            self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if not self.scaler.is_enabled():  # the scaler skips on the way to its scale; see `check`
             self.in_a_row = (self.in_a_row + 1) * bad

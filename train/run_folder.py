@@ -31,7 +31,7 @@ from train.metrics import append
 
 PACKAGES = ("torch", "triton", "numpy", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "apex",
             "tensorboard", "safetensors", "opencv-python-headless", "torchvision", "lightly",
-            "solo-learn", "pytorch-optimizer")  # fmt: skip
+            "solo-learn")  # fmt: skip
 
 CONFIG = "config.yaml"
 SLOW_PRECISION = (

@@ -16,6 +16,7 @@ from train.distributed import World
 from train.metrics import Log, Metrics
 from train.report import collapse_threshold
 from train.run_folder import RunFolder
+from train.stacks import Stacks
 from train.state import TrainState
 
 
@@ -34,6 +35,8 @@ class Session:
     log: Log
     run: RunFolder | None
     metrics: Metrics | None
+    stacks: Stacks | None = None
+    """Writes down where this rank stands when it takes too long."""
 
     @property
     def schedule_steps(self) -> int:
@@ -44,6 +47,11 @@ class Session:
     def last_step(self) -> int:
         """Where this run ends."""
         return min(self.config.max_steps or self.schedule_steps, self.schedule_steps)
+
+    def allow(self, seconds: float | None = None) -> None:
+        """Start the clock of what takes too long again, for a step or for so many seconds."""
+        if self.stacks is not None:
+            self.stacks.allow(seconds)
 
     @property
     def collapse_threshold(self) -> float:

@@ -19,87 +19,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
+from train.verdict import DEAD_S, GRACE_S, Sign, Verdict, judge, stalled
+
 INTERVAL_S = 1.0
-DEAD_S = 4.0  # after a connection broke: who has had no beat for so long broke it
-GRACE_S = 12.0  # after a connection broke: if all beat on, say no more than that
 LINGER_S = 5.0  # rank 0 keeps the store for the others to read the verdict
 TELL_S = 30.0  # who has not come by then is named
-PATIENCE = 10  # a rank that lives has so many times timeout_s to come, or to answer
 MISTAKES = (ValueError, FloatingPointError)  # starting again would end the same way
-
-
-@dataclass(frozen=True)
-class Sign:
-    """What rank 0 knows of a rank."""
-
-    rank: int
-    silent_s: float
-    """Seconds since its last beat, or since the start if it has not come."""
-    host: str = ""
-    """Empty: it has not come."""
-    progress: int = 0
-    words: str | None = None
-    """Why it has failed."""
-    is_lost: bool = False
-    """The words are of a broken connection: another rank's failure."""
-    is_final: bool = False
-    """A mistake that no restart mends."""
-
-    @property
-    def name(self) -> str:
-        """For people."""
-        return f"rank {self.rank} on host {self.host}" if self.host else f"rank {self.rank}"
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Why the run ends; is_spoken: rank 0 has told the user."""
-
-    text: str
-    is_final: bool = False
-    is_spoken: bool = False
-
-
-def judge(signs: list[Sign], *, timeout_s: float, broken_s: float | None) -> Verdict | None:
-    """Whose fault it is, or None while there is nothing to say. signs: of all ranks, in order.
-
-    broken_s: seconds since the first rank lost a connection, None while none has.
-    """
-    for sign in signs:
-        if sign.words is not None and not sign.is_lost:
-            text = sign.words if sign.rank == 0 else f"{sign.name}: {sign.words}"
-            return Verdict(text, sign.is_final)
-    came = [sign for sign in signs if sign.host]
-    for sign in signs:
-        if not sign.host and sign.silent_s > PATIENCE * timeout_s:
-            return Verdict(f"{sign.name} has not come within {sign.silent_s:.0f} s: the output "
-                           "on its host says why")  # fmt: skip
-    quiet = max(came, key=lambda sign: sign.silent_s)
-    if quiet.silent_s > timeout_s:
-        return Verdict(
-            f"{quiet.name} has given no sign of life for {quiet.silent_s:.0f} s (--timeout_s): it "
-            "was stopped, or its host or the link to it is down"
-        )
-    if broken_s is None:
-        return None
-    gone = [sign for sign in came if sign.silent_s > DEAD_S and sign.words is None]
-    if gone:
-        return Verdict(
-            f"{gone[0].name} ended without a word: killed, if not by hand then for want of memory "
-            f"(dmesg on {gone[0].host})"
-        )
-    if broken_s < GRACE_S:
-        return None
-    slow = min(came, key=lambda sign: sign.progress)
-    why = next(sign.words for sign in came if sign.words is not None)
-    if slow.progress < max(sign.progress for sign in came):
-        return Verdict(f"{slow.name} lives but keeps the others waiting: {why}")
-    return Verdict(f"a connection between ranks broke: {why}")
 
 
 class Watch:
@@ -113,13 +43,15 @@ class Watch:
         """Counted up by the training loop, on all ranks alike."""
         self.on_end: Callable[[str], None] = lambda text: None
         """Told why when the process ends while its main thread waits for another rank."""
+        self.stacks: Any = None
+        """Where this rank stands (train/stacks.py): in training."""
         self._beat = {"count": 0, "host": socket.gethostname(), "words": None}
         self._keys = [f"beat/{r}" for r in range(size)]
         self._seen: dict[str, tuple[bytes, float]]
         self._seen = dict.fromkeys(self._keys, (b"", time.monotonic()))
         self._looked = time.monotonic()
         self._broken: float | None = None
-        self._has_told = False
+        self._has_told, self._has_warned = False, False
         self._verdict: Verdict | None = None
         self._is_ending = False
         self._closing, self._judged = threading.Event(), threading.Event()
@@ -186,6 +118,8 @@ class Watch:
                 # one write: print's line break is another, and hosts may share a log
                 print(f"error: {verdict.text}\n", end="", file=sys.stderr, flush=True)
             self.on_end(verdict.text)
+            if (stacks := self.stacks) is not None:
+                stacks.dump()
         if verdict.is_final:
             end_torchrun()
         if verdict.is_spoken:
@@ -205,7 +139,10 @@ class Watch:
         while verdict is None and not self._closing.is_set():
             try:
                 self._beat["count"] += 1
-                own = json.dumps(self._beat | {"progress": self.progress})
+                now: dict[str, Any] = {"progress": self.progress}
+                if (stacks := self.stacks) is not None:
+                    now |= {"late_s": stacks.late_s, "stacks": str(stacks.path)}
+                own = json.dumps(self._beat | now)
                 self._store.set(self._keys[self.rank], own)
                 verdict = self._look() if self.rank == 0 else self._listen()
             except dist.DistError as error:
@@ -241,6 +178,12 @@ class Watch:
             self._has_told = True
             print(f"warning: {', '.join(late)} has not come for {TELL_S:.0f} s: the output on its "
                   "host says why", file=sys.stderr, flush=True)  # fmt: skip
+        came = [sign for sign in signs if sign.host]
+        is_late = any(sign.late_s > 0 for sign in came)
+        if is_late and not self._has_warned:
+            why = f"longer than a step's {self.timeout_s:.0f} s (--timeout_s)"
+            print(f"warning: {stalled(came, why)}\n", end="", file=sys.stderr, flush=True)
+        self._has_warned = is_late
         broken_s = None if self._broken is None else now - self._broken
         return judge(signs, timeout_s=self.timeout_s, broken_s=broken_s)
 
