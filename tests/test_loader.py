@@ -190,6 +190,78 @@ def test_the_pipeline_that_failed_is_gone_before_its_images_are_tried(folder, mo
     assert alive == [0]
 
 
+class Spied(graph.Pipeline):
+    """A pipeline that says which of the arrays fed to it are alive."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.fed, self.events = [], []
+
+    def feed_input(self, data_node, data, *args, **kwargs):
+        if data_node == "encoded":
+            self.fed.append([weakref.ref(array) for array in data])
+            for number, array in enumerate(data):
+                weakref.finalize(array, self.events.append, number)
+        super().feed_input(data_node, data, *args, **kwargs)
+
+    def release_outputs(self):
+        self.events.append([array() is not None for array in self.fed.pop(0)])
+        super().release_outputs()
+
+
+def test_the_bytes_that_dali_reads_in_place_are_kept_until_their_batch_is_released(
+    folder, monkeypatch
+):
+    monkeypatch.setattr(graph, "pipeline_def", spied_definition(spied := []))
+    assert len(batches(folder, range(6))) == 6
+    (pipeline,) = spied
+    released = [event for event in pipeline.events if isinstance(event, list)]
+    assert released == [[True] * 8] * 6
+    assert len(pipeline.events) == 6 + 6 * 8  # and no longer: the heap does not grow
+
+
+def test_a_loader_that_fails_ends_dali_before_the_bytes_that_it_reads_go(folder, monkeypatch):
+    monkeypatch.setattr(graph, "pipeline_def", spied_definition(spied := []))
+    reader = ImageReader(list_images(str(folder)))
+    order = SampleOrder(40, batch_size=8, seed=0)
+    loader = view_loader(
+        reader, order, range(100), views=[SMALL] * 2, options=DecodeOptions(), device=CPU
+    )
+    iterator = iter(loader)
+    next(iterator)
+    monkeypatch.setattr(ImageReader, "read_all", unreadable)
+    pipeline = weakref.ref(spied.pop())
+    with pytest.raises(OSError, match="the disk is gone") as failed:
+        list(iterator)
+    # the traceback has the frames, and so the arrays: the pipeline must not live as long
+    assert failed.value.__traceback__ is not None and pipeline() is None
+
+
+def unreadable(reader, ids):
+    """Stands in for read_all."""
+    raise OSError("the disk is gone")
+
+
+def spied_definition(spied: list):
+    """DALI's decorator, with pipelines of the class above."""
+
+    def definition(**options):
+        def decorate(function):
+            def make():
+                options.pop("enable_conditionals", None)
+                pipeline = Spied(**options)
+                with pipeline:
+                    pipeline.set_outputs(*function())
+                spied.append(pipeline)
+                return pipeline
+
+            return make
+
+        return decorate
+
+    return definition
+
+
 def test_only_bad_images_end_in_an_error_not_a_hang(folder):
     source = list_images(str(folder))
     for path in folder.iterdir():
