@@ -49,7 +49,8 @@ class DecodeOptions:
     """How DALI runs; what is marked GPU has no effect on the CPU placement."""
 
     threads: int = 0
-    """CPU threads of the graph; 0 takes this machine's cores divided by its ranks."""
+    """CPU threads of the graph; 0 takes this machine's cores, or the container's quota of them,
+    divided by its ranks, and at most 8 on a GPU."""
     prefetch: int = 0
     """Batches that DALI prepares ahead; 0 takes 5 on a GPU (MLPerf's value) and 2 on the CPU."""
     hw_decoder_load: float = 0.99

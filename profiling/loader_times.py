@@ -32,6 +32,7 @@ from peers import import_torchvision
 from pipeline import graph
 from pipeline.augment import AugmentConfig, ViewDraws, draw_views
 from pipeline.color_blur import finish_views
+from pipeline.cores import usable_cores
 from pipeline.graph import DecodeOptions
 from pipeline.loader import num_threads, view_loader
 from pipeline.order import SampleOrder
@@ -158,7 +159,10 @@ def dali_example(reader: ImageReader, config: Config, world: World, *, steps: in
     files = [
         os.path.join(reader.source.root, reader.source.name(i)) for i in range(len(reader.source))
     ]
-    a, threads = config.augment, num_threads(config.dali, local_world=world.local_size)
+    a, threads = (
+        config.augment,
+        num_threads(config.dali, local_world=world.local_size, device=world.device),
+    )
     placement = "cpu" if device_id is None else "gpu"
     arguments = graph.decode_arguments(config.dali, placement=placement, threads=threads)
     # NVIDIA's examples reserve too; without, a GPU would allocate within what is timed
@@ -226,7 +230,7 @@ def measure_loader(
         if importlib.util.find_spec("torchvision") is None:
             missing["torchvision"] = "not installed: pip install --no-deps torchvision"
         else:
-            workers = max(1, len(os.sched_getaffinity(0)) // world.local_size)
+            workers = max(1, usable_cores() // world.local_size)
             variants["torchvision"] = torchvision_loader(
                 reader, config, world, steps=steps, workers=workers
             )
@@ -254,7 +258,10 @@ def measure_stages(
     rng = np.random.default_rng(config.seed)
     whole = slice(0, len(placed))
     draws = draw_views(config.views, rng, sizes, whole, len(placed))
-    options, threads = config.dali, num_threads(config.dali, local_world=world.local_size)
+    options, threads = (
+        config.dali,
+        num_threads(config.dali, local_world=world.local_size, device=world.device),
+    )
     runs: dict[str, Callable[[], object]] = {"read": lambda: reader.read_all(ids)}
     for name, run in dali_stages(encoded, draws, config.views, options, threads, world.device):
         runs[name] = run

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from pipeline.cores import usable_cores
 from train.agreement import agree, facts
 from train.config import Config
 from train.watch import PATIENCE, TELL_S, Watch, may_restart
@@ -199,7 +200,7 @@ def take_device(device: str, local_rank: int, local_size: int) -> torch.device:
     Raises: ValueError where there are no GPUs, or fewer than processes.
     """
     if resolve_device(device) == "cpu":
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+        torch.set_num_threads(max(1, usable_cores() // local_size))
         keep_freed_memory()
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
