@@ -12,9 +12,9 @@ import torch
 from nvidia.dali.pipeline import Pipeline
 
 from pipeline import graph
-from pipeline.augment import AugmentConfig, draw_views
+from pipeline.augment import AugmentConfig, draw_views, draws_in_graph
 from pipeline.cores import usable_cores
-from pipeline.graph import DecodeOptions
+from pipeline.decode import DecodeOptions
 from pipeline.keyed import Purpose, keyed_rng
 from pipeline.order import SampleOrder
 from pipeline.runner import DaliLoader, ImageReader, Placed, Work
@@ -69,7 +69,7 @@ def view_loader(
         draws = {
             f"{name}_{number}": getattr(draw, name)
             for number, (config, draw) in enumerate(zip(views, drawn, strict=True))
-            for name in graph.draws_in_graph(config, colors=colors)
+            for name in draws_in_graph(config, colors=colors)
         }
         return Work(step, ids, {"encoded": list(encoded), **draws}, None if colors else drawn)
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pipeline import graph
 from pipeline.augment import ViewDraws
-from pipeline.graph import DecodeOptions
+from pipeline.decode import DecodeOptions
 from pipeline.header import BadImage, image_size
 from pipeline.shards import ImageSource
 from pipeline.sources import READERS, attempt_all

@@ -30,10 +30,10 @@ from PIL import Image, ImageFilter
 
 from peers import import_torchvision
 from pipeline import graph
-from pipeline.augment import AugmentConfig, ViewDraws, draw_views
+from pipeline.augment import AugmentConfig, ViewDraws, draw_views, draws_in_graph
 from pipeline.color_blur import finish_views
 from pipeline.cores import usable_cores
-from pipeline.graph import DecodeOptions
+from pipeline.decode import DecodeOptions, capability_of, decode_arguments
 from pipeline.loader import num_threads, view_loader
 from pipeline.order import SampleOrder
 from pipeline.runner import DaliLoader, ImageReader
@@ -163,8 +163,8 @@ def dali_example(reader: ImageReader, config: Config, world: World, *, steps: in
         config.augment,
         num_threads(config.dali, local_world=world.local_size, device=world.device),
     )
-    placement = "cpu" if device_id is None else "gpu"
-    arguments = graph.decode_arguments(config.dali, placement=placement, threads=threads)
+    capability = capability_of(device_id)
+    arguments = decode_arguments(config.dali, capability=capability, threads=threads)
     # NVIDIA's examples reserve too; without, a GPU would allocate within what is timed
     reserved = {name: arguments[name] for name in RESERVING if name in arguments}
 
@@ -291,8 +291,8 @@ def dali_stages(
 ) -> Iterator[tuple[str, Callable[[], object]]]:  # fmt: skip
     """(name, call) of the stages that are DALI's on this device: decode, crop, and on a GPU all."""
     device_id = None if device.type == "cpu" else device.index
-    placement = "cpu" if device_id is None else "gpu"
-    decode = graph.decode_arguments(options, placement=placement, threads=threads)
+    capability = capability_of(device_id)
+    decode = decode_arguments(options, capability=capability, threads=threads)
 
     @pipeline_def(
         batch_size=len(encoded), num_threads=threads, device_id=device_id, prefetch_queue_depth=1
@@ -311,7 +311,7 @@ def dali_stages(
             options, kind, batch_size=len(encoded), prefetch=1, num_threads=threads,
             device_id=device_id, colors=colors,
         )  # fmt: skip
-        stages.append((name, pipeline, [graph.draws_in_graph(v, colors=colors) for v in kind]))
+        stages.append((name, pipeline, [draws_in_graph(v, colors=colors) for v in kind]))
     for name, pipeline, names in stages:
         pipeline.build()
 

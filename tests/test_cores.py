@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipeline.cores import usable_cores
-from pipeline.graph import DecodeOptions
+from pipeline.decode import DecodeOptions
 from pipeline.loader import num_threads
 from train import distributed
 

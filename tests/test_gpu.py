@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from pipeline.augment import AugmentConfig
-from pipeline.graph import DecodeOptions
+from pipeline.decode import DecodeOptions
 from pipeline.loader import eval_loader, view_loader
 from pipeline.order import SampleOrder
 from pipeline.runner import ImageReader
