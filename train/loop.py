@@ -55,7 +55,7 @@ def train(session: Session) -> str:
                 views = normalized(session, batch.images)
                 with autocast(config, world.device):
                     current.model.keep_targets(views, batch.step)
-                window.count()
+                window.work_queued()
                 continue
             if batch.step == 0 and session.metrics is not None:
                 session.metrics.view_pairs(0, batch.images[:, :PICTURES])
