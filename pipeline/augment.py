@@ -89,6 +89,19 @@ class ViewDraws:
     """(N,) 1 where the view is solarized, else 0."""
 
 
+def draws_in_graph(view: AugmentConfig, *, colors: bool) -> list[str]:
+    """Names of the draws (ViewDraws' fields) that a view's part of the graph takes."""
+    taken = {
+        "roi_start": True,
+        "roi_end": True,
+        "color": colors,
+        "color_mean": colors,
+        "sigma": colors and view.blur > 0,
+        "solarize": colors and view.solarize > 0,
+    }
+    return [name for name, is_taken in taken.items() if is_taken]
+
+
 def draw_views(
     configs: Sequence[AugmentConfig],
     rng: np.random.Generator,

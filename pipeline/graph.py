@@ -13,92 +13,20 @@ cast is the first op of the training step.
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
 import nvidia.dali
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.pipeline import Pipeline
 
-from pipeline.augment import AugmentConfig
+from pipeline.augment import AugmentConfig, draws_in_graph
+from pipeline.decode import DecodeOptions, capability_of, decode_arguments
 
-RESERVED = 2 << 30
-"""Bytes of device memory, and of pinned memory, that a decoder reserves unless told otherwise."""
 NDIM = {"roi_start": 1, "roi_end": 1, "color": 2, "color_mean": 2, "sigma": 0, "solarize": 0}
 
 
 def dali_version() -> tuple[str, int]:
     """DALI's version, and the CUDA major it was built for: 13 for the wheel nvidia-dali-cuda130."""
     return nvidia.dali.__version__, int(str(nvidia.dali.__cuda_version__)[:2])
-
-
-def draws_in_graph(view: AugmentConfig, *, colors: bool) -> list[str]:
-    """Names of the draws (ViewDraws' fields) that a view's part of the graph takes."""
-    taken = {
-        "roi_start": True,
-        "roi_end": True,
-        "color": colors,
-        "color_mean": colors,
-        "sigma": colors and view.blur > 0,
-        "solarize": colors and view.solarize > 0,
-    }
-    return [name for name, is_taken in taken.items() if is_taken]
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecodeOptions:
-    """How DALI runs; what is marked GPU has no effect on the CPU placement."""
-
-    threads: int = 0
-    """CPU threads of the graph; 0 takes this machine's cores divided by its ranks."""
-    prefetch: int = 0
-    """Batches that DALI prepares ahead; 0 takes 5 on a GPU (MLPerf's value) and 2 on the CPU."""
-    hw_decoder_load: float = 0.99
-    """GPU: share of the JPEGs given to the hardware decoder. NVIDIA's MLPerf runs on H200 took
-    0.99 with 6 threads a GPU; DALI's own sweep found 0.90 1.8 % over 0.65, at a longer tail."""
-    device_memory_padding: int = 0
-    """GPU: bytes of device memory that each decoder thread reserves; 0 takes 256 MiB (MLPerf's
-    value, at 6 threads), less where the threads are so many that they would hold over 2 GiB."""
-    host_memory_padding: int = 0
-    """GPU: bytes of each of the two pinned buffers that a decoder thread reserves; 0 takes 128 MiB,
-    less where all would hold over 2 GiB."""
-    preallocate_width: int = 0
-    """GPU: width of the largest image for the hardware decoder; 5980 for ImageNet, 0 to grow."""
-    preallocate_height: int = 0
-    """GPU: height of the largest image for the hardware decoder; 6430 for ImageNet, 0 to grow."""
-
-    def __post_init__(self) -> None:
-        """Refuse what DALI would refuse later, with the flag's name."""
-        if not 0 <= self.hw_decoder_load <= 1:
-            raise ValueError(f"dali.hw_decoder_load is a share 0 .. 1, got {self.hw_decoder_load}")
-        for name, value in (("threads", self.threads), ("prefetch", self.prefetch)):
-            if not 0 <= value <= 1024:  # DALI ends the process where no thread can be had
-                raise ValueError(f"dali.{name} must lie in 0 .. 1024, got {value}")
-        for name in ("device_memory_padding", "host_memory_padding"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"dali.{name} is in bytes, got {getattr(self, name)}")
-
-    def depth(self, device_type: str) -> int:
-        """Batches under way at once."""
-        return self.prefetch or (5 if device_type == "cuda" else 2)
-
-
-def decode_arguments(options: DecodeOptions, *, placement: str, threads: int) -> dict:
-    """The decoder's keyword arguments. EXIF orientation is not applied, as in torchvision."""
-    common = {"output_type": types.RGB, "adjust_orientation": False}
-    if placement == "cpu":
-        return {"device": "cpu", **common}
-    # each thread holds its buffers for good, and so does the one that calls (nvImageCodec)
-    share = RESERVED // (threads + 1)
-    return {
-        "device": "mixed",
-        **common,
-        "hw_decoder_load": options.hw_decoder_load,
-        "device_memory_padding": options.device_memory_padding or min(256 << 20, share),
-        "host_memory_padding": options.host_memory_padding or min(128 << 20, share // 2),
-        "preallocate_width_hint": options.preallocate_width,
-        "preallocate_height_hint": options.preallocate_height,
-        "jpeg_fancy_upsampling": True,  # the same chroma upsampling as libjpeg on the CPU
-    }
 
 
 def build_view_pipeline(
@@ -117,7 +45,7 @@ def build_view_pipeline(
     Without `colors` the views are cropped alone, and the colour draws are no inputs.
     """
     placement = "cpu" if device_id is None else "gpu"
-    decode = decode_arguments(options, placement=placement, threads=num_threads)
+    decode = decode_arguments(options, capability=capability_of(device_id), threads=num_threads)
 
     @pipeline_def(
         batch_size=batch_size,
@@ -127,7 +55,7 @@ def build_view_pipeline(
         enable_conditionals=True,
     )
     def graph():
-        encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
+        encoded = encoded_input()
         image = fn.decoders.image(encoded, **decode)
         outputs = []
         for number, config in enumerate(views):
@@ -154,6 +82,15 @@ def build_view_pipeline(
     pipeline = graph()
     pipeline.build()
     return pipeline
+
+
+def encoded_input():
+    """The images' bytes, read where they lie: whoever feeds them keeps them and changes nothing.
+
+    Until their batch is released. DALI holds no reference: ShareUserData in NVIDIA/DALI,
+    dali/pipeline/operator/builtin/input_operator.h.
+    """
+    return fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True)
 
 
 def window(image, start, end, *, size: int):
@@ -197,8 +134,9 @@ def build_eval_pipeline(
 
     Shapes: output (N, size, size, 3) uint8.
     """
-    placement = "cpu" if device_id is None else "gpu"
-    decode = decode_arguments(options, placement=placement, threads=num_threads)
+    decode = decode_arguments(
+        options, capability=capability_of(device_id), threads=num_threads, has_reserve=False
+    )
 
     @pipeline_def(
         batch_size=batch_size,
@@ -207,7 +145,7 @@ def build_eval_pipeline(
         prefetch_queue_depth=prefetch,
     )
     def graph():
-        encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
+        encoded = encoded_input()
         image = fn.decoders.image(encoded, **decode)
         start, end = (
             fn.external_source(name=name, dtype=types.FLOAT, ndim=1)
@@ -227,13 +165,10 @@ def undecodable(
 
     Raises: RuntimeError where the device failed or memory lacked: that says nothing of an image.
     """
-    placement = "cpu" if device_id is None else "gpu"
     # for one image at a time there is nothing to reserve, and a GPU in training is full
-    options = replace(
-        options, device_memory_padding=1 << 20, host_memory_padding=1 << 20,
-        preallocate_width=0, preallocate_height=0,
-    )  # fmt: skip
-    decode = decode_arguments(options, placement=placement, threads=1)
+    decode = decode_arguments(
+        options, capability=capability_of(device_id), threads=1, has_reserve=False
+    )
 
     @pipeline_def(batch_size=1, num_threads=1, device_id=device_id, prefetch_queue_depth=1)
     def graph():

@@ -5,7 +5,6 @@ A newcomer's mistake: dropping a bad image. The ranks would no longer take the s
 replaced by another sample, the same one on every run.
 """
 
-import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,18 +12,21 @@ import torch
 from nvidia.dali.pipeline import Pipeline
 
 from pipeline import graph
-from pipeline.augment import AugmentConfig, draw_views
-from pipeline.graph import DecodeOptions
+from pipeline.augment import AugmentConfig, draw_views, draws_in_graph
+from pipeline.cores import usable_cores
+from pipeline.decode import DecodeOptions
 from pipeline.keyed import Purpose, keyed_rng
 from pipeline.order import SampleOrder
 from pipeline.runner import DaliLoader, ImageReader, Placed, Work
 
 MAX_ATTEMPTS = 100
+GPU_THREADS = 8  # MLPerf's runs on H200 took 6; each holds buffers, see graph.RESERVED
 
 
-def num_threads(options: DecodeOptions, *, local_world: int) -> int:
+def num_threads(options: DecodeOptions, *, local_world: int, device: torch.device) -> int:
     """DALI's threads: what was asked for, else this process's share of the cores."""
-    return options.threads or max(1, len(os.sched_getaffinity(0)) // local_world)
+    share = max(1, usable_cores() // local_world)
+    return options.threads or (share if device.type == "cpu" else min(share, GPU_THREADS))
 
 
 def view_loader(
@@ -53,7 +55,7 @@ def view_loader(
     per_rank = order.batch_size // world
     rows = slice(rank * per_rank, (rank + 1) * per_rank)
     colors = device.type == "cuda"
-    threads = num_threads(options, local_world=local_world)
+    threads = num_threads(options, local_world=local_world, device=device)
 
     def prepare(step: int) -> Work:
         ids = order.global_batch(step)[rows].copy()
@@ -67,7 +69,7 @@ def view_loader(
         draws = {
             f"{name}_{number}": getattr(draw, name)
             for number, (config, draw) in enumerate(zip(views, drawn, strict=True))
-            for name in graph.draws_in_graph(config, colors=colors)
+            for name in draws_in_graph(config, colors=colors)
         }
         return Work(step, ids, {"encoded": list(encoded), **draws}, None if colors else drawn)
 
@@ -132,7 +134,7 @@ def eval_loader(
             size=size,
             batch_size=batch_size,
             prefetch=prefetch,
-            num_threads=num_threads(options, local_world=local_world),
+            num_threads=num_threads(options, local_world=local_world, device=device),
             device_id=None if device.type == "cpu" else device.index,
         )
 

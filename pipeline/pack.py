@@ -31,6 +31,7 @@ from PIL import Image, UnidentifiedImageError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from pipeline.cores import usable_cores
 from pipeline.header import BadImage, image_size
 from pipeline.records import Contents
 from pipeline.shard_index import (
@@ -77,7 +78,7 @@ def pack(
         raise ValueError(
             f"{dest} cannot be written ({error.strerror}): name a folder that can"
         ) from None
-    with lock, ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with lock, ThreadPoolExecutor(usable_cores()) as pool:
         while position < len(folder):
             shard = dest / f"images-{len(indices):06d}.tar"
             index = _finished(shard, folder, position, shard_bytes)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pipeline import graph
 from pipeline.augment import ViewDraws
-from pipeline.graph import DecodeOptions
+from pipeline.decode import DecodeOptions
 from pipeline.header import BadImage, image_size
 from pipeline.shards import ImageSource
 from pipeline.sources import READERS, attempt_all
@@ -98,7 +98,7 @@ class DaliLoader:
     """Runs a DALI pipeline over the work of `steps`, in order.
 
     `prepare` gives the Work of a step and may be called from two threads; `build` makes a pipeline
-    for a number of batches under way; `reader` is told of images that DALI could not decode.
+    for a number of batches in flight; `reader` is told of images that DALI could not decode.
     """
 
     def __init__(
@@ -148,7 +148,8 @@ class DaliLoader:
                 return
 
     def _run(self, queue: Queue, pool: ThreadPoolExecutor) -> Iterator[Batch]:
-        pipeline, under_way, to_take = None, deque(), len(self.steps)
+        # DALI reads the images' bytes where they lie: a Work is kept until its batch is released
+        pipeline, in_flight, to_take = None, deque(), len(self.steps)
         depth = min(self.options.depth(self.device.type), len(self.steps))
 
         def take() -> None:
@@ -156,36 +157,39 @@ class DaliLoader:
             item = queue.get()
             if isinstance(item, Exception):
                 raise item
-            under_way.append(item)
+            in_flight.append(item)
             to_take -= 1
 
-        while under_way or to_take:
-            if pipeline is None:  # at the start, and after an error: DALI's object is not trusted
-                while len(under_way) < depth and to_take:
+        try:
+            while in_flight or to_take:
+                if pipeline is None:  # at the start, and after an error: DALI's is not trusted
+                    while len(in_flight) < depth and to_take:
+                        take()
+                    pipeline = self._build(len(in_flight))
+                    for work in in_flight:
+                        self._feed(pipeline, work)
+                    pipeline.schedule_run()  # the first call runs all that were fed
+                try:
+                    outputs, failure = pipeline.share_outputs(), None
+                except (RuntimeError, UnicodeDecodeError) as error:
+                    # without the traceback, whose frames would keep the pipeline and its memory
+                    outputs, failure = (), error.with_traceback(None)
+                if failure is not None:
+                    pipeline = None
+                    if not self._mark_bad(in_flight[0]):
+                        raise failure
+                    in_flight[0] = self._prepare(in_flight[0].step)
+                    continue
+                work = in_flight.popleft()
+                batch = self._to_torch(work, outputs, pool)
+                pipeline.release_outputs()
+                if to_take:
                     take()
-                pipeline = self._build(len(under_way))
-                for work in under_way:
-                    self._feed(pipeline, work)
-                pipeline.schedule_run()  # the first call runs as many batches as were built for
-            try:
-                outputs, failure = pipeline.share_outputs(), None
-            except (RuntimeError, UnicodeDecodeError) as error:
-                # without the traceback, whose frames would keep the pipeline and its memory
-                outputs, failure = (), error.with_traceback(None)
-            if failure is not None:
-                pipeline = None
-                if not self._mark_bad(under_way[0]):
-                    raise failure
-                under_way[0] = self._prepare(under_way[0].step)
-                continue
-            work = under_way.popleft()
-            batch = self._to_torch(work, outputs, pool)
-            pipeline.release_outputs()
-            if to_take:
-                take()
-                self._feed(pipeline, under_way[-1])
-                pipeline.schedule_run()
-            yield batch
+                    self._feed(pipeline, in_flight[-1])
+                    pipeline.schedule_run()
+                yield batch
+        finally:
+            del pipeline  # it ends before the bytes that it reads are freed
 
     def _mark_bad(self, work: Work) -> bool:
         """Find the images of a failed batch that DALI cannot decode; False if there is none."""

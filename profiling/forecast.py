@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from limit import GPU_GIB, GPUS, count, describe
+from pipeline.decode import reserve
+from pipeline.loader import GPU_THREADS
 from train.config import Config
 from train.precision import DTYPES
 
@@ -60,6 +62,7 @@ def forecast(config: Config, *, gpu: str, gpus: int) -> dict:
         "epoch_minutes": [
             float(f"{steps * least_s / share / 60:.3g}") for share in reversed(REACHED)
         ],
+        "dali_reserve": reserve(config.dali, threads=config.dali.threads or GPU_THREADS),
         "checkpoint_mb": round(CHECKPOINT_BYTES_A_PARAMETER * counts.parameters / 1e6, 1),
         "parameters": counts.parameters,
         "measured": False,
@@ -69,6 +72,7 @@ def forecast(config: Config, *, gpu: str, gpus: int) -> dict:
     table.add_column("figure", justify="right")
     for name, figure in (
         ("memory a GPU, DALI's left out", f"{found['memory_gib']} GiB"),
+        ("DALI's reserve", found["dali_reserve"]),
         ("step by the roofline", f"{limit['step_ms']} ms"),
         ("step at 60 to 70 % of it", " to ".join(map(str, found["step_ms"])) + " ms"),
         ("epoch of ImageNet-1k", " to ".join(map(str, found["epoch_minutes"])) + " minutes"),

@@ -3,10 +3,11 @@
 torchvision: the official code's PIL transforms in a DataLoader with a worker for each core.
 dali_example: DALI as NVIDIA's examples use it: its file reader, a decode for each view, separate
 colour operators, fp32 NCHW out.
-A repetition starts a loader, leaves out its first two batches and times the rest to the last one;
-what is under way then is dropped before the next variant begins. When the clock starts ours has up
-to 2 batches under way and torchvision 2 a worker, which few batches (--loader_images) flatter;
-dali_example has as many at the end.
+A repetition starts a loader, leaves out its first batches and times the rest to the last one; what
+is in flight then is dropped before the next variant begins. Ours has a queue of batches that were
+read and one of batches that DALI is at, each --dali.prefetch long, which fill while the first batch
+is made: those are left out, and on a GPU at least 100 batches are timed. When the clock starts ours
+and torchvision, with 2 batches a worker, are as full as later; dali_example is so at the end too.
 A newcomer's mistake: timing next(loader) of a full queue.
 """
 
@@ -30,9 +31,10 @@ from PIL import Image, ImageFilter
 
 from peers import import_torchvision
 from pipeline import graph
-from pipeline.augment import AugmentConfig, ViewDraws, draw_views
+from pipeline.augment import AugmentConfig, ViewDraws, draw_views, draws_in_graph
 from pipeline.color_blur import finish_views
-from pipeline.graph import DecodeOptions
+from pipeline.cores import usable_cores
+from pipeline.decode import DecodeOptions, capability_of, decode_arguments
 from pipeline.loader import num_threads, view_loader
 from pipeline.order import SampleOrder
 from pipeline.runner import DaliLoader, ImageReader
@@ -41,7 +43,7 @@ from train.config import Config
 from train.distributed import World
 from turns import Repetition, Timing, seconds_of, take_turns
 
-FILL = 2  # batches before the clock starts: building, and the queue's first ones
+MIN_CUDA_STEPS = 100  # batches of a repetition on a GPU: nine in flight at its start are 9 % of it
 RESERVING = (
     "device_memory_padding", "host_memory_padding", "preallocate_width_hint",
     "preallocate_height_hint",
@@ -66,9 +68,14 @@ def open_loader(
     )  # fmt: skip
 
 
-def seconds_after_filling(batches: Iterator, world: World) -> float:
-    """Seconds from batch FILL to the end. All ranks begin at once, for their rates are added."""
-    for _ in range(FILL):
+def num_filling(config: Config, device: torch.device) -> int:
+    """Batches before the clock starts: those of both queues, the one in hand and the first."""
+    return 2 * config.dali.depth(device.type) + 2
+
+
+def seconds_after_filling(batches: Iterator, filling: int, world: World) -> float:
+    """Seconds after `filling` batches. All ranks begin at once, for their rates are added."""
+    for _ in range(filling):
         next(batches)
     if world.size > 1:
         dist.barrier(group=world.host_group)
@@ -78,13 +85,14 @@ def seconds_after_filling(batches: Iterator, world: World) -> float:
 def ours(reader: ImageReader, config: Config, world: World, *, steps: int) -> Repetition:
     """Our loader over `steps` batches."""
     order, _ = endless_order(reader, config, world)
+    filling = num_filling(config, world.device)
     begin = 0
 
     def repeat() -> float:
         nonlocal begin
-        loader = open_loader(reader, order, config, world, range(begin, begin + FILL + steps))
-        begin += FILL + steps
-        return seconds_after_filling(iter(loader), world)
+        loader = open_loader(reader, order, config, world, range(begin, begin + filling + steps))
+        begin += filling + steps
+        return seconds_after_filling(iter(loader), filling, world)
 
     return repeat
 
@@ -134,7 +142,7 @@ def torchvision_loader(
 ) -> Repetition:
     """The DataLoader over `steps` batches; its workers stay between repetitions."""
     _, rows = endless_order(reader, config, world)
-    rng = np.random.default_rng(config.seed)
+    rng, filling = np.random.default_rng(config.seed), num_filling(config, world.device)
     sampler: list[int] = []
     loader = torch.utils.data.DataLoader(
         OfficialViews(reader, config), batch_size=rows, sampler=sampler, num_workers=workers,
@@ -143,10 +151,10 @@ def torchvision_loader(
     )  # fmt: skip
 
     def repeat() -> float:
-        sampler[:] = (int(i) for i in rng.integers(0, len(reader.source), (FILL + steps) * rows))
+        sampler[:] = (int(i) for i in rng.integers(0, len(reader.source), (filling + steps) * rows))
 
         batches = ([v.to(world.device, non_blocking=True) for v in views] for views in loader)
-        return seconds_after_filling(batches, world)
+        return seconds_after_filling(batches, filling, world)
 
     return repeat
 
@@ -158,9 +166,12 @@ def dali_example(reader: ImageReader, config: Config, world: World, *, steps: in
     files = [
         os.path.join(reader.source.root, reader.source.name(i)) for i in range(len(reader.source))
     ]
-    a, threads = config.augment, num_threads(config.dali, local_world=world.local_size)
-    placement = "cpu" if device_id is None else "gpu"
-    arguments = graph.decode_arguments(config.dali, placement=placement, threads=threads)
+    a, threads = (
+        config.augment,
+        num_threads(config.dali, local_world=world.local_size, device=world.device),
+    )
+    capability = capability_of(device_id)
+    arguments = decode_arguments(config.dali, capability=capability, threads=threads)
     # NVIDIA's examples reserve too; without, a GPU would allocate within what is timed
     reserved = {name: arguments[name] for name in RESERVING if name in arguments}
 
@@ -179,8 +190,9 @@ def dali_example(reader: ImageReader, config: Config, world: World, *, steps: in
     def repeat() -> float:
         pipeline = example()
         pipeline.build()
-        batches = (pipeline.run() for _ in range(FILL + steps))
-        return seconds_after_filling(batches, world)
+        filling = num_filling(config, world.device)
+        batches = (pipeline.run() for _ in range(filling + steps))
+        return seconds_after_filling(batches, filling, world)
 
     return repeat
 
@@ -219,14 +231,14 @@ def measure_loader(
 ) -> dict[str, Timing]:  # fmt: skip
     """Our loader and, with `peers`, the others, taking turns."""
     _, rows = endless_order(reader, config, world)
-    steps = max(1, images // rows)
+    steps = max(MIN_CUDA_STEPS if world.device.type == "cuda" else 1, images // rows)
     variants = {"ours": ours(reader, config, world, steps=steps)}
     missing: dict[str, str] = {}
     if peers:
         if importlib.util.find_spec("torchvision") is None:
             missing["torchvision"] = "not installed: pip install --no-deps torchvision"
         else:
-            workers = max(1, len(os.sched_getaffinity(0)) // world.local_size)
+            workers = max(1, usable_cores() // world.local_size)
             variants["torchvision"] = torchvision_loader(
                 reader, config, world, steps=steps, workers=workers
             )
@@ -254,7 +266,10 @@ def measure_stages(
     rng = np.random.default_rng(config.seed)
     whole = slice(0, len(placed))
     draws = draw_views(config.views, rng, sizes, whole, len(placed))
-    options, threads = config.dali, num_threads(config.dali, local_world=world.local_size)
+    options, threads = (
+        config.dali,
+        num_threads(config.dali, local_world=world.local_size, device=world.device),
+    )
     runs: dict[str, Callable[[], object]] = {"read": lambda: reader.read_all(ids)}
     for name, run in dali_stages(encoded, draws, config.views, options, threads, world.device):
         runs[name] = run
@@ -284,8 +299,8 @@ def dali_stages(
 ) -> Iterator[tuple[str, Callable[[], object]]]:  # fmt: skip
     """(name, call) of the stages that are DALI's on this device: decode, crop, and on a GPU all."""
     device_id = None if device.type == "cpu" else device.index
-    placement = "cpu" if device_id is None else "gpu"
-    decode = graph.decode_arguments(options, placement=placement, threads=threads)
+    capability = capability_of(device_id)
+    decode = decode_arguments(options, capability=capability, threads=threads)
 
     @pipeline_def(
         batch_size=len(encoded), num_threads=threads, device_id=device_id, prefetch_queue_depth=1
@@ -304,7 +319,7 @@ def dali_stages(
             options, kind, batch_size=len(encoded), prefetch=1, num_threads=threads,
             device_id=device_id, colors=colors,
         )  # fmt: skip
-        stages.append((name, pipeline, [graph.draws_in_graph(v, colors=colors) for v in kind]))
+        stages.append((name, pipeline, [draws_in_graph(v, colors=colors) for v in kind]))
     for name, pipeline, names in stages:
         pipeline.build()
 

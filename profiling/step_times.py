@@ -5,14 +5,11 @@ the same step behind the loader.
 A newcomer's mistake: zeros as images. Random ones draw more power, and clocks are lower.
 """
 
-import time
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from kernels.normalize import normalize_views
-from loader_times import FILL, endless_order, open_loader
+from loader_times import endless_order, num_filling, open_loader
 from peers import missing, peer_step
 from pipeline.order import SampleOrder
 from pipeline.runner import Batch, ImageReader
@@ -23,6 +20,7 @@ from train.loop import train_step
 from train.main import build_state
 from train.run_folder import has_fast_bf16
 from train.session import Session
+from train.wait_clock import WaitClock
 from turns import Repetition, Timing, seconds_of, take_turns
 
 PEERS = ("official", "eager_bf16", "compiled_plain", "lightly", "solo_learn")
@@ -122,32 +120,27 @@ def measure_end_to_end(
     order, rows = endless_order(reader, config, world)
     session = open_session(config, world)
     begin, waited, total = 0, 0.0, 0.0
-
-    def timed_batches(batches: Iterator) -> Iterator:
-        nonlocal waited
-        while True:
-            start = time.perf_counter()
-            batch = next(batches, None)
-            waited += time.perf_counter() - start
-            if batch is None:
-                return
-            yield batch
+    filling = num_filling(config, world.device)
 
     def repeat() -> float:
-        nonlocal begin, total
-        loader = open_loader(reader, order, config, world, range(begin, begin + FILL + steps))
-        begin += FILL + steps
+        nonlocal begin, waited, total
+        loader = open_loader(reader, order, config, world, range(begin, begin + filling + steps))
+        begin += filling + steps
         batches = iter(loader)
-        for _ in range(FILL):
+        for _ in range(filling):
             train_step(session, next(batches))
+        waiting = WaitClock(world.device)
 
         def work() -> None:
-            for batch in timed_batches(batches):
+            for batch in batches:
+                waiting.data_arrived()
                 train_step(session, batch)
                 session.state.step += 1
+                waiting.work_queued()
 
-        seconds = seconds_of(work, world.device)
+        seconds = seconds_of(work, world.device)  # waits for the device
         total += seconds
+        waited += waiting.take()
         return seconds
 
     found = take_turns(

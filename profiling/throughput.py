@@ -26,6 +26,7 @@ from forecast import forecast
 from harness import MeasureConfig, open_images, read_flags, with_batch
 from limit import measure_limit, most_times
 from loader_times import measure_loader, measure_stages
+from pipeline.cores import usable_cores
 from pipeline.runner import ImageReader
 from results import result_path, save_json
 from step_times import measure_end_to_end, measure_step, open_session, random_batch
@@ -217,7 +218,7 @@ def main() -> None:
                     f"{world.size} processes do not divide --data.batch_size "
                     f"{config.data.batch_size}"
                 )
-            cores = len(os.sched_getaffinity(0))
+            cores = usable_cores()
             if config.dali.threads > cores:
                 say(world, f"warning: --dali.threads {config.dali.threads} on {cores} cores: "
                     "they will wait for each other; 0 takes what is there")  # fmt: skip

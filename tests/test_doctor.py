@@ -280,3 +280,12 @@ def test_lines_have_colour_on_a_terminal_and_name_the_hosts_that_differ(monkeypa
     assert "\x1b[32mok" in lines[0] and "a, c: limit 65536" in lines[0]
     assert "\x1b[1;31mFAIL" in lines[1] and "b: limit 9" in lines[1]
     assert [row["hosts"] for row in rows] == [["a", "c"], ["b"]]
+
+
+def test_what_dalis_pipelines_hold_on_a_gpu_is_told(monkeypatch):
+    monkeypatch.setattr("pipeline.loader.usable_cores", lambda: 6)
+    found = doctor.dali_memory(torch.device("cuda", 0))
+    assert found.ok and found.found == (
+        "training 1.75 GiB of device memory, 1.75 GiB pinned (6 threads); evaluation none"
+    )
+    assert doctor.dali_memory(torch.device("cpu")).ok is None

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from pipeline.augment import AugmentConfig
-from pipeline.graph import DecodeOptions
+from pipeline.decode import DecodeOptions
 from pipeline.loader import eval_loader, view_loader
 from pipeline.order import SampleOrder
 from pipeline.runner import ImageReader
@@ -127,3 +127,34 @@ def test_other_shares_of_the_hardware_decoder_decode_the_same_pixels(folder):
         for share in (0.0, 0.99)
     ]  # fmt: skip
     assert (found[0] - found[1]).abs().mean() < 2
+
+
+def damaged(jpeg: bytes) -> bytes:
+    """The JPEG with other entropy-coded data in the middle of its scan; its header is whole."""
+    scan = jpeg.index(b"\xff\xda")
+    middle = (scan + len(jpeg)) // 2
+    noise = np.random.default_rng(0).integers(0, 255, 256, dtype=np.uint8).tobytes()
+    return jpeg[:middle] + noise + jpeg[middle + 256 :]
+
+
+def test_a_damaged_scan_changes_no_other_image_of_its_batch(folder):
+    """The hardware decoder fails for its whole batch, and each image is decoded once more.
+
+    Source: NvJpegHwDecoderPlugin in nvImageCodec's extensions/nvjpeg/hw_decoder.cpp marks every
+    image as failed where nvjpegDecodeBatchedEx fails, and each falls back to the next decoder,
+    which fails for the damaged one or decodes garbage in silence.
+    """
+    source = list_images(str(folder))
+    clean = batches(ImageReader(source), CUDA, range(4))
+    victim = int(clean[1].ids[5])
+    path = folder / os.fsdecode(source.paths[victim])
+    path.write_bytes(damaged(path.read_bytes()))
+    reader = ImageReader(source)
+    found = batches(reader, CUDA, range(4))
+    assert set(reader.bad) <= {victim}
+    for step, (ours, theirs) in enumerate(zip(found, clean, strict=True)):
+        others = [row for row in range(16) if (step, row) != (1, 5)]
+        assert torch.equal(ours.ids[others], theirs.ids[others])
+        gaps = (ours.images[:, others].float() - theirs.images[:, others].float()).abs()
+        assert gaps.mean((0, 2, 3, 4)).max() < 2
+    assert (int(found[1].ids[5]) != victim) == (victim in reader.bad)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from pipeline import graph, runner
 from pipeline.augment import AugmentConfig
-from pipeline.graph import DecodeOptions, decode_arguments
+from pipeline.decode import DecodeOptions, decode_arguments, reserve
 from pipeline.loader import eval_loader, view_loader
 from pipeline.order import SampleOrder
 from pipeline.runner import ImageReader
@@ -190,6 +190,78 @@ def test_the_pipeline_that_failed_is_gone_before_its_images_are_tried(folder, mo
     assert alive == [0]
 
 
+class Spied(graph.Pipeline):
+    """A pipeline that says which of the arrays fed to it are alive."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.fed, self.events = [], []
+
+    def feed_input(self, data_node, data, *args, **kwargs):
+        if data_node == "encoded":
+            self.fed.append([weakref.ref(array) for array in data])
+            for number, array in enumerate(data):
+                weakref.finalize(array, self.events.append, number)
+        super().feed_input(data_node, data, *args, **kwargs)
+
+    def release_outputs(self):
+        self.events.append([array() is not None for array in self.fed.pop(0)])
+        super().release_outputs()
+
+
+def test_the_bytes_that_dali_reads_in_place_are_kept_until_their_batch_is_released(
+    folder, monkeypatch
+):
+    monkeypatch.setattr(graph, "pipeline_def", spied_definition(spied := []))
+    assert len(batches(folder, range(6))) == 6
+    (pipeline,) = spied
+    released = [event for event in pipeline.events if isinstance(event, list)]
+    assert released == [[True] * 8] * 6
+    assert len(pipeline.events) == 6 + 6 * 8  # and no longer: the heap does not grow
+
+
+def test_a_loader_that_fails_ends_dali_before_the_bytes_that_it_reads_go(folder, monkeypatch):
+    monkeypatch.setattr(graph, "pipeline_def", spied_definition(spied := []))
+    reader = ImageReader(list_images(str(folder)))
+    order = SampleOrder(40, batch_size=8, seed=0)
+    loader = view_loader(
+        reader, order, range(100), views=[SMALL] * 2, options=DecodeOptions(), device=CPU
+    )
+    iterator = iter(loader)
+    next(iterator)
+    monkeypatch.setattr(ImageReader, "read_all", unreadable)
+    pipeline = weakref.ref(spied.pop())
+    with pytest.raises(OSError, match="the disk is gone") as failed:
+        list(iterator)
+    # the traceback has the frames, and so the arrays: the pipeline must not live as long
+    assert failed.value.__traceback__ is not None and pipeline() is None
+
+
+def unreadable(reader, ids):
+    """Stands in for read_all."""
+    raise OSError("the disk is gone")
+
+
+def spied_definition(spied: list):
+    """DALI's decorator, with pipelines of the class above."""
+
+    def definition(**options):
+        def decorate(function):
+            def make():
+                options.pop("enable_conditionals", None)
+                pipeline = Spied(**options)
+                with pipeline:
+                    pipeline.set_outputs(*function())
+                spied.append(pipeline)
+                return pipeline
+
+            return make
+
+        return decorate
+
+    return definition
+
+
 def test_only_bad_images_end_in_an_error_not_a_hang(folder):
     source = list_images(str(folder))
     for path in folder.iterdir():
@@ -260,21 +332,62 @@ def test_exif_orientation_is_not_applied_as_in_torchvision(tmp_path):
     assert image[:, :8].mean() > 240 and image[:, 12:].mean() < 15
 
 
-def test_gpu_placement_asks_for_the_hardware_decoder_with_the_given_options():
-    options = DecodeOptions(hw_decoder_load=0.7, preallocate_width=5980, preallocate_height=6430)
-    gpu = decode_arguments(options, placement="gpu", threads=6)
-    assert gpu["device"] == "mixed"
-    assert gpu["hw_decoder_load"] == 0.7
-    assert (gpu["preallocate_width_hint"], gpu["preallocate_height_hint"]) == (5980, 6430)
-    cpu = decode_arguments(options, placement="cpu", threads=6)
+A100, L4, H200 = (8, 0), (8, 9), (9, 0)
+
+
+@pytest.mark.parametrize(("capability", "load"), [(A100, 0.75), (H200, 0.99), (L4, 0.65)])
+def test_the_hardware_decoder_gets_its_architectures_share_unless_one_is_asked_for(
+    capability, load
+):
+    gpu = decode_arguments(DecodeOptions(), capability=capability, threads=6)
+    assert gpu["device"] == "mixed" and gpu["hw_decoder_load"] == load
+    for asked in (0.0, 0.7):
+        options = DecodeOptions(hw_decoder_load=asked)
+        gpu = decode_arguments(options, capability=capability, threads=6)
+        assert gpu["hw_decoder_load"] == asked
+    cpu = decode_arguments(DecodeOptions(), capability=None, threads=6)
     assert cpu["device"] == "cpu" and "hw_decoder_load" not in cpu
     assert gpu["adjust_orientation"] is cpu["adjust_orientation"] is False
+
+
+def test_only_the_training_pipeline_reserves_for_the_largest_image(monkeypatch):
+    taken = []
+
+    def refuse(encoded, **arguments):
+        taken.append(arguments)
+        raise RuntimeError("no GPU")
+
+    monkeypatch.setattr(graph, "capability_of", lambda device_id: H200)
+    monkeypatch.setattr(graph.fn.decoders, "image", refuse)
+    options = DecodeOptions(preallocate_width=5980, preallocate_height=6430)
+    common = {"batch_size": 4, "prefetch": 2, "num_threads": 6, "device_id": None}
+    for build in (
+        lambda: graph.build_view_pipeline(options, [SMALL], colors=True, **common),
+        lambda: graph.build_eval_pipeline(options, size=24, **common),
+        lambda: graph.undecodable([b"x"], options, device_id=None),
+    ):
+        with pytest.raises(RuntimeError, match="no GPU"):
+            build()
+    names = ("device_memory_padding", "host_memory_padding", "preallocate_width_hint",
+             "preallocate_height_hint")  # fmt: skip
+    reserved = [tuple(arguments[name] for name in names) for arguments in taken]
+    assert reserved == [(256 << 20, 128 << 20, 5980, 6430), (0, 0, 0, 0), (0, 0, 0, 0)]
+
+
+def test_what_dali_reserves_is_told_for_both_pipelines():
+    """6 threads and the one that calls: 7 x 256 MiB, and 7 x 2 x 128 MiB of pinned memory."""
+    hints = DecodeOptions(preallocate_width=5980, preallocate_height=6430)
+    assert reserve(DecodeOptions(), threads=6) == (
+        "training 1.75 GiB of device memory, 1.75 GiB pinned (6 threads); evaluation none"
+    )
+    told = reserve(hints, threads=6)
+    assert "and the hardware decoder's for 5980 x 6430 pixels, 1.75 GiB pinned" in told
 
 
 def test_decoder_reserves_at_most_2_gib_however_many_threads_there_are():
     """224 threads of 256 MiB, a DGX H100's cores for one rank, would be 56 GiB of its 80."""
     for threads in (1, 6, 16, 224):
-        gpu = decode_arguments(DecodeOptions(), placement="gpu", threads=threads)
+        gpu = decode_arguments(DecodeOptions(), capability=H200, threads=threads)
         buffers = threads + 1  # nvImageCodec's own: one more for the thread that calls
         assert buffers * gpu["device_memory_padding"] <= 2 << 30
         assert 2 * buffers * gpu["host_memory_padding"] <= 2 << 30
@@ -282,7 +395,7 @@ def test_decoder_reserves_at_most_2_gib_however_many_threads_there_are():
             paddings = gpu["device_memory_padding"], gpu["host_memory_padding"]
             assert paddings == (256 << 20, 128 << 20)
     asked = DecodeOptions(device_memory_padding=64 << 20, host_memory_padding=8 << 20)
-    gpu = decode_arguments(asked, placement="gpu", threads=224)
+    gpu = decode_arguments(asked, capability=H200, threads=224)
     assert (gpu["device_memory_padding"], gpu["host_memory_padding"]) == (64 << 20, 8 << 20)
 
 

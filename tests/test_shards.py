@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from pipeline import shard_index
 from pipeline.augment import AugmentConfig
-from pipeline.graph import DecodeOptions
+from pipeline.decode import DecodeOptions
 from pipeline.header import BadImage
 from pipeline.loader import view_loader
 from pipeline.order import SampleOrder

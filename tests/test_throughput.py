@@ -221,6 +221,7 @@ def test_a_forecast_says_memory_time_and_checkpoint_of_a_batch():
     assert found["images_per_gpu"] == 256 and found["checkpoint_mb"] == pytest.approx(305.6)
     assert abs(found["kept_for_backward_mb_per_image"] - 82.9) < 1  # compiled.py counts 82.2
     assert found["step_ms"][0] < found["step_ms"][1] and found["measured"] is False
+    assert found["dali_reserve"].startswith("training 2.00 GiB of device memory, 2.00 GiB pinned")
     with pytest.raises(ValueError, match=r"--gpus 3 does not divide"):
         forecast(config, gpu="h200", gpus=3)
 

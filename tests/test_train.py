@@ -392,6 +392,7 @@ def test_evaluation_and_checkpoints_are_off_the_clock(images, tmp_path, monkeypa
     clock.resume()
     now[0] += 4
     clock.data_arrived()
+    clock.pause()
     assert (Session.state.train_s, Session.state.wait_s) == (7.0, 5.0)
 
 

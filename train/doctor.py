@@ -156,6 +156,20 @@ def dali() -> Finding:
     return Finding("DALI", True, wheel)
 
 
+def dali_memory(device: torch.device) -> Finding:
+    """What DALI's pipelines hold on a GPU beside torch, with the default --dali flags."""
+    if device.type == "cpu":
+        return Finding("DALI memory", None, "no CUDA device: nothing is reserved")
+    try:
+        from pipeline.decode import DecodeOptions, reserve
+        from pipeline.loader import num_threads
+    except (ImportError, OSError):
+        return Finding("DALI memory", None, "see DALI above")
+    options, ranks = DecodeOptions(), distributed.read_ranks()[3]
+    threads = num_threads(options, local_world=ranks, device=device)
+    return Finding("DALI memory", True, reserve(options, threads=threads))
+
+
 def triton(device: torch.device) -> Finding:
     """A Triton that compiles a kernel of ours, and the kernel computes what PyTorch does."""
     if device.type == "cpu":
@@ -236,8 +250,8 @@ def open_files(ranks: int) -> Finding:
 def examine(device: torch.device, ranks: int) -> list[Finding]:
     """What one rank can say without the others."""
     return [
-        driver(), cuda(device), dali(), triton(device), apex(), shared_memory(device),
-        open_files(ranks),
+        driver(), cuda(device), dali(), dali_memory(device), triton(device), apex(),
+        shared_memory(device), open_files(ranks),
     ]  # fmt: skip
 
 

@@ -57,7 +57,7 @@ def train(session: Session) -> str:
                 views = normalized(session, batch.images)
                 with autocast(config.precision, world.device):
                     current.model.keep_targets(views, batch.step)
-                window.count()
+                window.work_queued()
                 session.allow(ALLOWED_S)  # the first step of a block may compile
                 continue
             if batch.step == 0 and session.metrics is not None:

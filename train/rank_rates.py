@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.augment import AugmentConfig
-from pipeline.graph import DecodeOptions
+from pipeline.decode import DecodeOptions
 from pipeline.loader import view_loader
 from pipeline.order import SampleOrder
 from pipeline.runner import ImageReader

@@ -13,6 +13,7 @@ from pipeline.runner import ImageReader
 from train import distributed
 from train.report import collapse_advice
 from train.session import Session, save
+from train.wait_clock import WaitClock
 
 COLLAPSE_PATIENCE = 3  # log steps below the threshold before the warning
 
@@ -25,6 +26,7 @@ class Window:
         self.reported: set[int] = set()
         self.num_bad = 0
         self.low_std = 0
+        self.waiting = WaitClock(session.world.device)
         self.restart()
 
     def restart(self) -> None:
@@ -36,12 +38,14 @@ class Window:
     def resume(self) -> None:
         """Start the clock, after what is not training."""
         self.mark: float | None = time.perf_counter()
+        self.waiting.work_queued()
 
     def pause(self) -> None:
         """Stop the clock, the work that the device still has included."""
         if self.session.world.device.type == "cuda":
             torch.cuda.synchronize(self.session.world.device)
         self.count()
+        self.take_wait()
         self.mark = None
 
     def count(self) -> float:
@@ -55,8 +59,18 @@ class Window:
         return passed
 
     def data_arrived(self) -> None:
-        """The loader has given a batch: the time since the step before was spent waiting."""
-        waited = self.count()
+        """The loader has given a batch: what the device stood idle before it was waiting."""
+        self.count()
+        self.waiting.data_arrived()
+
+    def work_queued(self) -> None:
+        """All work on a batch is queued on the device, or done on a CPU."""
+        self.count()
+        self.waiting.work_queued()
+
+    def take_wait(self) -> None:
+        """Add what was waited, once the host has waited for the device."""
+        waited = self.waiting.take()
         self.wait_s += waited
         self.session.state.wait_s += waited
 
@@ -65,7 +79,7 @@ class Window:
         self.loss = loss if self.loss is None else self.loss + loss
         self.scalars, self.norm = scalars, norm
         self.steps += 1
-        self.count()
+        self.work_queued()
 
     def log(self, lr: float) -> None:
         """Read the device, write a row and a line; look for collapse, bad steps and bad images."""
@@ -76,6 +90,7 @@ class Window:
         values = distributed.mean(session.world, torch.stack(stack).float()).tolist()
         skipped = current.guard.check(current.step)
         self.count()  # reading waited for the device: that was training
+        self.take_wait()
         self.count_bad()
         images = self.steps * session.order.batch_size
         rate = images / self.train_s
