@@ -15,20 +15,15 @@ cast is the first op of the training step.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import nvidia.dali
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.pipeline import Pipeline
 
 from pipeline.augment import AugmentConfig
+from pipeline.dali_wheel import refuse_old_dali
 
 RESERVED = 2 << 30
 """Bytes of device memory, and of pinned memory, that a decoder reserves unless told otherwise."""
 NDIM = {"roi_start": 1, "roi_end": 1, "color": 2, "color_mean": 2, "sigma": 0, "solarize": 0}
-
-
-def dali_version() -> tuple[str, int]:
-    """DALI's version, and the CUDA major it was built for: 13 for the wheel nvidia-dali-cuda130."""
-    return nvidia.dali.__version__, int(str(nvidia.dali.__cuda_version__)[:2])
 
 
 def draws_in_graph(view: AugmentConfig, *, colors: bool) -> list[str]:
@@ -84,6 +79,7 @@ class DecodeOptions:
 
 def decode_arguments(options: DecodeOptions, *, placement: str, threads: int) -> dict:
     """The decoder's keyword arguments. EXIF orientation is not applied, as in torchvision."""
+    refuse_old_dali()
     common = {"output_type": types.RGB, "adjust_orientation": False}
     if placement == "cpu":
         return {"device": "cpu", **common}
