@@ -29,7 +29,7 @@ check: $(VENV)/.ready-dev
 	$(VENV)/bin/ruff format --check --quiet .
 	$(VENV)/bin/ruff check --quiet .
 	$(VENV)/bin/codespell README.md CONTRIBUTING.md docs pipeline kernels train profiling tests configs deploy
-	$(VENV)/bin/shellcheck deploy/slurm.sh tests/container.sh
+	$(VENV)/bin/shellcheck deploy/slurm.sh deploy/entrypoint.sh tests/container.sh
 	$(VENV)/bin/basedpyright --pythonpath $(RUN)
 
 # mostly waits: more processes than cores

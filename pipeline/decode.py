@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from nvidia.dali import types
 
+from pipeline.dali_wheel import refuse_old_dali
+
 RESERVED = 2 << 30
 """Bytes of device memory, and of pinned memory, that a decoder reserves unless told otherwise."""
 HW_DECODER_LOADS = {(8, 0): 0.75, (9, 0): 0.99}
@@ -79,6 +81,7 @@ def decode_arguments(
 
     EXIF orientation is not applied, as in torchvision.
     """
+    refuse_old_dali()
     common = {"output_type": types.RGB, "adjust_orientation": False}
     if capability is None:
         return {"device": "cpu", **common}

@@ -14,7 +14,6 @@ cast is the first op of the training step.
 
 from collections.abc import Sequence
 
-import nvidia.dali
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.pipeline import Pipeline
 
@@ -22,11 +21,6 @@ from pipeline.augment import AugmentConfig, draws_in_graph
 from pipeline.decode import DecodeOptions, capability_of, decode_arguments
 
 NDIM = {"roi_start": 1, "roi_end": 1, "color": 2, "color_mean": 2, "sigma": 0, "solarize": 0}
-
-
-def dali_version() -> tuple[str, int]:
-    """DALI's version, and the CUDA major it was built for: 13 for the wheel nvidia-dali-cuda130."""
-    return nvidia.dali.__version__, int(str(nvidia.dali.__cuda_version__)[:2])
 
 
 def build_view_pipeline(

@@ -173,6 +173,14 @@ def test_the_trainjob_runs_as_the_images_user_on_a_root_that_cannot_be_written()
     assert out.startswith("--out=/runs/")
 
 
+def test_the_trainjob_keeps_the_images_entry_point():
+    entry = re.findall(r'^ENTRYPOINT \["([^"]+)"', (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    words = yaml.safe_load(TRAINJOB.read_text())["spec"]["trainer"]["command"]
+    assert set(entry) == {words[0]} and words[1:] == ["python3", "train/launch.py"]
+    file = ROOT / Path(words[0]).relative_to("/opt/twinturbo")
+    assert os.access(file, os.X_OK)
+
+
 def test_each_training_in_deploy_has_flags_that_the_program_knows():
     from train.cli import read_config
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import graph
-from train import doctor, main, rank_rates
+from pipeline import dali_wheel
+from train import doctor, main, rank_rates, versions
 from train.doctor import Finding
 
 ROOT = Path(__file__).parent.parent
@@ -52,11 +52,11 @@ def failed(told: dict) -> dict[str, dict]:
 def test_driver_torch_and_dali_that_do_not_fit_are_told(
     monkeypatch, driver_cuda, torch_cuda, dali_major, driver_says, dali_says
 ):
-    monkeypatch.setattr(doctor, "driver_cuda", lambda: driver_cuda)
-    monkeypatch.setattr(doctor, "has_nvidia_gpu", lambda: False)
+    monkeypatch.setattr(versions, "driver_cuda", lambda: driver_cuda)
+    monkeypatch.setattr(versions, "has_nvidia_gpu", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", torch_cuda)
-    monkeypatch.setattr(graph, "dali_version", lambda: ("2.4.0", dali_major))
-    for finding, says in ((doctor.driver(), driver_says), (doctor.dali(), dali_says)):
+    monkeypatch.setattr(dali_wheel, "dali_version", lambda: ("2.4.0", dali_major))
+    for finding, says in ((versions.driver(), driver_says), (versions.dali(), dali_says)):
         assert (finding.ok is False) == (says is not None), finding
         assert says is None or says in finding.remedy
 
@@ -65,11 +65,11 @@ def test_the_installed_dali_is_named_by_its_wheel():
     installed = subprocess.run(
         [sys.executable, "-m", "pip", "freeze"], capture_output=True, text=True, check=True
     ).stdout
-    assert doctor.dali().found.replace(" ", "==") in installed.splitlines()
+    assert versions.dali().found.replace(" ", "==") in installed.splitlines()
 
 
 def test_training_is_refused_where_the_driver_is_too_old_for_torch(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(doctor, "driver_cuda", lambda: 12040)
+    monkeypatch.setattr(versions, "driver_cuda", lambda: 12040)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     out = tmp_path / "run"
     monkeypatch.setattr(sys, "argv", ["main.py", "--data.root=digits", f"--out={out}"])
@@ -91,16 +91,16 @@ def test_gpus_that_the_environment_hides_are_no_fault(monkeypatch):
 
 
 def test_a_gpu_that_the_container_was_not_given_is_told(monkeypatch, tmp_path):
-    monkeypatch.setattr(doctor, "driver_cuda", lambda: None)
+    monkeypatch.setattr(versions, "driver_cuda", lambda: None)
     card = tmp_path / "0000:01:00.0"
     card.mkdir()
     (card / "vendor").write_text("0x10de\n")
     (card / "class").write_text("0x040300\n")  # the sound part of a card
-    assert not doctor.has_nvidia_gpu(tmp_path)
+    assert not versions.has_nvidia_gpu(tmp_path)
     (card / "class").write_text("0x030200\n")
-    assert doctor.has_nvidia_gpu(tmp_path)
-    monkeypatch.setattr(doctor, "has_nvidia_gpu", lambda: True)
-    finding = doctor.driver()
+    assert versions.has_nvidia_gpu(tmp_path)
+    monkeypatch.setattr(versions, "has_nvidia_gpu", lambda: True)
+    finding = versions.driver()
     assert finding.ok is False and "docker run --gpus all" in finding.remedy
 
 

@@ -1,7 +1,7 @@
 """Look at this machine before a run: `python train/doctor.py`, or under torchrun for all ranks.
 
 A line for each check, green or with the remedy; exit code 1 if one fails. Driver, torch's CUDA and
-DALI's wheel must fit one another; train/main.py asks for that too, and for nothing else here.
+DALI's wheel must fit one another (train/versions.py): train/main.py asks for that too.
 A newcomer's mistake: running it on the login node. Start it as the training will be started: the
 same torchrun line, container and limits, with train/doctor.py instead of train/main.py.
 """
@@ -13,13 +13,10 @@ if not __package__:  # run as a script: the repo root, not this folder, heads sy
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 import argparse
-import ctypes
 import importlib.util
 import json
 import resource
 import socket
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from rich.console import Console
@@ -32,74 +29,12 @@ from train.agreement import SHARED_MEMORY
 from train.cli import first_line, refuse
 from train.distributed import World, gather
 from train.optim import NO_APEX, why_no_apex
+from train.versions import Finding, dali, driver, driver_cuda, jpeg_decoders, torch_build
 
-MIN_DRIVER = {12: "525", 13: "580"}
-"""First driver release for a CUDA major. Source: docs.nvidia.com/deploy/cuda-compatibility, and
-DALI's installation page for its wheels."""
 FILES_A_RANK = 128
 """NCCL opens sockets to other ranks: 1,024 files ran out at 32 ranks on 4 nodes
 (github.com/goodfire-ai/spd, pull request 957), 4,096 sufficed in NVIDIA/nccl issue 127."""
 STYLE = {True: ("ok", "green"), False: ("FAIL", "bold red"), None: ("skipped", "dim")}
-
-
-class Finding(NamedTuple):
-    """What a check found. ok None: it does not apply here, and `found` says why."""
-
-    name: str
-    ok: bool | None
-    found: str
-    remedy: str = ""
-
-
-def driver_cuda() -> int | None:
-    """The newest CUDA that the driver supports, as 1000 * major + 10 * minor; None without one."""
-    try:
-        library = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return None
-    version = ctypes.c_int()
-    library.cuDriverGetVersion(ctypes.byref(version))
-    return version.value
-
-
-def has_nvidia_gpu(devices: Path = Path("/sys/bus/pci/devices")) -> bool:
-    """Whether the PCI bus shows one; a container without GPUs still sees the host's bus."""
-    return any(
-        (device / "vendor").read_text().strip() == "0x10de"
-        and (device / "class").read_text().startswith("0x03")  # display controllers
-        for device in devices.glob("*")
-    )
-
-
-def driver() -> Finding:
-    """A driver no older than torch's CUDA."""
-    supported, built = driver_cuda(), torch.version.cuda
-    if supported is None:
-        if not has_nvidia_gpu():
-            return Finding("driver", None, "no NVIDIA GPU")
-        return Finding(
-            "driver", False, "an NVIDIA GPU, but libcuda.so.1 is not found",
-            "install NVIDIA's driver; in a container: docker run --gpus all",
-        )  # fmt: skip
-    found = f"supports CUDA {supported // 1000}.{supported % 1000 // 10}"
-    if built is None or int(built.split(".")[0]) <= supported // 1000:
-        return Finding("driver", True, found)
-    major = int(built.split(".")[0])
-    return Finding(
-        "driver", False, f"{found}, but torch {torch.__version__} needs CUDA {major}",
-        f"{newer_driver(major)}, or install a torch built for CUDA {supported // 1000}",
-    )  # fmt: skip
-
-
-def newer_driver(major: int) -> str:
-    """The remedy for a driver older than a CUDA major."""
-    return f"update the driver to release {MIN_DRIVER.get(major, 'for that CUDA')} or newer"
-
-
-def refuse_old_driver(device: str) -> None:
-    """Raise ValueError where --device auto would take the CPU for a driver too old for torch."""
-    if device != "cpu" and driver_cuda() is not None and not (found := driver()).ok:
-        raise ValueError(f"the driver {found.found}: {found.remedy}, or use --device cpu")
 
 
 def cuda(device: torch.device) -> Finding:
@@ -129,31 +64,6 @@ def cuda(device: torch.device) -> Finding:
     return Finding(
         "CUDA", True, f"{version}, CUDA {torch.version.cuda}, NCCL {nccl_version}, {name}"
     )
-
-
-def dali() -> Finding:
-    """DALI's wheel, cuda120 or cuda130, of torch's CUDA and no newer than the driver's."""
-    try:
-        from pipeline.graph import dali_version
-    except (ImportError, OSError) as error:  # OSError: a shared library is missing
-        return Finding("DALI", False, first_line(error), "pip install nvidia-dali-cuda130, or 120")
-    version, major = dali_version()
-    wheel, built = f"nvidia-dali-cuda{major}0 {version}", torch.version.cuda
-    supported = driver_cuda()
-    if supported is None or built is None:
-        return Finding("DALI", True, wheel)
-    needed = int(built.split(".")[0])
-    if major > supported // 1000:
-        return Finding(
-            "DALI", False, f"{wheel} needs a driver of CUDA {major}, here is {supported // 1000}",
-            newer_driver(major),
-        )  # fmt: skip
-    if major != needed:
-        return Finding(
-            "DALI", False, f"{wheel} beside a torch of CUDA {built}",
-            f"pip uninstall nvidia-dali-cuda{major}0, then pip install nvidia-dali-cuda{needed}0",
-        )  # fmt: skip
-    return Finding("DALI", True, wheel)
 
 
 def dali_memory(device: torch.device) -> Finding:
@@ -250,8 +160,8 @@ def open_files(ranks: int) -> Finding:
 def examine(device: torch.device, ranks: int) -> list[Finding]:
     """What one rank can say without the others."""
     return [
-        driver(), cuda(device), dali(), dali_memory(device), triton(device), apex(),
-        shared_memory(device), open_files(ranks),
+        driver(), torch_build(), cuda(device), dali(), dali_memory(device), jpeg_decoders(device),
+        triton(device), apex(), shared_memory(device), open_files(ranks),
     ]  # fmt: skip
 
 

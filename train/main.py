@@ -24,7 +24,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from kernels.launch import use_triton
 from pipeline.order import SampleOrder
-from train import checkpoint, distributed, doctor, state
+from train import checkpoint, distributed, state, versions
 from train.cli import is_out_of_memory, memory_line, print_result, read_config, refuse, told
 from train.config import Config
 from train.data import open_data
@@ -98,7 +98,7 @@ def run(config: Config, world: World, out: Path, folder: RunFolder | None, log: 
         metrics.text("config", (out / "config.yaml").read_text())
     if is_slow_precision(config.precision, world.device):
         log.warn(SLOW_PRECISION)
-    if world.device.type == "cuda" and (wheel := doctor.dali()).ok is False:
+    if world.device.type == "cuda" and (wheel := versions.dali()).ok is False:
         log.warn(f"{wheel.found}: {wheel.remedy}")
     log(
         f"{len(source)} images, {order.steps_per_epoch} steps an epoch, {world.size} x "
@@ -122,7 +122,7 @@ def main() -> None:
     try:
         with distributed.start(config.device, config) as world:
             distributed.stop_at_once(world)
-            doctor.refuse_old_driver(config.device)
+            versions.refuse_misfits(config.device)
             if not config.out and may_restart():
                 raise ValueError("--max-restarts needs --out DIR: a restart would begin a new run")
             out = Path(config.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
