@@ -1,3 +1,5 @@
+"""A test that hangs, or whose processes do, ends with the stacks of all threads."""
+
 import os
 import subprocess
 import sys

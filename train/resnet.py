@@ -30,6 +30,19 @@ def conv(inputs: int, outputs: int, kernel: int, *, stride: int = 1) -> nn.Conv2
     return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
 
 
+class SlicedConv(nn.Conv2d):
+    """A 1x1 convolution of every second pixel: slices, then convolves with stride 1.
+
+    For narrow shortcuts: given a stride and fewer input channels than a vector register holds (8 on
+    AVX2, 16 on AVX-512), oneDNN 3.x writes past its workspace in the fp32 backward pass of the
+    weights: wrong gradients, a crash or a hang. Source: github.com/uxlfoundation/oneDNN/issues/6035
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Shapes: (N, inputs, H, W) -> (N, outputs, H/2, W/2)."""
+        return super().forward(input[:, :, ::2, ::2])
+
+
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and the shortcut."""
 
@@ -81,7 +94,10 @@ def shortcut(inputs: int, outputs: int, stride: int) -> nn.Sequential | None:
     """The projection of a shortcut whose shape changes, else None."""
     if stride == 1 and inputs == outputs:
         return None
-    return nn.Sequential(conv(inputs, outputs, 1, stride=stride), BatchNorm(outputs))
+    projection = conv(inputs, outputs, 1, stride=stride)
+    if stride == 2 and inputs < 16:
+        projection = SlicedConv(inputs, outputs, 1, bias=False)
+    return nn.Sequential(projection, BatchNorm(outputs))
 
 
 def stage(
