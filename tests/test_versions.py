@@ -66,7 +66,7 @@ def test_no_decoder_is_built_with_a_dali_that_lacks_its_arguments(monkeypatch):
     monkeypatch.setattr(dali_wheel, "dali_version", lambda: ("2.2.0", 12))
     monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(ValueError, match=r"DALI 2.2.0 .*'nvidia-dali-cuda120>=2.3'"):
-        decode_arguments(DecodeOptions(), placement="cpu", threads=1)
+        decode_arguments(DecodeOptions(), capability=None, threads=1)
 
 
 STUB = """
