@@ -160,10 +160,9 @@ def measure_ranks(config: Config, m: MeasureConfig, world: World, before: dict) 
     rows = config.data.batch_size // world.size
     alone = None
     if world.is_main:
-        one = dataclasses.replace(world, rank=0, size=1, local_size=1)
         timing = measure_step(
-            with_batch(config, rows), one, peers=False, steps=m.steps, warmup=m.warmup, n=m.repeats,
-            budget_s=m.budget_s,
+            with_batch(config, rows), world.alone(), peers=False, steps=m.steps,
+            warmup=m.warmup, n=m.repeats, budget_s=m.budget_s,
         )["ours"]  # fmt: skip
         alone = None if timing.not_measured else timing.rate()
     alone = distributed.from_main(world, alone)

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from pipeline.augment import AugmentConfig
-from test_methods import METHODS, config_of, flat, made, some_views
+from test_methods import METHODS, config_of, flat, in_double_precision, made, some_views
 from train.methods.byol import BYOL, momentum_at
 from train.methods.momentum import MomentumEncoder
 from train.norm import set_views
@@ -18,6 +18,7 @@ def distance(p: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ["byol", "byol without predictor"])
+@in_double_precision()  # a predictor of few units may be off for an image but for rounding
 def test_loss_and_gradients_equal_the_formula_of_two_passes(name):
     model, plain = made(METHODS[name]), made(METHODS[name])
     assert isinstance(plain, BYOL)
@@ -39,7 +40,7 @@ def test_loss_and_gradients_equal_the_formula_of_two_passes(name):
     ):
         assert (ours.grad is None) == key.startswith("target."), key
         if ours.grad is not None:
-            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-6, msg=key)
+            torch.testing.assert_close(ours.grad, theirs.grad, msg=key)
     unit = F.normalize(torch.stack([z1, z2]), dim=-1)
     meter = unit.std(1, correction=0).mean() * 16**0.5
     torch.testing.assert_close(scalars["z_std"], meter)

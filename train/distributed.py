@@ -61,6 +61,10 @@ class World:
         """All ranks, or None where there is one."""
         return dist.group.WORLD if self.size > 1 else None
 
+    def alone(self) -> "World":
+        """This process as a world of one on the same device, which waits for no other rank."""
+        return World(0, 1, 0, 1, self.device, None)
+
 
 @contextmanager
 def start(
