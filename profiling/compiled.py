@@ -13,7 +13,7 @@ padding of the stem's three channels, cannot be known here. The optimizer and th
 uint8 views are outside of the compiled graphs and are not counted.
 A newcomer's mistake: taking them for times. Cache hits and achieved bandwidth are not in them.
 
-To be compared with torch.profiler's the first time a GPU can be had: not yet run on a GPU.
+profiling/launches.py compares with torch.profiler's: not yet run on a GPU.
 """
 
 import os
