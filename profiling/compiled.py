@@ -4,12 +4,16 @@
 
 A training step is traced with fake CPU tensors; the forward and backward graphs are moved to fake
 CUDA tensors, and Inductor's own scheduler and Triton code generator run on them. Nothing is
-executed. Bytes are Inductor's count: every buffer once a kernel. No clock is in these figures, so
-two versions of a model can be compared exactly.
+executed. Bytes are Inductor's count: every buffer once a kernel; but a convolution's backward is
+two kernels, the gradients of input and weight, which both read dy (cudnn_convolution_backward in
+torch's aten/src/ATen/native/cudnn/ConvShared.cpp). No clock is in these figures, so two versions of
+a model can be compared exactly.
+Both are the least: workspaces and split-k reductions inside a call of cuDNN or cuBLAS, and the
+padding of the stem's three channels, cannot be known here. The optimizer and the normalisation of
+uint8 views are outside of the compiled graphs and are not counted.
 A newcomer's mistake: taking them for times. Cache hits and achieved bandwidth are not in them.
 
-Its launches and bytes are to
-be compared with torch.profiler's the first time a GPU can be had: not yet run on a GPU.
+profiling/launches.py compares with torch.profiler's: not yet run on a GPU.
 """
 
 import os
@@ -108,7 +112,10 @@ def generate(name: str, graph: Any, args: list) -> Counter:
         found["launches"] = text.count(".run(")
         for node, words in self.count_bytes()[1]:
             num_bytes = words * 4 - _written_only(node)  # Inductor counts in units of 4 bytes
-            found["launches"] += _is_library_call(node) and num_bytes > 0
+            calls = int(_is_library_call(node) and num_bytes > 0)
+            if "convolution_backward" in str(getattr(node.node, "op_overload", "")):
+                calls, num_bytes = convolution_backward(node.node)
+            found["launches"] += calls
             found[f"bytes of {_kind(node)}"] += num_bytes
         raise _Captured
 
@@ -146,6 +153,14 @@ def _is_user_kernel(node: Any) -> bool:
 def _is_library_call(node: Any) -> bool:
     """A user's Triton kernel is an extern node too, but its launch is a .run in the code."""
     return type(node).__name__.startswith("Extern") and not _is_user_kernel(node)
+
+
+def convolution_backward(call: Any) -> tuple[int, int]:
+    """Kernels and bytes of aten.convolution_backward: dy and weight -> dx, dy and x -> dweight."""
+    dy, x, weight = (int(b.get_numel()) * b.get_dtype().itemsize for b in call.inputs)
+    wants_input, wants_weight, wants_bias = call.constant_args[-3:]  # its output_mask
+    assert not wants_bias, "cuDNN's gradient of a bias is a sum of its own: count it"
+    return wants_input + wants_weight, (wants_input + wants_weight) * (dy + x + weight)
 
 
 def _written_only(node: Any) -> int:

@@ -2,6 +2,8 @@
 
     python profiling/kernels.py --compile-only   registers, shared memory, spills, bytes (no GPU)
     python profiling/kernels.py                  time of each of ResNet-50's sites, beside the peers
+    python profiling/kernels.py --each-once real     each against its plain twin, at real shapes
+    TRITON_INTERPRET=1 python profiling/kernels.py --each-once small      without a GPU, odd shapes
 
 --compile-only traces one step of ResNet-50 (224 pixels, 256 images) on fake tensors, keeps every
 kernel that would be launched, and compiles each for sm_80, sm_90 and sm_100.
@@ -31,7 +33,9 @@ from rich.table import Table
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from kernel_checks import check_each
 from kernel_times import apex_batch_norm, measure, resnet50_sites
+from kernels.launch import INTERPRETED
 from train.cli import refuse
 from train.config import MethodConfig, ModelConfig
 from train.methods.simsiam import SimSiam
@@ -239,16 +243,38 @@ def print_times(found: dict) -> None:
     Console(file=sys.stderr, width=None if sys.stderr.isatty() else 160).print(table)
 
 
+def check(size: str, dtype: torch.dtype) -> None:
+    """Run every kernel once; one JSON line, exit code 1 where one is wrong or was left out."""
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cpu" and not INTERPRETED:
+        refuse("no CUDA device to run kernels on: set TRITON_INTERPRET=1", code=1)
+    if device.type == "cpu" and size == "real":
+        refuse("--each-once real takes hours in Triton's interpreter: give small", code=1)
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        print("in float32: Triton's interpreter cuts bfloat16 off", file=sys.stderr)
+        dtype = torch.float32
+    found = check_each(size, dtype, device)
+    for failure in found["failed"]:
+        print(failure, file=sys.stderr)
+    print(json.dumps(found))
+    if found["failed"]:
+        raise SystemExit(1)
+
+
 def main() -> None:
     """Read the flags; compile or measure; print the table and one JSON line."""
     parser = argparse.ArgumentParser(description="Compile or measure the Triton kernels.")
     parser.add_argument("--compile-only", action="store_true", help="no GPU: resources and bytes")
+    parser.add_argument("--each-once", choices=("real", "small"), help="shapes of the check")
     parser.add_argument("--n", type=int, default=30, help="timed turns of each site")
     parser.add_argument("--save", type=Path, help="also write the measured JSON to this file")
     parser.add_argument("--images", type=int, default=256, help="images of a step")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     arguments = parser.parse_args()
     dtype = getattr(torch, arguments.dtype)
+    if arguments.each_once is not None:
+        check(arguments.each_once, dtype)
+        return
     if not arguments.compile_only:
         if not torch.cuda.is_available():
             refuse("no CUDA device to measure on: give --compile-only", code=1)

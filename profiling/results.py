@@ -33,3 +33,9 @@ def save_json(name: str, found: dict) -> str:
     path = result_path(name, found["environment"]["device"])
     path.write_text(json.dumps(found, indent=1) + "\n")
     return str(path)
+
+
+def newest(name: str) -> dict | None:
+    """The newest result of that name in profiling/results/, None where there is none."""
+    paths = sorted(RESULTS.glob(f"{name}_*.json"), key=lambda path: path.stem[-6:])
+    return json.loads(paths[-1].read_text()) if paths else None

@@ -29,7 +29,7 @@ from charts import draw_scaling
 from fabric import Fabric
 from forecast import REACHED
 from limit import GPUS, count
-from results import RESULTS, check_save, result_path, save_json
+from results import check_save, newest, result_path, save_json
 from scaling_checks import RESNET50_BYTES, against_hosts, against_mlperf
 from step_model import Step, predict, work_of
 from train.cli import refuse
@@ -70,12 +70,6 @@ def read_measured(paths: list[Path]) -> dict[int, float]:
                              f"collectives are of resnet50 at {SIZE}")  # fmt: skip
         found[images] = images / rate
     return found
-
-
-def newest(name: str) -> dict | None:
-    """The newest result of that name in profiling/results/, None where there is none."""
-    paths = sorted(RESULTS.glob(f"{name}_*.json"), key=lambda path: path.stem[-6:])
-    return json.loads(paths[-1].read_text()) if paths else None
 
 
 def step_seconds(images: int, known: dict[int, list[float]], *, fixed_s: float) -> list[float]:

@@ -5,6 +5,8 @@ the same step behind the loader.
 A newcomer's mistake: zeros as images. Random ones draw more power, and clocks are lower.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -53,15 +55,32 @@ def random_batch(config: Config, world: World) -> Batch:
     )
 
 
-def our_step(session: Session, batch: Batch, *, steps: int) -> Repetition:
-    """`steps` training steps of ours."""
+def our_step(session: Session, batch: Batch) -> Callable[[], None]:
+    """A training step of ours."""
+
+    def step() -> None:
+        train_step(session, batch)
+        session.state.step += 1
+
+    return step
+
+
+def repeated(
+    step: Callable[[], object], device: torch.device, *, steps: int, idle: list[bool]
+) -> Repetition:
+    """`steps` steps between two events. A step that the host limits counts as long as it takes.
+
+    After each step on CUDA `idle` is told whether the GPU waits for the host. The first steps of a
+    repetition, before a queue has formed, may say so of a GPU that is kept busy.
+    """
 
     def work() -> None:
         for _ in range(steps):
-            train_step(session, batch)
-            session.state.step += 1
+            step()
+            if device.type == "cuda":
+                idle.append(torch.cuda.current_stream(device).query())
 
-    return lambda: seconds_of(work, session.world.device)
+    return lambda: seconds_of(work, device)
 
 
 def why_not(name: str, config: Config, world: World) -> str | None:
@@ -85,7 +104,7 @@ def measure_step(
     """Our step and, with `peers`, the others, taking turns."""
     batch = random_batch(config, world)
     session = open_session(config, world)
-    variants = {"ours": our_step(session, batch, steps=steps)}
+    todo: dict[str, Callable[[], object]] = {"ours": our_step(session, batch)}
     left_out = {}
     view1, view2 = (
         normalize_views(view, config.data.mean, config.data.std, torch.float32, kernels="plain")
@@ -98,18 +117,19 @@ def measure_step(
             left_out[name] = Timing(0, not_measured=reason)
             continue
         try:
-            step = peer_step(name, config, world, (view1, view2))
+            todo[name] = peer_step(name, config, world, (view1, view2))
         except ImportError as error:
             left_out[name] = Timing(0, not_measured=f"does not import: {first_line(error)}")
-            continue
-
-        def repeat(step=step) -> float:
-            return seconds_of(lambda: [step() for _ in range(steps)], world.device)
-
-        variants[name] = repeat
+    idle: dict[str, list[bool]] = {name: [] for name in todo}
+    variants = {
+        name: repeated(step, world.device, steps=steps, idle=idle[name])
+        for name, step in todo.items()
+    }
     images = steps * config.data.batch_size // world.size
     turns = -(-warmup // steps)
     found = take_turns(variants, images=images, warmup=turns, n=n, budget_s=budget_s, world=world)
+    for name, timing in found.items():
+        timing.gpu_was_idle = idle[name][turns * steps :]
     return found | left_out
 
 

@@ -14,6 +14,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 RANGES = ("data", "normalize", "forward", "backward", "optimizer")
+DEVICE_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 COLLECTIVES = ("gloo:", "nccl:")
 ITEMSIZE = {"float": 4, "double": 8, "long int": 8, "int": 4, "c10::BFloat16": 2, "c10::Half": 2}
 
@@ -36,12 +37,45 @@ def trace_of(step: Callable[[], object], device: torch.device, *, steps: int = 2
         return json.loads(path.read_text())
 
 
+def host_ranges(trace: dict) -> list[dict]:
+    """The named ranges as the host went through them, in order."""
+    ranges = [e for e in trace["traceEvents"] if e.get("cat") == "user_annotation"]
+    return sorted((e for e in ranges if e["name"] in RANGES), key=lambda e: e["ts"])
+
+
+def device_work(trace: dict) -> list[tuple[dict | None, dict]]:
+    """(named range, event) of every kernel, copy and fill on a GPU.
+
+    By the time of the launch, on whatever thread: autograd launches the backward pass from one of
+    its own, which the annotations of the thread that called it do not cover. The range is None for
+    what was launched outside of all.
+    """
+    events, ranges = trace["traceEvents"], host_ranges(trace)
+    launched = {
+        e["args"]["correlation"]: e["ts"]
+        for e in events
+        if e.get("cat") in ("cuda_runtime", "cuda_driver") and "correlation" in e.get("args", {})
+    }
+    found = []
+    for event in events:
+        if event.get("cat") in DEVICE_WORK:
+            at = launched.get(event["args"].get("correlation"), -math.inf)
+            within = (r for r in ranges if r["ts"] <= at < r["ts"] + r["dur"])
+            found.append((next(within, None), event))
+    return found
+
+
 def timeline(trace: dict) -> list[dict]:
     """name, begin_ms and ms of the named ranges of the trace's last step, on the device's side."""
-    events = trace["traceEvents"]
-    on_gpu = [e for e in events if e.get("cat") == "gpu_user_annotation"]
-    ranges = on_gpu or [e for e in events if e.get("cat") == "user_annotation"]
-    ranges = sorted((e for e in ranges if e["name"] in RANGES), key=lambda e: e["ts"])
+    ranges, work = host_ranges(trace), device_work(trace)
+    if work:
+        on_device = []
+        for one in ranges:
+            parts = [event for within, event in work if within is one]
+            if parts:
+                begin, end = min(e["ts"] for e in parts), max(e["ts"] + e["dur"] for e in parts)
+                on_device.append({"name": one["name"], "ts": begin, "dur": end - begin})
+        ranges = on_device
     last = {e["name"]: e for e in ranges}
     begin = min((e["ts"] for e in last.values()), default=0)
     return [

@@ -27,6 +27,8 @@ class Timing:
     """Images (two views each) of a repetition on this rank."""
     seconds: list[float] = field(default_factory=list)
     not_measured: str | None = None
+    gpu_was_idle: list[bool] = field(default_factory=list)
+    """After each step, on CUDA: whether the GPU had done all that the host had queued."""
 
     def rate(self, share: float = 0.5) -> float:
         """Images a second; `share` of the repetitions were slower."""
@@ -37,7 +39,11 @@ class Timing:
         if self.not_measured is not None:
             return {"not_measured": self.not_measured}
         rates = {f"p{round(100 * share)}": round(self.rate(share), 3) for share in (0.1, 0.5, 0.9)}
-        return {"images_per_s": rates, "n": len(self.seconds), "images": self.images}
+        found = {"images_per_s": rates, "n": len(self.seconds), "images": self.images}
+        if self.gpu_was_idle:
+            share = sum(self.gpu_was_idle) / len(self.gpu_was_idle)
+            found["share_of_steps_that_the_host_limits"] = round(share, 3)
+        return found
 
 
 def quantile(values: list[float], share: float) -> float:

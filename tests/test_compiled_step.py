@@ -15,6 +15,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from compare import compare
+from limit import count
 from train.config import MethodConfig, ModelConfig
 from train.methods.simsiam import SimSiam
 from train.norm import set_views
@@ -36,8 +37,13 @@ def told_by(*command: str) -> dict:
 
 def test_a_compiled_step_moves_launches_and_keeps_no_more_than_it_did():
     ours = told_by("profiling/compiled.py", "--steps", "ours")["ours"]
-    assert ours["mb_per_image"] <= 620.5  # the plain two-pass step: 755.5
-    assert ours["launches"] <= 577  # 1,140
+    assert ours["mb_per_image"] <= 661.8  # the plain two-pass step: 796.8
+    assert ours["launches"] <= 629  # 1,244
+    # Inductor sees one call for a convolution's two gradients; the roofline counts each pass
+    limit = count(ModelConfig(), MethodConfig(), images=256, size=224)
+    passes = [p for p in limit.products if p.name.startswith("backbone")]
+    moved = sum(2 * sum(p.elements) * p.passes for p in passes) / 256 / 1e6
+    assert ours["mb_per_image_by_kind"]["convolution"] == round(moved, 2)
     # a clone that Inductor had to make would be among its own kernels
     assert ours["mb_per_image_by_kind"]["Inductor's own"] <= 7.1
     (kept,) = (ROOT / "profiling/results").glob("compiled-resnet50_*.json")

@@ -1,13 +1,18 @@
 """The timing of kernels: its sites and bytes; run on small sites where its times mean nothing."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
-from kernel_times import Inputs, Site, apex_batch_norm, measure, resnet50_sites
+import kernel_times
+from kernel_times import Inputs, Site, apex_batch_norm, clock, measure, resnet50_sites
+from step_times import repeated
 from train.config import MethodConfig, ModelConfig
 from train.methods.simsiam import SimSiam
 from train.norm import BatchNorm
+from turns import Timing
 
 
 def test_the_sites_are_those_of_the_network():
@@ -32,6 +37,93 @@ def test_every_kind_of_site_is_timed_beside_its_peers():
         for bytes_moved, ms, rate in zip(moved, row["ours_ms"], row["gb_per_s"], strict=True):
             assert abs(bytes_moved / ms / 1e6 - rate) <= 0.05 + 0.02 * rate  # of rounded figures
     assert set(found["loss_us"]) == {"ours", "eager"}
+
+
+class Gpu:
+    """A stream and a host with a clock each, in seconds: what torch.cuda shows of them."""
+
+    def __init__(self):
+        self.host = self.stream = 0.0
+        self.sleeps = []
+
+    def queue(self, gpu_s: float, host_s: float = 5e-6) -> None:
+        self.host += host_s
+        self.stream = max(self.stream, self.host) + gpu_s
+
+    def sleep(self, cycles: int) -> None:
+        self.sleeps.append(cycles)
+        self.queue(cycles / 2e9)
+
+    def event(gpu, **_):  # noqa: N805 - the event's own self is below
+        class Event:
+            def record(self):
+                self.at = max(gpu.stream, gpu.host)
+
+            def query(self):
+                return self.at <= gpu.host
+
+            def synchronize(self):
+                gpu.host = max(gpu.host, self.at)
+
+            def elapsed_time(self, end):
+                return 1e3 * (end.at - self.at)
+
+        return Event()
+
+
+@pytest.fixture
+def gpu(monkeypatch) -> Gpu:
+    made = Gpu()
+    monkeypatch.setattr(torch.cuda, "Event", made.event)
+    monkeypatch.setattr(torch.cuda, "_sleep", made.sleep)
+    monkeypatch.setattr(kernel_times, "other_data", lambda _: torch.zeros(1))
+    return made
+
+
+def test_a_call_that_takes_longer_to_queue_than_to_run_is_timed_by_the_gpu(gpu):
+    def call() -> str:
+        for _ in range(3):
+            gpu.queue(24e-6, host_s=60e-6)
+        return "result"
+
+    seconds, result = clock(torch.device("cuda"), call)
+    assert seconds == pytest.approx(72e-6) and result == "result"
+    assert len(gpu.sleeps) == 1
+
+
+def test_a_call_that_was_not_queued_in_time_is_made_again_behind_a_longer_sleep(gpu):
+    def call() -> None:
+        gpu.queue(24e-6, host_s=2e-3)
+        gpu.queue(24e-6, host_s=2e-3)
+
+    assert clock(torch.device("cuda"), call)[0] == pytest.approx(48e-6)
+    assert gpu.sleeps == [1 << 20, 1 << 22, 1 << 24]
+
+
+def test_a_call_that_waits_for_the_device_is_not_timed(gpu):
+    def call() -> None:
+        gpu.queue(24e-6)
+        gpu.host = gpu.stream  # as .item() does
+
+    with pytest.raises(RuntimeError, match="waits for the device"):
+        clock(torch.device("cuda"), call)
+
+
+@pytest.mark.parametrize(("gpu_s", "host_s", "share"), [(60e-3, 9e-3, 0.0), (2e-3, 9e-3, 1.0)])
+def test_steps_that_the_host_limits_are_counted(gpu, monkeypatch, gpu_s, host_s, share):
+    stream = SimpleNamespace(query=lambda: gpu.stream <= gpu.host)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
+    timing = Timing(1)
+
+    def step() -> None:
+        gpu.queue(0.0, host_s=host_s / 2)
+        gpu.queue(gpu_s, host_s=0.0)
+        gpu.queue(0.0, host_s=host_s / 2)
+
+    idle = timing.gpu_was_idle
+    timing.seconds.append(repeated(step, torch.device("cuda"), steps=4, idle=idle)())
+    assert timing.summary()["share_of_steps_that_the_host_limits"] == share
+    assert timing.seconds[0] == pytest.approx(4 * max(gpu_s, host_s), rel=0.1)
 
 
 class ChannelsLastNorm(nn.Module):

@@ -64,6 +64,7 @@ def test_readmes_counted_figures_are_those_of_the_results():
     ours, plain, less = kept["ours"], kept["plain"], kept["recompute"]
     assert f"[{ours['mb_per_image']:.1f} MB]" in text and f"{plain['mb_per_image']:.1f} MB" in text
     assert f"| {ours['launches']} | {plain['launches']:,} |" in text
+    assert f"{ours['mb_per_image'] / plain['mb_per_image']:.2f}x of plain PyTorch's" in text
     saved = [one["saved_mb_per_image"] for one in (ours, less, plain)]
     assert "| {:.1f} ({:.1f}) MB | {:.1f} MB |".format(*saved) in text
     found = json.loads(next(results.glob("collectives-resnet50_*.json")).read_text())
