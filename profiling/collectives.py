@@ -3,7 +3,9 @@
     python profiling/collectives.py      ours under torch.compile; nn.SyncBatchNorm's two passes
 
 Counted for ResNet-50 on fake tensors and a pretended process group of two ranks: nothing is sent.
-Gradients' all_reduces (DDP's buckets) are the same for both and are not counted.
+Ours is the step that several ranks run: cut by torch's DDPOptimizer where DistributedDataParallel
+ends a bucket of gradients, so that they are sent during the backward pass. Gradients' all_reduces
+are the same for both and are not counted.
 A newcomer's mistake: one collective a layer for each view. Both views' sums go in one.
 """
 
@@ -29,25 +31,34 @@ from train.config import MethodConfig, ModelConfig
 from train.methods.simsiam import SimSiam
 from train.norm import BatchNorm
 
+BUCKET = 25 << 20  # bytes; DistributedDataParallel's default
+
 
 def compiled_step(arch: Any, kernels: Any) -> dict[str, Any]:
     """Collectives in the graphs that torch.compile(fullgraph=True) makes, and graph breaks (0).
 
-    Units: for each pass the number of collectives and the bytes that a rank puts into them.
+    Units: for each pass the number of collectives, that of each graph, and the bytes that a rank
+    puts into them.
     """
     from torch._dynamo.backends.common import aot_autograd
+    from torch._dynamo.backends.distributed import DDPOptimizer
     from torch._functorch.aot_autograd import make_boxed_func
     from torch._functorch.partitioners import min_cut_rematerialization_partition
 
-    graphs = []
+    graphs: dict[str, list] = {"forward": [], "backward": []}
 
-    def keep(graph: Any, _inputs: Any) -> Any:
-        graphs.append(graph)
-        return make_boxed_func(graph.forward)
+    def keep(name: str) -> Any:
+        def compiler(graph: Any, _inputs: Any) -> Any:
+            graphs[name].append(graph)
+            return make_boxed_func(graph.forward)
 
-    backend = aot_autograd(
-        fw_compiler=keep, bw_compiler=keep, partition_fn=min_cut_rematerialization_partition
-    )
+        return compiler
+
+    each = aot_autograd(
+        fw_compiler=keep("forward"), bw_compiler=keep("backward"),
+        partition_fn=min_cut_rematerialization_partition,
+    )  # fmt: skip
+    backend = DDPOptimizer(bucket_bytes_cap=BUCKET, backend_compile_fn=each).compile_fn
     model = SimSiam(ModelConfig(arch=arch, kernels=kernels), MethodConfig())
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.sync_over(dist.group.WORLD)
@@ -63,10 +74,14 @@ def compiled_step(arch: Any, kernels: Any) -> dict[str, Any]:
     found: dict[str, Any] = {
         "graph_breaks": sum(torch._dynamo.utils.counters["graph_break"].values())
     }
-    for name, graph in zip(("forward", "backward"), graphs, strict=True):
-        sums = [n.meta["val"] for n in graph.graph.nodes if "all_reduce" in str(n.target)]
-        num_bytes = sum(one.numel() * one.itemsize for one in sums)
-        found[name] = {"number": len(sums), "bytes": num_bytes}
+    for name, parts in graphs.items():
+        sums = [
+            [n.meta["val"] for n in part.graph.nodes if "all_reduce" in str(n.target)]
+            for part in parts
+        ]
+        num_bytes = sum(one.numel() * one.itemsize for part in sums for one in part)
+        by_graph = [len(part) for part in sums]
+        found[name] = {"number": sum(by_graph), "bytes": num_bytes, "by_graph": by_graph}
     return found
 
 

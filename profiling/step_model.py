@@ -57,7 +57,8 @@ def work_of(counts: Counts, *, gpu: tuple[float, float], gradient_bytes: float, 
 def predict(work: Work, fabric: Fabric, ranks: int, *, compute_s: float, overlap: bool) -> Step:
     """A step of `ranks` ranks, each of which takes `compute_s` alone.
 
-    One communicator: a collective begins when the one before it has ended.
+    A collective begins when the one before it has ended, as on one communicator; batch norm's sums
+    have one of their own, so that this is the most they wait.
     """
     layers = len(work.gradient_bytes)
     (num_forward, forward_bytes), (num_backward, backward_bytes) = (

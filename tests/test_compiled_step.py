@@ -63,6 +63,8 @@ def test_no_graph_break_and_fewer_than_half_the_collectives_of_sync_batch_norm()
         json.loads(kept.read_text()), found, tolerance=0.0, only=["*coll*", "*graph*"]
     )
     assert not rows
+    for passes in found["collectives_by_pass"].values():
+        assert len(passes["by_graph"]) == 6  # cut at buckets of gradients, of 25 MiB
     assert found["collectives"] == 106  # 57 layers, of which a block end with downsample shares one
 
 

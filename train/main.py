@@ -62,6 +62,7 @@ def build_state(
     scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "fp16")
     compiled = {"auto": world.device.type == "cuda", "true": True, "false": False}
     if compiled[config.compile]:
+        # under DDP cut at its buckets, so that gradients are sent early; free: profiling/LOG.md
         model.compile(dynamic=False)
     ddp: nn.Module = model
     if world.size > 1:
