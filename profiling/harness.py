@@ -17,7 +17,7 @@ import torch
 from jsonargparse import ArgumentError
 
 from photos import write_photos
-from pipeline.runner import ImageReader
+from pipeline.reader import ImageReader
 from pipeline.shards import ImageSource, open_source
 from results import check_save
 from train.cli import build_parser, explain, flags, refuse, with_brackets

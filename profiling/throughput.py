@@ -27,7 +27,7 @@ from harness import MeasureConfig, open_images, read_flags, with_batch
 from limit import measure_limit, most_times
 from loader_times import measure_loader, measure_stages
 from pipeline.cores import usable_cores
-from pipeline.runner import ImageReader
+from pipeline.reader import ImageReader
 from results import result_path, save_json
 from step_times import measure_end_to_end, measure_step, open_session, random_batch
 from step_trace import collectives, timeline, trace_of

@@ -8,7 +8,7 @@ import torch
 from loader_times import measure_loader, num_filling
 from photos import write_photos
 from pipeline.decode import DecodeOptions
-from pipeline.runner import ImageReader
+from pipeline.reader import ImageReader
 from pipeline.sources import list_images
 from train import distributed
 from train.config import Config, DataConfig
