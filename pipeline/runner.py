@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.plugin.pytorch import feed_ndarray
+from nvidia.dali.tensors import TensorCPU, TensorListCPU
 from torch import Tensor
 
 from pipeline import graph
@@ -155,6 +156,9 @@ class DaliLoader:
     @staticmethod
     def _feed(pipeline: Pipeline, work: Work) -> None:
         for name, value in work.inputs.items():
+            if isinstance(value, list):  # what feed_input does of it, in 0.3 ms for 0.8 of 256
+                tensors = [TensorCPU(one, "") for one in value]
+                value = TensorListCPU(tensors, layout="", contiguous=False)  # type: ignore[call-overload] - missing in its stub
             pipeline.feed_input(name, value)
 
     def _to_torch(self, work: Work, outputs: tuple, pool: ThreadPoolExecutor) -> Batch:

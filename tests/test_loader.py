@@ -21,6 +21,7 @@ from pipeline.loader import eval_loader, view_loader
 from pipeline.order import SampleOrder
 from pipeline.pack import pack_root
 from pipeline.reader import ImageReader
+from pipeline.runner import DaliLoader
 from pipeline.shards import open_source
 from pipeline.sources import READERS, list_images
 
@@ -201,15 +202,9 @@ class Spied(graph.Pipeline):
         super().__init__(*args, **kwargs)
         self.fed, self.events = [], []
 
-    def feed_input(self, data_node, data, *args, **kwargs):
-        if data_node == "encoded":
-            self.fed.append([weakref.ref(array) for array in data])
-            for number, array in enumerate(data):
-                weakref.finalize(array, self.events.append, number)
-        super().feed_input(data_node, data, *args, **kwargs)
-
     def release_outputs(self):
-        self.events.append([array() is not None for array in self.fed.pop(0)])
+        if self.fed:
+            self.events.append([array() is not None for array in self.fed.pop(0)])
         super().release_outputs()
 
 
@@ -217,6 +212,16 @@ def test_the_bytes_that_dali_reads_in_place_are_kept_until_their_batch_is_releas
     folder, monkeypatch
 ):
     monkeypatch.setattr(graph, "pipeline_def", spied_definition(spied := []))
+    feed = DaliLoader._feed
+
+    def spied_feed(pipeline, work):
+        arrays = work.inputs["encoded"]
+        pipeline.fed.append([weakref.ref(array) for array in arrays])
+        for number, array in enumerate(arrays):
+            weakref.finalize(array, pipeline.events.append, number)
+        feed(pipeline, work)
+
+    monkeypatch.setattr(DaliLoader, "_feed", staticmethod(spied_feed))
     assert len(batches(folder, range(6))) == 6
     (pipeline,) = spied
     released = [event for event in pipeline.events if isinstance(event, list)]
