@@ -26,14 +26,14 @@ from train.distributed import World, from_main
 from train.run_folder import has_fast_bf16
 
 PHOTOS = "photos"
-What = Literal["loader", "step", "end_to_end", "limit", "ranks"]
+What = Literal["loader", "host", "step", "end_to_end", "limit", "ranks"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeasureConfig:
     """What is measured, and how often."""
 
-    what: tuple[What, ...] = ("loader", "step", "end_to_end", "limit", "ranks")
+    what: tuple[What, ...] = ("loader", "host", "step", "end_to_end", "limit", "ranks")
     """Parts to measure, e.g. --what loader,step."""
     peers: bool = True
     """Measure the peers too, in turn with ours."""
