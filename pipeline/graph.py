@@ -54,9 +54,7 @@ def build_view_pipeline(
         outputs = []
         for number, config in enumerate(views):
             draw = {
-                name: fn.external_source(name=f"{name}_{number}", dtype=types.FLOAT, ndim=ndim)
-                for name, ndim in NDIM.items()
-                if name in draws_in_graph(config, colors=colors)
+                name: draw_input(name, number) for name in draws_in_graph(config, colors=colors)
             }
             view = window(image, draw["roi_start"], draw["roi_end"], size=config.size)
             if colors:
@@ -85,6 +83,13 @@ def encoded_input():
     dali/pipeline/operator/builtin/input_operator.h.
     """
     return fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True)
+
+
+def draw_input(name: str, number: int):
+    """A draw of view `number`, fed as "<name>_<number>"; it too is read where it lies."""
+    return fn.external_source(
+        name=f"{name}_{number}", dtype=types.FLOAT, ndim=NDIM[name], no_copy=True
+    )
 
 
 def window(image, start, end, *, size: int):

@@ -1,25 +1,28 @@
-"""What each step feeds into DALI: this rank's images of the global batch, read, guarded, drawn.
+"""The two loaders: view_loader gives random views for training, eval_loader centre crops.
 
-view_loader gives random views for training, eval_loader centre crops for evaluation.
+pipeline/work.py says what a step of training feeds into DALI, and pipeline/runner.py runs it.
 A newcomer's mistake: dropping a bad image. The ranks would no longer take the same steps: it is
 replaced by another sample, the same one on every run.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import numpy as np
 import torch
 from nvidia.dali.pipeline import Pipeline
 
 from pipeline import graph
-from pipeline.augment import AugmentConfig, draw_views, draws_in_graph
+from pipeline.augment import AugmentConfig
 from pipeline.cores import usable_cores
 from pipeline.decode import DecodeOptions
-from pipeline.keyed import Purpose, keyed_rng
 from pipeline.order import SampleOrder
-from pipeline.runner import DaliLoader, ImageReader, Placed, Work
+from pipeline.reader import ImageReader
+from pipeline.reading_process import reading_process
+from pipeline.runner import DaliLoader
+from pipeline.work import Prepare, ViewPlan, Work
 
-MAX_ATTEMPTS = 100
 GPU_THREADS = 8  # MLPerf's runs on H200 took 6; each holds buffers, see graph.RESERVED
 
 
@@ -40,10 +43,12 @@ def view_loader(
     rank: int = 0,
     world: int = 1,
     local_world: int = 1,
+    in_process: bool | None = None,
 ) -> DaliLoader:
     """This rank's part of the global batches of `steps`: a view of each image for each of `views`.
 
     Views of another size than the first are a batch's `small` ones, all of one size.
+    in_process: read and draw in a process of its own; None does so beside a GPU.
 
     Raises: ValueError if the ranks do not divide the global batch.
     """
@@ -57,21 +62,12 @@ def view_loader(
     colors = device.type == "cuda"
     threads = num_threads(options, local_world=local_world, device=device)
 
-    def prepare(step: int) -> Work:
-        ids = order.global_batch(step)[rows].copy()
-        placed = reader.read_all(ids)
-        for row, image in enumerate(placed):
-            if image is None:
-                ids[row], placed[row] = _replace(reader, order, step, rows.start + row)
-        encoded, sizes = zip(*(image for image in placed if image is not None), strict=True)
-        rng = keyed_rng(order.seed, Purpose.VIEWS, step)
-        drawn = draw_views(views, rng, np.array(sizes), rows, order.batch_size)
-        draws = {
-            f"{name}_{number}": getattr(draw, name)
-            for number, (config, draw) in enumerate(zip(views, drawn, strict=True))
-            for name in draws_in_graph(config, colors=colors)
-        }
-        return Work(step, ids, {"encoded": list(encoded), **draws}, None if colors else drawn)
+    plan = ViewPlan(order, tuple(views), rows, colors)
+
+    def preparing() -> AbstractContextManager[Prepare]:
+        if device.type == "cuda" if in_process is None else in_process:
+            return reading_process(reader, plan)
+        return nullcontext(partial(plan.prepare, reader))
 
     def build(prefetch: int) -> Pipeline:
         return graph.build_view_pipeline(
@@ -85,20 +81,9 @@ def view_loader(
         )
 
     return DaliLoader(
-        steps, prepare=prepare, build=build, reader=reader, options=options, device=device,
+        steps, preparing=preparing, build=build, reader=reader, options=options, device=device,
         threads=threads,
     )  # fmt: skip
-
-
-def _replace(reader: ImageReader, order: SampleOrder, step: int, row: int) -> tuple[int, Placed]:
-    for attempt in range(MAX_ATTEMPTS):
-        index = order.replacement(step, row, attempt)
-        if (image := reader.read(index)) is not None:
-            return index, image
-    name, reason = next((reader.source.name(i), why) for i, why in reader.bad.items())
-    raise ValueError(
-        f"{MAX_ATTEMPTS} images drawn as replacements were bad too, for example {name}: {reason}"
-    )
 
 
 def eval_loader(
@@ -140,7 +125,12 @@ def eval_loader(
 
     steps = range(-(-len(ids) // batch_size))
     return DaliLoader(
-        steps, prepare=prepare, build=build, reader=reader, options=options, device=device
+        steps,
+        preparing=lambda: nullcontext(prepare),
+        build=build,
+        reader=reader,
+        options=options,
+        device=device,
     )
 
 

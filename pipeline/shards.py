@@ -26,16 +26,19 @@ from rich.console import Console
 from rich.progress import track
 
 from pipeline.header import BadImage
-from pipeline.record_reader import read_records
 from pipeline.records import RECORDIO, TFRECORD
 from pipeline.shard_index import SUFFIX, ShardIndex, index_path, open_index, sorted_classes
 from pipeline.sources import (
     IMAGE_EXTENSIONS,
+    Allocate,
     ImageFolder,
+    Stamped,
     attempt_all,
     list_images,
+    new_bytes,
     printable,
     read_range,
+    stamp_of,
 )
 
 # Compressed ones too: scan_shard names what they are.
@@ -99,32 +102,51 @@ class ShardSet:
 
         Raises   BadImage when the shard cannot be read there.
         """
-        found: np.ndarray | BadImage = self._read_span(index)
+        found: Stamped | BadImage = self._read_span(index, new_bytes)
         if self.kind in (TFRECORD, RECORDIO):
-            (found,) = read_records(self.kind, [found])
+            (found,) = self._images_of([found])
         if isinstance(found, BadImage):
             raise found
-        return found
+        return found[0]
 
-    def read_many(self, indices: Sequence[int], pool: Executor) -> list[np.ndarray | BadImage]:
-        """Return what `read` returns or raises for each index, in order.
+    def read_many(
+        self, indices: Sequence[int], pool: Executor, allocate: Allocate | None = None
+    ) -> list[Stamped | BadImage]:
+        """Return what `read` returns or raises for each index, in order, with the shard's stamp.
 
         A call reads the records of TFRecord and RecordIO together: many calls of one are slow.
         """
-        found = attempt_all(self._read_span, indices, pool)
-        return read_records(self.kind, found, pool) if self.kind in (TFRECORD, RECORDIO) else found
+        is_record = self.kind in (TFRECORD, RECORDIO)
+        allocate = new_bytes if is_record or allocate is None else allocate
+        found = attempt_all(lambda index: self._read_span(index, allocate), indices, pool)
+        return self._images_of(found, pool) if is_record else found
 
-    def _read_span(self, index: int) -> np.ndarray:
+    def _images_of(
+        self, found: list[Stamped | BadImage], pool: Executor | None = None
+    ) -> list[Stamped | BadImage]:
+        from pipeline.record_reader import read_records  # DALI, which no other kind needs
+
+        records = [one if isinstance(one, BadImage) else one[0] for one in found]
+        images = read_records(self.kind, records, pool)
+        stamps = [0 if isinstance(one, BadImage) else one[1] for one in found]
+        return [
+            image if isinstance(image, BadImage) else (image, stamp)
+            for image, stamp in zip(images, stamps, strict=True)
+        ]
+
+    def _read_span(self, index: int, allocate: Allocate) -> Stamped:
         try:
             descriptor = self._descriptor(self._shard_of(index))
-            data = read_range(descriptor, int(self.offsets[index]), int(self.spans[index]))
+            stamp = stamp_of(os.fstat(descriptor))
+            where = int(self.offsets[index]), int(self.spans[index])
+            data = read_range(descriptor, *where, allocate)
         except OSError as error:
             raise BadImage(f"unreadable shard ({error.strerror})") from None
         if data.size < self.spans[index]:
             raise BadImage("truncated shard")
         if data.size == 0:
             raise BadImage("empty file")
-        return data
+        return data, stamp
 
     def name(self, index: int) -> str:
         """Return the shard and the image's name in it as one printable line."""

@@ -29,6 +29,10 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 IMAGE_EXTENSIONS = frozenset(extension.encode() for extension in EXTENSIONS)
 READERS = 8  # threads that read files: hides the latency of network storage
 T = TypeVar("T")
+Allocate = Callable[[int], np.ndarray]
+"""Gives (num_bytes,) uint8 to read into; called from several threads."""
+Stamped = tuple[np.ndarray, int]
+"""The bytes of an image, and a number that is another one once its file has been written to."""
 _SPLITS = ("val", "valid", "validation", "test")
 _FILE_KINDS = {stat.S_IFIFO: "fifo", stat.S_IFSOCK: "socket"}
 _MAX_FILE_BYTES = 1 << 31
@@ -67,12 +71,15 @@ class ImageFolder:
 
         Raises   BadImage when the file is missing, unreadable, empty, or no regular file.
         """
+        return self._read(index, new_bytes)[0]
+
+    def _read(self, index: int, allocate: Allocate) -> Stamped:
         path = os.path.join(os.fsencode(self.root), self.paths[index])
         try:
             # O_NONBLOCK: a FIFO under an image's name would wait for its writer for ever.
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
             try:
-                data = _read_all(descriptor)
+                data, stamp = _read_all(descriptor, allocate)
             finally:
                 os.close(descriptor)
         except FileNotFoundError:
@@ -81,11 +88,14 @@ class ImageFolder:
             raise BadImage(f"unreadable file ({error.strerror})") from None
         if data.size == 0:
             raise BadImage("empty file")
-        return data
+        return data, stamp
 
-    def read_many(self, indices: Sequence[int], pool: Executor) -> list[np.ndarray | BadImage]:
-        """Return what `read` returns or raises for each index, in order."""
-        return attempt_all(self.read, indices, pool)
+    def read_many(
+        self, indices: Sequence[int], pool: Executor, allocate: Allocate | None = None
+    ) -> list[Stamped | BadImage]:
+        """Return what `read` returns or raises for each index, in order, with its stamp."""
+        allocate = allocate or new_bytes
+        return attempt_all(lambda index: self._read(index, allocate), indices, pool)
 
     def name(self, index: int) -> str:
         """Return the relative path as one printable line, with what is not printable escaped."""
@@ -260,20 +270,32 @@ def _unpickled(root: str, joined: bytes, *facts) -> ImageFolder:
     return ImageFolder(root, joined.split(b"\0"), *facts)
 
 
-def _read_all(descriptor: int) -> np.ndarray:
+def new_bytes(num_bytes: int) -> np.ndarray:
+    """Memory of its own for an image."""
+    return np.empty(num_bytes, np.uint8)
+
+
+def stamp_of(status: os.stat_result) -> int:
+    """A number that is another one once the file has been written to or replaced; never 0."""
+    return hash((status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)) or 1
+
+
+def _read_all(descriptor: int, allocate: Allocate) -> Stamped:
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         raise BadImage("not a regular file")
     if status.st_size > _MAX_FILE_BYTES:
         raise BadImage(f"file of {status.st_size} bytes exceeds the limit of {_MAX_FILE_BYTES}")
-    return read_range(descriptor, 0, status.st_size)
+    return read_range(descriptor, 0, status.st_size, allocate), stamp_of(status)
 
 
-def read_range(descriptor: int, offset: int, num_bytes: int) -> np.ndarray:
+def read_range(
+    descriptor: int, offset: int, num_bytes: int, allocate: Allocate = new_bytes
+) -> np.ndarray:
     """Return (num_bytes,) uint8 of an open file from offset on; fewer where the file ends."""
-    data = np.empty(num_bytes, np.uint8)
+    data = allocate(num_bytes)
     num_read = 0
-    while num_read < data.size:  # one read may return less than was asked for
+    while num_read < num_bytes:  # one read may return less than was asked for
         num_new = os.preadv(descriptor, [data[num_read:].data], offset + num_read)
         if num_new == 0:  # cut short since it was listed: header.py judges what there is
             break

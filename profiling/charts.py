@@ -31,6 +31,13 @@ def print_tables(found: dict) -> None:
     facts = Table(show_header=False)
     for stage, one in found.get("stages", {}).items():
         facts.add_row(f"loader, {stage}", f"{one['ms_per_image']} ms an image")
+    for way, one in found.get("host", {}).items():
+        if isinstance(one, dict):
+            rate, slowed = one["images_per_cpu_s"], one["launches_slowed_times"]
+            facts.add_row(
+                f"loader without decoding, {way}",
+                f"{rate} images a second of CPU time; launches slowed {slowed} times",
+            )
     if "end_to_end" in found:
         facts.add_row("data wait", f"{found['end_to_end']['data_wait_pct']} %")
     for part in ("limit", "ranks", "memory"):

@@ -27,7 +27,7 @@ import torch
 
 from harness import open_images, read_flags, with_batch
 from loader_times import ours
-from pipeline.runner import ImageReader
+from pipeline.reader import ImageReader
 from pipeline.sources import ImageFolder, list_images
 from results import save_json
 from train import distributed

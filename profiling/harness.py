@@ -17,7 +17,7 @@ import torch
 from jsonargparse import ArgumentError
 
 from photos import write_photos
-from pipeline.runner import ImageReader
+from pipeline.reader import ImageReader
 from pipeline.shards import ImageSource, open_source
 from results import check_save
 from train.cli import build_parser, explain, flags, refuse, with_brackets
@@ -26,14 +26,14 @@ from train.distributed import World, from_main
 from train.run_folder import has_fast_bf16
 
 PHOTOS = "photos"
-What = Literal["loader", "step", "end_to_end", "limit", "ranks"]
+What = Literal["loader", "host", "step", "end_to_end", "limit", "ranks"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeasureConfig:
     """What is measured, and how often."""
 
-    what: tuple[What, ...] = ("loader", "step", "end_to_end", "limit", "ranks")
+    what: tuple[What, ...] = ("loader", "host", "step", "end_to_end", "limit", "ranks")
     """Parts to measure, e.g. --what loader,step."""
     peers: bool = True
     """Measure the peers too, in turn with ours."""

@@ -37,7 +37,8 @@ from pipeline.cores import usable_cores
 from pipeline.decode import DecodeOptions, capability_of, decode_arguments
 from pipeline.loader import num_threads, view_loader
 from pipeline.order import SampleOrder
-from pipeline.runner import DaliLoader, ImageReader
+from pipeline.reader import ImageReader
+from pipeline.runner import DaliLoader
 from pipeline.sources import ImageFolder
 from train.config import Config
 from train.distributed import World

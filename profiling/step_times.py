@@ -14,7 +14,8 @@ from kernels.normalize import normalize_views
 from loader_times import endless_order, num_filling, open_loader
 from peers import missing, peer_step
 from pipeline.order import SampleOrder
-from pipeline.runner import Batch, ImageReader
+from pipeline.reader import ImageReader
+from pipeline.runner import Batch
 from train.cli import first_line
 from train.config import Config
 from train.distributed import World

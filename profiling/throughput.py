@@ -24,10 +24,11 @@ import torch
 from charts import draw, print_tables
 from forecast import forecast
 from harness import MeasureConfig, open_images, read_flags, with_batch
+from host_cost import measure_host
 from limit import measure_limit, most_times
 from loader_times import measure_loader, measure_stages
 from pipeline.cores import usable_cores
-from pipeline.runner import ImageReader
+from pipeline.reader import ImageReader
 from results import result_path, save_json
 from step_times import measure_end_to_end, measure_step, open_session, random_batch
 from step_trace import collectives, timeline, trace_of
@@ -60,11 +61,15 @@ def measure(config: Config, m: MeasureConfig, world: World) -> dict:
     """All parts that were asked for; the same on every rank."""
     found: dict = {"ratios": {}, "images_per_s": {}}
     reader = None
-    if {"loader", "end_to_end"} & set(m.what):
+    if {"loader", "host", "end_to_end"} & set(m.what):
         reader = open_images(config, world)
     if "loader" in m.what:
         assert reader is not None
         measure_loader_part(reader, config, m, world, found)
+    if "host" in m.what:
+        assert reader is not None
+        say(world, "host: the loader without decoding ...")
+        found["host"] = measure_host(reader, config, world, n=m.repeats)
     if "step" in m.what:
         measure_step_part(config, m, world, found)
     if "end_to_end" in m.what:

@@ -15,7 +15,7 @@ from pipeline.augment import AugmentConfig
 from pipeline.decode import DecodeOptions
 from pipeline.loader import eval_loader, view_loader
 from pipeline.order import SampleOrder
-from pipeline.runner import ImageReader
+from pipeline.reader import ImageReader
 from pipeline.sources import list_images
 from test_header import GOOD, REFUSED
 

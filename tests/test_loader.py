@@ -12,13 +12,18 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline import graph, runner
+from pipeline import graph
+from pipeline import reader as reader_module
 from pipeline.augment import AugmentConfig
 from pipeline.decode import DecodeOptions, decode_arguments, reserve
+from pipeline.header import image_size
 from pipeline.loader import eval_loader, view_loader
 from pipeline.order import SampleOrder
-from pipeline.runner import ImageReader
-from pipeline.sources import list_images
+from pipeline.pack import pack_root
+from pipeline.reader import ImageReader
+from pipeline.runner import DaliLoader
+from pipeline.shards import open_source
+from pipeline.sources import READERS, list_images
 
 CPU = torch.device("cpu")
 SMALL = AugmentConfig(size=24)
@@ -134,7 +139,7 @@ def test_an_image_that_only_dali_refuses_is_found_and_its_step_run_again(folder,
     victim = int(clean[2].ids[5])
     path = folder / os.fsdecode(source.paths[victim])
     path.write_bytes(path.read_bytes()[:700])
-    monkeypatch.setattr(runner, "image_size", lambda data, max_pixels: (50, 50))  # a blind guard
+    monkeypatch.setattr(reader_module, "image_size", blind)
     reader = ImageReader(source)
     found = batches(folder, range(5), reader=reader)
     assert set(reader.bad) == {victim}
@@ -171,7 +176,7 @@ def test_the_pipeline_that_failed_is_gone_before_its_images_are_tried(folder, mo
     source = list_images(str(folder))
     path = folder / os.fsdecode(source.paths[3])
     path.write_bytes(path.read_bytes()[:700])
-    monkeypatch.setattr(runner, "image_size", lambda data, max_pixels: (50, 50))  # a blind guard
+    monkeypatch.setattr(reader_module, "image_size", blind)
     built, alive = [], []
     build, search = graph.build_view_pipeline, graph.undecodable
 
@@ -197,15 +202,9 @@ class Spied(graph.Pipeline):
         super().__init__(*args, **kwargs)
         self.fed, self.events = [], []
 
-    def feed_input(self, data_node, data, *args, **kwargs):
-        if data_node == "encoded":
-            self.fed.append([weakref.ref(array) for array in data])
-            for number, array in enumerate(data):
-                weakref.finalize(array, self.events.append, number)
-        super().feed_input(data_node, data, *args, **kwargs)
-
     def release_outputs(self):
-        self.events.append([array() is not None for array in self.fed.pop(0)])
+        if self.fed:
+            self.events.append([array() is not None for array in self.fed.pop(0)])
         super().release_outputs()
 
 
@@ -213,6 +212,16 @@ def test_the_bytes_that_dali_reads_in_place_are_kept_until_their_batch_is_releas
     folder, monkeypatch
 ):
     monkeypatch.setattr(graph, "pipeline_def", spied_definition(spied := []))
+    feed = DaliLoader._feed
+
+    def spied_feed(pipeline, work):
+        arrays = work.inputs["encoded"]
+        pipeline.fed.append([weakref.ref(array) for array in arrays])
+        for number, array in enumerate(arrays):
+            weakref.finalize(array, pipeline.events.append, number)
+        feed(pipeline, work)
+
+    monkeypatch.setattr(DaliLoader, "_feed", staticmethod(spied_feed))
     assert len(batches(folder, range(6))) == 6
     (pipeline,) = spied
     released = [event for event in pipeline.events if isinstance(event, list)]
@@ -237,7 +246,12 @@ def test_a_loader_that_fails_ends_dali_before_the_bytes_that_it_reads_go(folder,
     assert failed.value.__traceback__ is not None and pipeline() is None
 
 
-def unreadable(reader, ids):
+def blind(data, *, max_pixels):
+    """Stands in for image_size: a guard that sees nothing."""
+    return 50, 50
+
+
+def unreadable(reader, ids, allocate):
     """Stands in for read_all."""
     raise OSError("the disk is gone")
 
@@ -260,6 +274,46 @@ def spied_definition(spied: list):
         return decorate
 
     return definition
+
+
+def test_a_header_is_read_once_and_again_once_its_file_was_written_to(folder, monkeypatch):
+    parsed = []
+
+    def spied(data, *, max_pixels):
+        parsed.append(len(data))
+        return image_size(data, max_pixels=max_pixels)
+
+    monkeypatch.setattr(reader_module, "image_size", spied)
+    reader = ImageReader(list_images(str(folder)))
+    first = batches(folder, range(5), reader=reader)
+    assert len(parsed) == 40
+    victim, other = int(first[0].ids[3]), int(first[1].ids[0])
+    again = batches(folder, range(5), reader=reader)
+    assert len(parsed) == 40
+    assert all(torch.equal(a.images, b.images) for a, b in zip(first, again, strict=True))
+    for index, change in ((victim, bomb), (other, bytes)):  # of the same length, the same bytes
+        path = folder / os.fsdecode(reader.source.paths[index])
+        status = path.stat()
+        path.write_bytes(change(path.read_bytes()))
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    found = batches(folder, range(5), reader=reader)
+    assert set(reader.bad) == {victim} and "exceeds the limit" in reader.bad[victim]
+    assert len(parsed) == 42 and int(found[0].ids[3]) != victim
+
+
+def test_a_header_of_a_shard_is_read_again_once_the_shard_was_written_to(folder, tmp_path_factory):
+    packed = tmp_path_factory.mktemp("packed")
+    pack_root(str(folder), packed, shard_bytes=1 << 30)
+    reader = ImageReader(open_source(str(packed)))
+    assert None not in reader.read_all(np.arange(40))
+    shard = Path(reader.source.shards[0])
+    data = bytearray(shard.read_bytes())
+    at = int(reader.source.offsets[7])
+    data[at : at + 2] = b"no"
+    with shard.open("r+b") as file:
+        file.write(data)
+    placed = reader.read_all(np.arange(40))
+    assert [index for index, image in enumerate(placed) if image is None] == [7]
 
 
 def test_only_bad_images_end_in_an_error_not_a_hang(folder):
@@ -292,7 +346,7 @@ def test_leaving_the_loop_early_ends_the_reading_thread(folder):
     iterator = iter(loader)
     next(iterator)
     iterator.close()
-    assert threading.active_count() <= before + runner.READERS  # the pool stays, the thread ends
+    assert threading.active_count() <= before + READERS  # the pool stays, the thread ends
 
 
 def test_evaluation_crops_equal_torchvisions(torchvision, tmp_path, photos):

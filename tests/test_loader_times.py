@@ -2,13 +2,17 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
+import host_cost
 from loader_times import measure_loader, num_filling
 from photos import write_photos
+from pipeline.augment import AugmentConfig, draws_in_graph
 from pipeline.decode import DecodeOptions
-from pipeline.runner import ImageReader
+from pipeline.graph import NDIM
+from pipeline.reader import ImageReader
 from pipeline.sources import list_images
 from train import distributed
 from train.config import Config, DataConfig
@@ -35,3 +39,36 @@ def test_on_a_gpu_at_least_100_batches_are_timed(tmp_path, monkeypatch):
         taken.clear()
         measure_loader(reader, CONFIG, where, peers=False, n=1, budget_s=1, images=16)
         assert taken["steps"] == steps
+
+
+def test_what_the_loader_takes_of_the_host_is_measured_both_ways(tmp_path, monkeypatch):
+    for name, value in {"SHORT": 2, "LONG": 4, "WINDOW_S": 0.05, "SETTLE_S": 0.0}.items():
+        monkeypatch.setattr(host_cost, name, value)
+    reader = ImageReader(list_images(str(write_photos(tmp_path, count=24))))
+    with distributed.start("cpu") as world:
+        found = host_cost.measure_host(reader, CONFIG, world, n=1)
+    assert found.pop("images_a_batch") == 24  # all there are
+    assert set(found) == {"process", "thread"}
+    for one in found.values():
+        assert one["images_per_cpu_s"] == one["images_per_cpu_s_median"] > 0  # of one repetition
+        assert one["launches_slowed_times"] > 0
+
+
+@pytest.mark.parametrize("blur", [0.5, 0.0])
+def test_the_graph_that_decodes_nothing_takes_every_input_of_the_training_graph(blur):
+    views = AugmentConfig(size=16, blur=blur)
+    config = dataclasses.replace(CONFIG, augment=views)
+    pipeline = host_cost.feeding_pipeline(config, rows=1, prefetch=1)
+    encoded = np.zeros(7, np.uint8)
+    draws = {
+        f"{name}_{number}": np.full((1,) + (3,) * NDIM[name], 2.0 + number, np.float32)
+        for number, view in enumerate(config.views)
+        for name in draws_in_graph(view, colors=True)
+    }
+    for name, value in {"encoded": [encoded], **draws}.items():
+        pipeline.feed_input(name, value)
+    (bytes_out,) = pipeline.run()
+    numbers = sum(value.size for value in draws.values())
+    assert np.array(bytes_out[0]).tolist()[0] == encoded.size
+    assert np.array(bytes_out[0]).size == 1 + numbers
+    assert np.array(bytes_out[0]).sum() == encoded.size + sum(v.sum() for v in draws.values())

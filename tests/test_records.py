@@ -13,9 +13,9 @@ from nvidia.dali.pipeline import Pipeline
 
 from pipeline import record_reader
 from pipeline.header import BadImage
+from pipeline.reader import ImageReader
 from pipeline.record_reader import read_records
 from pipeline.records import MAGIC_BYTES, check_record
-from pipeline.runner import ImageReader
 from pipeline.shard_scan import scan_shard
 from pipeline.shards import ShardSet, open_source
 
@@ -389,7 +389,7 @@ def test_images_are_read_by_number_across_shards_in_the_order_asked_for(tmp_path
     expected = [*images[0::2], *images[1::2]]
     with ThreadPoolExecutor(2) as pool:
         found = opened.read_many(numbers, pool)
-    assert [data.tobytes() for data in found if isinstance(data, np.ndarray)] == [
+    assert [one[0].tobytes() for one in found if isinstance(one, tuple)] == [
         expected[number] for number in numbers
     ]
     reader = ImageReader(opened)

@@ -21,7 +21,7 @@ from pipeline.header import BadImage
 from pipeline.loader import view_loader
 from pipeline.order import SampleOrder
 from pipeline.pack import pack_root
-from pipeline.runner import ImageReader
+from pipeline.reader import ImageReader
 from pipeline.shards import ShardSet, open_source
 from pipeline.sources import list_images
 from train import distributed

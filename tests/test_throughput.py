@@ -27,7 +27,7 @@ from loader_times import OfficialViews, measure_loader, measure_stages
 from peers import Official, peer_step
 from photos import write_photos
 from pipeline.augment import AugmentConfig
-from pipeline.runner import ImageReader
+from pipeline.reader import ImageReader
 from pipeline.sources import list_images
 from step_times import measure_end_to_end, measure_step
 from step_trace import collectives, timeline

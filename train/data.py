@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.digits import write_digits
-from pipeline.runner import ImageReader
+from pipeline.reader import ImageReader
 from pipeline.shards import ImageSource, ShardSet, open_source
 from pipeline.sources import split_root
 from train.config import DataConfig

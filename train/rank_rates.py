@@ -21,7 +21,7 @@ from pipeline.augment import AugmentConfig
 from pipeline.decode import DecodeOptions
 from pipeline.loader import view_loader
 from pipeline.order import SampleOrder
-from pipeline.runner import ImageReader
+from pipeline.reader import ImageReader
 from pipeline.sources import list_images
 from train.distributed import World, from_main, gather
 
