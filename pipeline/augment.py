@@ -201,3 +201,16 @@ def compose(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(A, B) followed by a step: the mean colour before the step is (A + B) mu."""
     return matrix @ color, matrix @ color_mean + pivot @ (color + color_mean)
+
+
+def draws_in_graph(view: AugmentConfig, *, colors: bool) -> list[str]:
+    """Names of the draws (ViewDraws' fields) that a view's part of the graph takes."""
+    taken = {
+        "roi_start": True,
+        "roi_end": True,
+        "color": colors,
+        "color_mean": colors,
+        "sigma": colors and view.blur > 0,
+        "solarize": colors and view.solarize > 0,
+    }
+    return [name for name, is_taken in taken.items() if is_taken]

@@ -13,13 +13,14 @@ cast is the first op of the training step.
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import nvidia.dali
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.pipeline import Pipeline
 
-from pipeline.augment import AugmentConfig
+from pipeline.augment import AugmentConfig, draws_in_graph
+from pipeline.decode import DecodeOptions
 
 RESERVED = 2 << 30
 """Bytes of device memory, and of pinned memory, that a decoder reserves unless told otherwise."""
@@ -29,57 +30,6 @@ NDIM = {"roi_start": 1, "roi_end": 1, "color": 2, "color_mean": 2, "sigma": 0, "
 def dali_version() -> tuple[str, int]:
     """DALI's version, and the CUDA major it was built for: 13 for the wheel nvidia-dali-cuda130."""
     return nvidia.dali.__version__, int(str(nvidia.dali.__cuda_version__)[:2])
-
-
-def draws_in_graph(view: AugmentConfig, *, colors: bool) -> list[str]:
-    """Names of the draws (ViewDraws' fields) that a view's part of the graph takes."""
-    taken = {
-        "roi_start": True,
-        "roi_end": True,
-        "color": colors,
-        "color_mean": colors,
-        "sigma": colors and view.blur > 0,
-        "solarize": colors and view.solarize > 0,
-    }
-    return [name for name, is_taken in taken.items() if is_taken]
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecodeOptions:
-    """How DALI runs; what is marked GPU has no effect on the CPU placement."""
-
-    threads: int = 0
-    """CPU threads of the graph; 0 takes this machine's cores divided by its ranks."""
-    prefetch: int = 0
-    """Batches that DALI prepares ahead; 0 takes 5 on a GPU (MLPerf's value) and 2 on the CPU."""
-    hw_decoder_load: float = 0.99
-    """GPU: share of the JPEGs given to the hardware decoder. NVIDIA's MLPerf runs on H200 took
-    0.99 with 6 threads a GPU; DALI's own sweep found 0.90 1.8 % over 0.65, at a longer tail."""
-    device_memory_padding: int = 0
-    """GPU: bytes of device memory that each decoder thread reserves; 0 takes 256 MiB (MLPerf's
-    value, at 6 threads), less where the threads are so many that they would hold over 2 GiB."""
-    host_memory_padding: int = 0
-    """GPU: bytes of each of the two pinned buffers that a decoder thread reserves; 0 takes 128 MiB,
-    less where all would hold over 2 GiB."""
-    preallocate_width: int = 0
-    """GPU: width of the largest image for the hardware decoder; 5980 for ImageNet, 0 to grow."""
-    preallocate_height: int = 0
-    """GPU: height of the largest image for the hardware decoder; 6430 for ImageNet, 0 to grow."""
-
-    def __post_init__(self) -> None:
-        """Refuse what DALI would refuse later, with the flag's name."""
-        if not 0 <= self.hw_decoder_load <= 1:
-            raise ValueError(f"dali.hw_decoder_load is a share 0 .. 1, got {self.hw_decoder_load}")
-        for name, value in (("threads", self.threads), ("prefetch", self.prefetch)):
-            if not 0 <= value <= 1024:  # DALI ends the process where no thread can be had
-                raise ValueError(f"dali.{name} must lie in 0 .. 1024, got {value}")
-        for name in ("device_memory_padding", "host_memory_padding"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"dali.{name} is in bytes, got {getattr(self, name)}")
-
-    def depth(self, device_type: str) -> int:
-        """Batches under way at once."""
-        return self.prefetch or (5 if device_type == "cuda" else 2)
 
 
 def decode_arguments(options: DecodeOptions, *, placement: str, threads: int) -> dict:

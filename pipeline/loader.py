@@ -7,17 +7,19 @@ replaced by another sample, the same one on every run.
 
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from nvidia.dali.pipeline import Pipeline
 
-from pipeline import graph
-from pipeline.augment import AugmentConfig, draw_views
-from pipeline.graph import DecodeOptions
+from pipeline.augment import AugmentConfig, draw_views, draws_in_graph
+from pipeline.decode import DecodeOptions
 from pipeline.keyed import Purpose, keyed_rng
 from pipeline.order import SampleOrder
 from pipeline.runner import DaliLoader, ImageReader, Placed, Work
+
+if TYPE_CHECKING:
+    from nvidia.dali.pipeline import Pipeline
 
 MAX_ATTEMPTS = 100
 
@@ -45,6 +47,8 @@ def view_loader(
 
     Raises: ValueError if the ranks do not divide the global batch.
     """
+    from pipeline import graph  # DALI is imported with it
+
     if order.batch_size % world:
         raise ValueError(
             f"{world} processes do not divide the global batch of {order.batch_size}: "
@@ -67,11 +71,11 @@ def view_loader(
         draws = {
             f"{name}_{number}": getattr(draw, name)
             for number, (config, draw) in enumerate(zip(views, drawn, strict=True))
-            for name in graph.draws_in_graph(config, colors=colors)
+            for name in draws_in_graph(config, colors=colors)
         }
         return Work(step, ids, {"encoded": list(encoded), **draws}, None if colors else drawn)
 
-    def build(prefetch: int) -> Pipeline:
+    def build(prefetch: int) -> "Pipeline":
         return graph.build_view_pipeline(
             options,
             views,
@@ -114,6 +118,8 @@ def eval_loader(
 
     Shapes: batches of (batch_size, size, size, 3), the last one shorter.
     """
+    from pipeline import graph  # DALI is imported with it
+
     blank = np.frombuffer(BLANK_PNG, dtype=np.uint8)
 
     def prepare(step: int) -> Work:
@@ -126,7 +132,7 @@ def eval_loader(
         inputs = {"encoded": encoded, "roi_start": start, "roi_end": end}
         return Work(step, np.where(good, chosen, -1), inputs)
 
-    def build(prefetch: int) -> Pipeline:
+    def build(prefetch: int) -> "Pipeline":
         return graph.build_eval_pipeline(
             options,
             size=size,

@@ -13,19 +13,20 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from queue import Full, Queue
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from nvidia.dali.pipeline import Pipeline
-from nvidia.dali.plugin.pytorch import feed_ndarray
 from torch import Tensor
 
-from pipeline import graph
 from pipeline.augment import ViewDraws
-from pipeline.graph import DecodeOptions
+from pipeline.decode import DecodeOptions
 from pipeline.header import BadImage, image_size
 from pipeline.shards import ImageSource
 from pipeline.sources import READERS, attempt_all
+
+if TYPE_CHECKING:
+    from nvidia.dali.pipeline import Pipeline
 
 Placed = tuple[np.ndarray, tuple[int, int]]
 
@@ -106,7 +107,7 @@ class DaliLoader:
         steps: Sequence[int],
         *,
         prepare: Callable[[int], Work],
-        build: Callable[[int], Pipeline],
+        build: "Callable[[int], Pipeline]",
         reader: ImageReader,
         options: DecodeOptions,
         device: torch.device,
@@ -189,6 +190,8 @@ class DaliLoader:
 
     def _mark_bad(self, work: Work) -> bool:
         """Find the images of a failed batch that DALI cannot decode; False if there is none."""
+        from pipeline import graph
+
         device_id = None if self.device.type == "cpu" else self.device.index
         rows = np.flatnonzero(work.ids >= 0)
         images = [work.inputs["encoded"][row] for row in rows]
@@ -198,7 +201,7 @@ class DaliLoader:
         return bool(reasons)
 
     @staticmethod
-    def _feed(pipeline: Pipeline, work: Work) -> None:
+    def _feed(pipeline: "Pipeline", work: Work) -> None:
         for name, value in work.inputs.items():
             pipeline.feed_input(name, value)
 
@@ -219,6 +222,8 @@ class DaliLoader:
                 pool=pool,
             )
         else:
+            from nvidia.dali.plugin.pytorch import feed_ndarray
+
             stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
             for tensor, place in zip(tensors, places, strict=True):
                 feed_ndarray(tensor, place, cuda_stream=stream)

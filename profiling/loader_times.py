@@ -30,7 +30,7 @@ from PIL import Image, ImageFilter
 
 from peers import import_torchvision
 from pipeline import graph
-from pipeline.augment import AugmentConfig, ViewDraws, draw_views
+from pipeline.augment import AugmentConfig, ViewDraws, draw_views, draws_in_graph
 from pipeline.color_blur import finish_views
 from pipeline.graph import DecodeOptions
 from pipeline.loader import num_threads, view_loader
@@ -304,7 +304,7 @@ def dali_stages(
             options, kind, batch_size=len(encoded), prefetch=1, num_threads=threads,
             device_id=device_id, colors=colors,
         )  # fmt: skip
-        stages.append((name, pipeline, [graph.draws_in_graph(v, colors=colors) for v in kind]))
+        stages.append((name, pipeline, [draws_in_graph(v, colors=colors) for v in kind]))
     for name, pipeline, names in stages:
         pipeline.build()
 

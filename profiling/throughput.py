@@ -25,7 +25,6 @@ from charts import draw, print_tables
 from forecast import forecast
 from harness import MeasureConfig, open_images, read_flags, with_batch
 from limit import measure_limit, most_times
-from loader_times import measure_loader, measure_stages
 from pipeline.runner import ImageReader
 from results import result_path, save_json
 from step_times import measure_end_to_end, measure_step, open_session, random_batch
@@ -81,6 +80,8 @@ def measure_loader_part(
     reader: ImageReader, config: Config, m: MeasureConfig, world: World, found: dict
 ) -> None:
     """The loader, its stages and its peers."""
+    from loader_times import measure_loader, measure_stages  # imports DALI
+
     say(world, "loader: ours" + (" and its peers" if m.peers else "") + " ...")
     rows = max(LOADER_ROWS, config.data.batch_size // world.size)
     larger = with_batch(config, rows * world.size)

@@ -14,7 +14,14 @@ import torch
 from PIL import Image, ImageFilter
 
 from pipeline import graph
-from pipeline.augment import AugmentConfig, ViewDraws, color_steps, compose, draw_views
+from pipeline.augment import (
+    AugmentConfig,
+    ViewDraws,
+    color_steps,
+    compose,
+    draw_views,
+    draws_in_graph,
+)
 from pipeline.color_blur import finish_views
 from pipeline.keyed import Purpose, keyed_rng
 
@@ -54,7 +61,7 @@ def run_graph(
     )  # fmt: skip
     pipeline.feed_input("encoded", jpegs)
     for number, draw in enumerate(draws):
-        for name in graph.draws_in_graph(config, colors=colors):
+        for name in draws_in_graph(config, colors=colors):
             pipeline.feed_input(f"{name}_{number}", getattr(draw, name))
     views = [np.array(output.as_array()) for output in pipeline.run()]
     if colors:

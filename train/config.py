@@ -11,7 +11,7 @@ from typing import Literal
 
 from kernels.launch import Kernels
 from pipeline.augment import AugmentConfig
-from pipeline.graph import DecodeOptions
+from pipeline.decode import DecodeOptions
 from train.method_config import BYOLConfig, MethodConfig, MethodName, SwAVConfig, at_least
 
 __all__ = [
