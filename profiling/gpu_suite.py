@@ -59,9 +59,15 @@ def is_done(stage: Stage, written: dict) -> bool:
     return (written["ended"] and written["error"] is None) or written["attempts"] >= ATTEMPTS
 
 
+def has_dali() -> bool:
+    """Whether DALI is installed; it is not imported."""
+    find = importlib.util.find_spec  # of a module whose parent is missing it raises
+    return find("nvidia") is not None and find("nvidia.dali") is not None
+
+
 def what_is_there(suite: Suite) -> set[str]:
     """Which of a stage's needs are met. A rehearsal has embedded images."""
-    found = {"dali"} if importlib.util.find_spec("nvidia.dali") is not None else set()
+    found = {"dali"} if has_dali() else set()
     for part in ("imagenet", "cifar10"):
         if suite.images is None or (suite.images / part).is_dir():
             found |= {part} if suite.images is not None or suite.rehearse else set()

@@ -50,11 +50,6 @@ def timeline(trace: dict) -> list[dict]:
     ]
 
 
-def launches(trace: dict, *, steps: int = 2) -> float:
-    """Kernels that a step launches on the GPU; without one, none."""
-    return sum(event.get("cat") == "kernel" for event in trace["traceEvents"]) / steps
-
-
 def collectives(trace: dict, *, steps: int = 2) -> dict[str, dict[str, float]]:
     """number and bytes of collectives a step by name, as this rank's process group issued them."""
     found: dict[str, dict[str, float]] = {}

@@ -28,7 +28,7 @@ from limit import measure_limit, most_times
 from pipeline.runner import ImageReader
 from results import result_path, save_json
 from step_times import measure_end_to_end, measure_step, open_session, random_batch
-from step_trace import collectives, launches, timeline, trace_of
+from step_trace import collectives, timeline, trace_of
 from train import distributed
 from train.cli import refuse
 from train.config import Config
@@ -153,7 +153,7 @@ def measure_ranks(config: Config, m: MeasureConfig, world: World, before: dict) 
     """Where a step goes, its collectives, and how ranks scale against one in this run."""
     session, batch = open_session(config, world), random_batch(config, world)
     trace = trace_of(lambda: train_step(session, batch), world.device)
-    found: dict = {"timeline": timeline(trace), "launches_per_step": launches(trace)}
+    found: dict = {"timeline": timeline(trace)}
     if world.size == 1 or "ranks" not in before:
         return found
     say(world, "one rank alone ...")

@@ -174,11 +174,14 @@ def test_a_training_saves_at_the_limit_and_is_resumed_by_the_next_call(suite, st
 SOMETHING = {
     "images_per_s": {"step": 1.0, "loader": 1.0}, "ratios": {}, "memory": {}, "kernels": {},
     "limit": {"share_of_roofline": 0.5, "copy_gb_per_s": 1.0, "matmul_tflop_per_s": 1.0},
-    "launches_per_step": 500.0, "max_error_by_allowed": 0.5, "end_to_end": {}, "checks": [],
-    "ours": {"launches": 1, "mb_per_image": 1.0}, "state": "finished", "steps": 1, "train_s": 1.0,
+    "max_error_by_allowed": 0.5, "end_to_end": {}, "checks": [],
+    "state": "finished", "steps": 1, "train_s": 1.0,
     "knn_top1": 1.0, "knn_top1_untrained": 0.5, "loss": 1.0, "memory_growth": 0.0,
     "images_slowest_by_fastest": 1.0, "batch_slowest_by_fastest": 1.0,
 }  # fmt: skip
+
+# what a CPU cannot run at all, and resume, which reads the checkpoints of its runs
+UNREHEARSED = ("launches", "growth", "apex", "resume")
 
 
 def lines_of(name: str, out: Path, monkeypatch, *, rehearse: bool) -> list[tuple[str, ...]]:
@@ -198,7 +201,7 @@ def lines_of(name: str, out: Path, monkeypatch, *, rehearse: bool) -> list[tuple
     return ran
 
 
-@pytest.mark.parametrize("name", [name for name in ALL if name not in ("apex", "resume", "growth")])
+@pytest.mark.parametrize("name", [name for name in ALL if name not in UNREHEARSED])
 def test_a_rehearsal_runs_the_gpu_lines_with_flags_that_are_flags(name, tmp_path, monkeypatch):
     real, rehearsed = (lines_of(name, tmp_path, monkeypatch, rehearse=r) for r in (False, True))
     if name == "variants":  # recomputing is refused on a CPU
@@ -214,7 +217,6 @@ def test_a_rehearsal_runs_the_gpu_lines_with_flags_that_are_flags(name, tmp_path
             elif program in ("profiling/throughput.py", "profiling/trace.py"):
                 monkeypatch.setattr(sys, "argv", [program, *flags])
                 read_flags(program, "")
-            assert (ROOT / program).exists()
 
 
 def test_what_the_sites_are_judged_by_is_what_kernels_py_measures(suite):
