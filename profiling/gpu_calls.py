@@ -201,8 +201,9 @@ def run(carried: Path, home: Path, results: Path, flags: list[str]) -> int:
     print(f"unpacked: {', '.join(done) or 'nothing yet'}", file=sys.stderr, flush=True)
     where = [str(home / "site"), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, where))}
-    images = ["--images", str(home / "images")] if (home / "images").exists() else []
-    command = [sys.executable, "profiling/gpu_suite.py", str(home / "out"), *images, *flags]
+    (home / "images").mkdir(exist_ok=True)  # what needs them waits until they are in it
+    command = [sys.executable, "profiling/gpu_suite.py", str(home / "out"),
+               "--images", str(home / "images"), *flags]  # fmt: skip
     code = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
     sizes = bring_back(home / "out", results)
     print(json.dumps({"exit_code": code, "unpacked": done, "bytes_back": sizes}))

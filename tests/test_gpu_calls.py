@@ -105,9 +105,8 @@ def test_a_call_runs_the_suite_with_what_has_come_and_says_how_it_ended(
     home = tmp_path / "home"
     for call in (calls[0], calls[3], calls[2]):
         assert run(call, home, tmp_path / "results", ["--minutes=2"]) == 1
-    out, images = str(home / "out"), ["--images", str(home / "images")]
-    assert seen[0] == (["profiling/gpu_suite.py", out, "--minutes=2"], str(home / "site"))
-    assert seen[2][0] == ["profiling/gpu_suite.py", out, *images, "--minutes=2"]
+    line = ["profiling/gpu_suite.py", str(home / "out"), "--images", str(home / "images")]
+    assert seen == [([*line, "--minutes=2"], str(home / "site"))] * 3
     answer = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert answer["exit_code"] == 1 and answer["unpacked"] == ["imagenet.tar"]
     assert answer["bytes_back"]["figures"] > 0
