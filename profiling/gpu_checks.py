@@ -113,13 +113,14 @@ class Suite:
     def run(
         self, name: str, *command: str, tiny: tuple[str, ...] = (), saves: bool = False,
         until: Callable[[], bool] | None = None, wrapper: tuple[str, ...] = (),
-        interpret: bool = False,
+        interpret: bool = False, judges: bool = False,
     ) -> dict:  # fmt: skip
         """A program's last stdout line as JSON, kept under `name`, at once. Raises: StageFailed.
 
         tiny: what a rehearsal appends. saves: a training, which gets SIGTERM at the stage's limit
         and saves; others are killed. until: SIGTERM as soon as it says so. interpret: a rehearsal
-        has Triton's interpreter for a GPU. Output goes to OUT/<stage>-<name>.log.
+        has Triton's interpreter for a GPU. judges: exit code 1 says that what it printed is bad.
+        Output goes to OUT/<stage>-<name>.log.
         """
         log = self.out / f"{self.stage}-{name}.log"
         line = [*wrapper, sys.executable, *command, *(tiny if self.rehearse else ())]
@@ -143,7 +144,8 @@ class Suite:
             file.write(stdout)
         if is_late and not saves:
             raise OutOfTime(f"{name} took longer than {limit:.0f} s: {log.name}")
-        return self._answer(name, log, process.returncode, stdout, complaint)
+        code = process.returncode
+        return self._answer(name, log, 0 if judges and code == 1 else code, stdout, complaint)
 
     def _answer(self, name: str, log: Path, code: int, stdout: str, complaint: str) -> dict:
         try:
@@ -157,7 +159,7 @@ class Suite:
         if code:
             raise StageFailed(f"{name} ended with {code}: {complaint}")
         if result is None:
-            raise StageFailed(f"{name} printed no JSON line at its end: {log.name}")
+            raise StageFailed(f"{name} printed no JSON line at its end: {complaint}")
         return result
 
     def pytest(self, name: str, *arguments: str) -> None:

@@ -53,8 +53,9 @@ def share_of_h200(images_per_s: float) -> float:
 def kernels(s: Suite) -> None:
     """Every kernel once at a real shape, against its plain twin."""
     found = s.run("each-once", "profiling/kernels.py", "--each-once=real",
-                  tiny=("--each-once=small",), interpret=True)  # fmt: skip
+                  tiny=("--each-once=small",), interpret=True, judges=True)  # fmt: skip
     s.check("kernels that ran", len(found["kernels"]))
+    s.check("kernels that are wrong or did not run", len(found["failed"]), at_most=0)
     s.check("largest error by the allowed one", found["max_error_by_allowed"], at_most=1)
 
 
@@ -84,7 +85,7 @@ def demo(s: Suite) -> None:
 
 def doctor(s: Suite) -> None:
     """What the machine has: driver, CUDA, DALI, Triton, decoders."""
-    found = s.run("doctor", "train/doctor.py")
+    found = s.run("doctor", "train/doctor.py", judges=True)
     failed = [row["name"] for row in found["checks"] if row["ok"] is False]
     s.check("doctor: checks that failed", len(failed), at_most=0)
 

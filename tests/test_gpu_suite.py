@@ -86,6 +86,14 @@ def test_a_stage_that_fails_is_written_down_with_what_it_had_and_the_next_one_ru
     assert read(suite.out, "good")["attempts"] == 1
 
 
+def test_a_program_that_judges_is_heard_out_and_one_that_crashes_is_not(suite):
+    says = "print('{\"failed\": [1]}'); raise SystemExit(%d)"
+    assert suite.run("doctor", "-c", says % 1, judges=True) == {"failed": [1]}
+    for line, how in ((says % 1, {}), (says % 9, {"judges": True}), ("1 / 0", {"judges": True})):
+        with pytest.raises(StageFailed, match=r"ended with|no JSON line .* division by zero"):
+            suite.run("doctor", "-c", line, **how)
+
+
 def test_figures_are_in_the_file_before_the_stage_ends(suite, stages):
     def slow(s: Suite) -> None:
         s.check("first", 7.0)
@@ -174,7 +182,7 @@ def test_a_training_saves_at_the_limit_and_is_resumed_by_the_next_call(suite, st
 SOMETHING = {
     "images_per_s": {"step": 1.0, "loader": 1.0}, "ratios": {}, "memory": {}, "kernels": {},
     "limit": {"share_of_roofline": 0.5, "copy_gb_per_s": 1.0, "matmul_tflop_per_s": 1.0},
-    "max_error_by_allowed": 0.5, "end_to_end": {}, "checks": [],
+    "failed": [], "max_error_by_allowed": 0.5, "end_to_end": {}, "checks": [],
     "state": "finished", "steps": 1, "train_s": 1.0,
     "knn_top1": 1.0, "knn_top1_untrained": 0.5, "loss": 1.0, "memory_growth": 0.0,
     "images_slowest_by_fastest": 1.0, "batch_slowest_by_fastest": 1.0,
