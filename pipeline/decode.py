@@ -1,6 +1,7 @@
 """How DALI decodes: the --dali flags, the decoder's arguments on each device, what it reserves.
 
-For pipeline/graph.py.
+For pipeline/graph.py. DALI is imported by the functions: the configuration needs the flags where
+DALI is not installed too.
 A newcomer's mistake: the training pipeline's reserves for every pipeline. They are held by each.
 """
 
@@ -10,9 +11,6 @@ A newcomer's mistake: the training pipeline's reserves for every pipeline. They 
 from dataclasses import dataclass
 
 import torch
-from nvidia.dali import types
-
-from pipeline.dali_wheel import refuse_old_dali
 
 RESERVED = 2 << 30
 """Bytes of device memory, and of pinned memory, that a decoder reserves unless told otherwise."""
@@ -81,6 +79,10 @@ def decode_arguments(
 
     EXIF orientation is not applied, as in torchvision.
     """
+    from nvidia.dali import types
+
+    from pipeline.dali_wheel import refuse_old_dali
+
     refuse_old_dali()
     common = {"output_type": types.RGB, "adjust_orientation": False}
     if capability is None:

@@ -8,12 +8,11 @@ replaced by another sample, the same one on every run.
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from nvidia.dali.pipeline import Pipeline
 
-from pipeline import graph
 from pipeline.augment import AugmentConfig
 from pipeline.cores import usable_cores
 from pipeline.decode import DecodeOptions
@@ -22,6 +21,9 @@ from pipeline.reader import ImageReader
 from pipeline.reading_process import reading_process
 from pipeline.runner import DaliLoader
 from pipeline.work import Prepare, ViewPlan, Work
+
+if TYPE_CHECKING:
+    from nvidia.dali.pipeline import Pipeline
 
 GPU_THREADS = 8  # MLPerf's runs on H200 took 6; each holds buffers, see graph.RESERVED
 
@@ -52,6 +54,8 @@ def view_loader(
 
     Raises: ValueError if the ranks do not divide the global batch.
     """
+    from pipeline import graph  # DALI is imported with it
+
     if order.batch_size % world:
         raise ValueError(
             f"{world} processes do not divide the global batch of {order.batch_size}: "
@@ -69,7 +73,7 @@ def view_loader(
             return reading_process(reader, plan)
         return nullcontext(partial(plan.prepare, reader))
 
-    def build(prefetch: int) -> Pipeline:
+    def build(prefetch: int) -> "Pipeline":
         return graph.build_view_pipeline(
             options,
             views,
@@ -101,6 +105,8 @@ def eval_loader(
 
     Shapes: batches of (batch_size, size, size, 3), the last one shorter.
     """
+    from pipeline import graph  # DALI is imported with it
+
     blank = np.frombuffer(BLANK_PNG, dtype=np.uint8)
 
     def prepare(step: int) -> Work:
@@ -113,7 +119,7 @@ def eval_loader(
         inputs = {"encoded": encoded, "roi_start": start, "roi_end": end}
         return Work(step, np.where(good, chosen, -1), inputs)
 
-    def build(prefetch: int) -> Pipeline:
+    def build(prefetch: int) -> "Pipeline":
         return graph.build_eval_pipeline(
             options,
             size=size,

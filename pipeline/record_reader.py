@@ -20,9 +20,6 @@ from concurrent.futures import Executor
 from contextlib import contextmanager
 
 import numpy as np
-from nvidia.dali import fn
-from nvidia.dali import tfrecord as tfrec
-from nvidia.dali.pipeline import Pipeline
 
 from pipeline.header import BadImage
 from pipeline.records import RECORDIO, check_record
@@ -94,6 +91,10 @@ def _read(kind: str, feature: str, records: list) -> list[np.ndarray | BadImage]
 
 
 def _run(kind: str, feature: str, records: list[np.ndarray]) -> list[np.ndarray | BadImage]:
+    from nvidia.dali import fn
+    from nvidia.dali import tfrecord as tfrec
+    from nvidia.dali.pipeline import Pipeline
+
     starts = np.cumsum([0, *(record.size for record in records)])[:-1]
     if kind == RECORDIO:
         lines = [f"{key}\t{start}\n" for key, start in enumerate(starts)]

@@ -14,18 +14,18 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from queue import Full, Queue
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from nvidia.dali.pipeline import Pipeline
-from nvidia.dali.plugin.pytorch import feed_ndarray
-from nvidia.dali.tensors import TensorCPU, TensorListCPU
 from torch import Tensor
 
-from pipeline import graph
 from pipeline.decode import DecodeOptions
 from pipeline.reader import ImageReader
 from pipeline.work import Prepare, Work
+
+if TYPE_CHECKING:
+    from nvidia.dali.pipeline import Pipeline
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class DaliLoader:
         steps: Sequence[int],
         *,
         preparing: Callable[[], AbstractContextManager[Prepare]],
-        build: Callable[[int], Pipeline],
+        build: "Callable[[int], Pipeline]",
         reader: ImageReader,
         options: DecodeOptions,
         device: torch.device,
@@ -145,6 +145,8 @@ class DaliLoader:
 
     def _mark_bad(self, work: Work) -> bool:
         """Find the images of a failed batch that DALI cannot decode; False if there is none."""
+        from pipeline import graph
+
         device_id = None if self.device.type == "cpu" else self.device.index
         rows = np.flatnonzero(work.ids >= 0)
         images = [work.inputs["encoded"][row] for row in rows]
@@ -154,7 +156,9 @@ class DaliLoader:
         return bool(reasons)
 
     @staticmethod
-    def _feed(pipeline: Pipeline, work: Work) -> None:
+    def _feed(pipeline: "Pipeline", work: Work) -> None:
+        from nvidia.dali.tensors import TensorCPU, TensorListCPU
+
         for name, value in work.inputs.items():
             if isinstance(value, list):  # what feed_input does of it, in 0.3 ms for 0.8 of 256
                 tensors = [TensorCPU(one, "") for one in value]
@@ -178,6 +182,8 @@ class DaliLoader:
                 pool=pool,
             )
         else:
+            from nvidia.dali.plugin.pytorch import feed_ndarray
+
             stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
             for tensor, place in zip(tensors, places, strict=True):
                 feed_ndarray(tensor, place, cuda_stream=stream)

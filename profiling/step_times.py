@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from kernels.normalize import normalize_views
-from loader_times import endless_order, num_filling, open_loader
 from peers import missing, peer_step
 from pipeline.order import SampleOrder
 from pipeline.reader import ImageReader
@@ -138,6 +137,8 @@ def measure_end_to_end(
     reader: ImageReader, config: Config, world: World, *, steps: int, n: int, budget_s: float
 ) -> tuple[Timing, float]:
     """Our loader and step together, and the percentage of time spent waiting for data."""
+    from loader_times import endless_order, num_filling, open_loader  # imports DALI
+
     order, rows = endless_order(reader, config, world)
     session = open_session(config, world)
     begin, waited, total = 0, 0.0, 0.0

@@ -24,9 +24,7 @@ import torch
 from charts import draw, print_tables
 from forecast import forecast
 from harness import MeasureConfig, open_images, read_flags, with_batch
-from host_cost import measure_host
 from limit import measure_limit, most_times
-from loader_times import measure_loader, measure_stages
 from pipeline.cores import usable_cores
 from pipeline.reader import ImageReader
 from results import result_path, save_json
@@ -67,6 +65,8 @@ def measure(config: Config, m: MeasureConfig, world: World) -> dict:
         assert reader is not None
         measure_loader_part(reader, config, m, world, found)
     if "host" in m.what:
+        from host_cost import measure_host  # imports DALI
+
         assert reader is not None
         say(world, "host: the loader without decoding ...")
         found["host"] = measure_host(reader, config, world, n=m.repeats)
@@ -87,6 +87,8 @@ def measure_loader_part(
     reader: ImageReader, config: Config, m: MeasureConfig, world: World, found: dict
 ) -> None:
     """The loader, its stages and its peers."""
+    from loader_times import measure_loader, measure_stages  # imports DALI
+
     say(world, "loader: ours" + (" and its peers" if m.peers else "") + " ...")
     rows = max(LOADER_ROWS, config.data.batch_size // world.size)
     larger = with_batch(config, rows * world.size)

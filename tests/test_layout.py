@@ -1,6 +1,7 @@
 """The rules that keep imports working and files readable."""
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,23 @@ def test_importing_the_training_script_needs_no_tensorboard_matplotlib_or_sklear
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_the_step_imports_and_trains_without_dali():
+    """A GPU machine without it can still show what the step and the kernels do."""
+    code = (
+        "import sys; sys.modules['nvidia.dali'] = None; sys.path.append('profiling')\n"
+        "import runpy, throughput, train.doctor; runpy.run_path('profiling/kernels.py')\n"
+        "sys.argv[1:] = ['--what=step', '--peers=false', '--precision=fp32', '--repeats=1',\n"
+        "    '--model.arch=resnet18', '--model.width=8', '--augment.size=16',\n"
+        "    '--data.batch_size=4']\n"
+        "throughput.main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["images_per_s"]["step"] > 0
 
 
 def test_without_triton_everything_imports_and_asking_for_it_is_refused():
