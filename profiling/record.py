@@ -48,10 +48,10 @@ def read_run(run: Path) -> dict:
 
 
 def record(name: str, runs: list[Path]) -> Path:
-    """Write the results of the runs, which must be of one revision and machine."""
+    """Write the results of the runs, which must be of one revision, machine and CPU setting."""
     found = [read_run(run) for run in runs]
-    for part in ("revision", "device"):
-        values = {str(run["env"][part]) for run in found}
+    for part in ("revision", "device", "cpu_capability", "onednn_max_cpu_isa"):
+        values = {str(run["env"].get(part)) for run in found}
         if len(values) > 1:
             raise ValueError(f"the runs differ in {part}: {', '.join(sorted(values))}")
     path = result_path(name, found[0]["env"]["device"])

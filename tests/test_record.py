@@ -16,10 +16,10 @@ record = runpy.run_path(str(ROOT / "profiling" / "record.py"))
 sys.path[:] = before  # the script puts its root first, in place of tests/, which spawned ranks need
 
 
-def make_run(folder: Path, *, state: str = "finished", revision: str = "abc") -> Path:
+def make_run(folder: Path, *, state: str = "finished", revision: str = "abc", **env) -> Path:
     folder.mkdir(parents=True)
     (folder / "result.json").write_text(json.dumps({"state": state, "knn_top1": 50.0}))
-    (folder / "env.json").write_text(json.dumps({"revision": revision, "device": "A CPU"}))
+    (folder / "env.json").write_text(json.dumps({"revision": revision, "device": "A CPU", **env}))
     (folder / "config.yaml").write_text("seed: 0\n")
     (folder / "command.txt").write_text("/some/where/bin/python train/main.py --seed 0\n")
     row = {"step": 1, "train/loss": -0.5, "train/z_std": 1.0, "throughput/images_per_sec": 7.0}
@@ -43,6 +43,9 @@ def test_unfinished_or_unlike_runs_are_refused(tmp_path):
         record["read_run"](make_run(tmp_path / "a", state="preempted"))
     runs = [make_run(tmp_path / "b"), make_run(tmp_path / "c", revision="def")]
     with pytest.raises(ValueError, match="differ in revision: abc, def"):
+        record["record"]("name", runs)
+    runs[1] = make_run(tmp_path / "d", cpu_capability="AVX2")
+    with pytest.raises(ValueError, match="differ in cpu_capability: AVX2, None"):
         record["record"]("name", runs)
 
 

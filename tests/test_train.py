@@ -87,7 +87,9 @@ def test_a_run_leaves_results_curves_and_everything_to_run_it_again(straight, im
     with Image.open(out / "curves.png") as picture:
         assert picture.size[0] > 500
     assert json.loads((out / "status.json").read_text()) == {"state": "finished", "step": 12}
-    assert json.loads((out / "env.json").read_text())["versions"]["torch"]
+    env = json.loads((out / "env.json").read_text())
+    assert env["versions"]["torch"]
+    assert env["cpu_capability"] == torch.backends.cpu.get_cpu_capability()
     assert (out / "config.yaml").exists() and str(images) in (out / "command.txt").read_text()
 
 

@@ -163,7 +163,11 @@ def revision() -> str | None:
 
 
 def environment(world_size: int, device: torch.device) -> dict:
-    """Versions, machine and revision; no environment variables, which may hold secrets."""
+    """Versions, machine and revision.
+
+    Of environment variables, which may hold secrets, only what limits the CPU's instructions: with
+    others results are summed in another order, and training turns such a difference into points.
+    """
     versions = {}
     for package in PACKAGES:
         try:
@@ -175,6 +179,8 @@ def environment(world_size: int, device: torch.device) -> dict:
         "host": socket.gethostname(),
         "device": torch.cuda.get_device_name(device) if is_cuda else cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "onednn_max_cpu_isa": os.environ.get("ONEDNN_MAX_CPU_ISA"),
         "world": world_size,
         "python": platform.python_version(),
         "versions": versions,
