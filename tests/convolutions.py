@@ -1,5 +1,4 @@
-"""Every convolution of the networks that configs/ and the tests train at up to 32 pixels, against
-double precision.
+"""Every convolution of the networks that configs/ and the tests train, against double precision.
 
     ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 python tests/convolutions.py
 
@@ -82,10 +81,7 @@ def networks() -> set[tuple]:
         if config.method.name == "swav" and config.method.swav.small_views:
             sizes.add(config.method.swav.small_size)
         model = config.model
-        for size in sizes:
-            if size > 32:  # of a wide network at 224 all together take minutes
-                continue
-            found.add((model.arch, model.stem, model.width, size, min(ROWS)))
+        found |= {(model.arch, model.stem, model.width, size, min(ROWS)) for size in sizes}
     return found
 
 
