@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from forked import forked
 from launched import same, weights
 from train.config import Config, DataConfig, MethodConfig
 from train.state import check_same_run, comparable
@@ -37,12 +38,16 @@ def command(images, out, *flags: str, ranks: int = 1) -> list[str]:
 
 
 def run(images, out, *flags: str, ranks: int = 1, expect: int = 0) -> subprocess.CompletedProcess:
-    done = subprocess.run(
-        command(images, out, *flags, ranks=ranks), cwd=ROOT, capture_output=True, text=True,
-        timeout=300, check=False,
-    )  # fmt: skip
+    line = command(images, out, *flags, ranks=ranks)
+    done = started(line) if ranks > 1 else forked(line[line.index("train/main.py") :])
     assert done.returncode == expect, done.stderr[-3000:]
     return done
+
+
+def started(line: list[str]) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        line, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )  # fmt: skip
 
 
 def result(done: subprocess.CompletedProcess) -> dict:
@@ -53,7 +58,7 @@ def result(done: subprocess.CompletedProcess) -> dict:
 def straight(images, tmp_path_factory) -> tuple[Path, dict]:
     """An undisturbed run: folder and result."""
     out = tmp_path_factory.mktemp("straight") / "run"
-    return out, result(run(images, out))
+    return out, result(started(command(images, out)))
 
 
 @pytest.mark.parametrize(
