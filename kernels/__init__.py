@@ -1,5 +1,5 @@
-"""Operations of the training step: each file holds a plain twin and, where one exists, its kernel.
+"""Operations of the training step: each with a plain twin and, on a GPU, kernels of gpu/.
 
-A newcomer's mistake: a plain twin is the specification, not a fallback to be tuned; the CPU
-path runs it and every kernel is tested against it.
+The plain twin is the specification: the CPU runs it and every kernel is tested against it. Imports
+nothing of pipeline/ or train/.
 """

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.launch import Kernels, use_triton
+from kernels.choose import Kernels, use_triton
 from kernels.norm_autograd import Norm, NormAct, NormActConv, batch_statistics, keep_finite
 
 __all__ = ["Norm", "batch_norm_act", "batch_norm_act_conv", "batch_norm_act_pool", "block_end"]

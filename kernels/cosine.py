@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.launch import Kernels, use_triton
+from kernels.choose import Kernels, use_triton
 
 
 def symmetric_neg_cosine(
@@ -51,7 +51,7 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, p, z):  # noqa: D102 - torch's contract
-        from kernels.cosine_triton import loss_and_gradient  # here: see norm_autograd
+        from kernels.gpu.cosine import loss_and_gradient  # here: see norm_autograd
 
         loss, z_std, dp = loss_and_gradient(p, z)
         ctx.save_for_backward(dp)

@@ -33,7 +33,7 @@ class Norm(NamedTuple):
 def forward_operators(with_triton: bool) -> ModuleType:
     """norm_forward or its plain twin."""
     if with_triton:
-        from kernels import norm_forward
+        from kernels.gpu import norm_forward
 
         return norm_forward
     return norm_reference
@@ -42,7 +42,7 @@ def forward_operators(with_triton: bool) -> ModuleType:
 def backward_operators(with_triton: bool) -> ModuleType:
     """norm_backward or its plain twin."""
     if with_triton:
-        from kernels import norm_backward
+        from kernels.gpu import norm_backward
 
         return norm_backward
     return norm_reference
@@ -113,7 +113,7 @@ class NormAct(torch.autograd.Function):
     ):  # fmt: skip
         operators = forward_operators(with_triton)
         if pool:
-            from kernels import norm_pool
+            from kernels.gpu import norm_pool
 
             y, bits = norm_pool.apply_pool(rows_of(x), mean, rstd, weight, bias, *x.shape[2:])
             y = shaped_like(y, x, norm_pool.pooled)

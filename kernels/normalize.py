@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from kernels.launch import Kernels, use_triton
+from kernels.choose import Kernels, use_triton
 
 
 def normalize_views(
@@ -41,7 +41,7 @@ def normalize_views(
         raise ValueError(f"mean and std are three values each, got {len(mean)} and {len(std)}")
     scale, shift = _scale_and_shift(tuple(mean), tuple(std), views_NHWC.device)
     if use_triton(kernels, views_NHWC):
-        from kernels.normalize_triton import normalize  # here: see norm_autograd
+        from kernels.gpu.normalize import normalize  # here: see norm_autograd
 
         return normalize(views_NHWC, scale, shift, dtype).permute(0, 3, 1, 2)
     return torch.addcmul(shift, views_NHWC.float(), scale).to(dtype).permute(0, 3, 1, 2)

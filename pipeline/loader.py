@@ -17,9 +17,9 @@ from pipeline.augment import AugmentConfig
 from pipeline.cores import usable_cores
 from pipeline.decode import DecodeOptions
 from pipeline.order import SampleOrder
-from pipeline.reader import ImageReader
 from pipeline.reading_process import reading_process
 from pipeline.runner import DaliLoader
+from pipeline.sources.reader import ImageReader
 from pipeline.work import Prepare, ViewPlan, Work
 
 if TYPE_CHECKING:

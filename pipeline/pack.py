@@ -32,9 +32,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pipeline.cores import usable_cores
-from pipeline.header import BadImage, image_size
-from pipeline.records import Contents
-from pipeline.shard_index import (
+from pipeline.sources.folder import ImageFolder, list_images, named_path, printable, split_root
+from pipeline.sources.header import BadImage, image_size
+from pipeline.sources.index import (
     Packed,
     ShardIndex,
     build_index,
@@ -43,8 +43,8 @@ from pipeline.shard_index import (
     read_index,
     save_index,
 )
-from pipeline.shard_scan import TAR
-from pipeline.sources import ImageFolder, list_images, named_path, printable, split_root
+from pipeline.sources.records import Contents
+from pipeline.sources.scan import TAR
 
 RENAMED = b"__renamed__"
 _BLOCK = 64  # images that are read and checked before they are written, in memory at once
@@ -289,12 +289,12 @@ def main() -> None:
         if not 0 < size < float("inf"):
             raise ValueError(f"--shard-mib must be > 0, got {arguments.shard_mib}")
         print(json.dumps(pack_root(arguments.src, arguments.dest, shard_bytes=round(size))))
-    except (ValueError, OSError, KeyboardInterrupt) as error:
-        from train.cli import refuse  # brings torch and DALI, which nothing else here needs
-
-        if isinstance(error, KeyboardInterrupt):
-            refuse("stopped: the same command goes on behind the last whole shard", code=130)
-        refuse(str(error), code=1)
+    except KeyboardInterrupt:
+        print("error: stopped; the same command continues after the last shard", file=sys.stderr)
+        raise SystemExit(130) from None
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.reader import ImageReader
+from pipeline.sources.reader import ImageReader
 from pipeline.work import Prepare, ViewPlan, Work
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pipeline.decode import DecodeOptions
-from pipeline.reader import ImageReader
+from pipeline.sources.reader import ImageReader
 from pipeline.work import Prepare, Work
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """What a step of training feeds into DALI: which images, their bytes, and the draws of their views.
 
-Between pipeline/reader.py and pipeline/runner.py. A bad image is replaced by another sample, the
-same one on every run.
+Between pipeline/sources/reader.py and pipeline/runner.py. A bad image is replaced by another
+sample, the same one on every run.
 A newcomer's mistake: state here. A plan is sent to another process (reading_process.py).
 """
 
@@ -13,8 +13,8 @@ import numpy as np
 from pipeline.augment import AugmentConfig, ViewDraws, draw_views, draws_in_graph
 from pipeline.keyed import Purpose, keyed_rng
 from pipeline.order import SampleOrder
-from pipeline.reader import ImageReader, Placed
-from pipeline.sources import Allocate
+from pipeline.sources.folder import Allocate
+from pipeline.sources.reader import ImageReader, Placed
 
 MAX_ATTEMPTS = 100
 

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fake_h200 import triton_for_h200, with_fake_parameters
+from stand_ins.fake_h200 import triton_for_h200, with_fake_parameters
 from train.config import MethodConfig, ModelConfig
 from train.methods.simsiam import SimSiam
 from train.norm import BatchNorm

@@ -38,7 +38,7 @@ from torch._guards import TracingContext, tracing
 from torch._inductor import config as inductor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fake_h200 import pretend_h200, trace, triton_for_h200
+from stand_ins.fake_h200 import pretend_h200, trace, triton_for_h200
 from train.config import MethodConfig, ModelConfig
 from train.methods.simsiam import SimSiam
 from train.norm import set_views

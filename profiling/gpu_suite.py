@@ -4,13 +4,13 @@
     python profiling/gpu_suite.py OUT --stages step,memcheck       some; the table shows all of OUT
     python profiling/gpu_suite.py OUT --minutes 15 --rehearse      the same lines, tiny, anywhere
 
-Stages, their seconds and needs: profiling/gpu_stages.py; gpu_extras.py has those that run only when
-named. DIR holds imagenet/ (photos) and cifar10/ (train/ and test/ with class folders); what needs
-images, or DALI, that is not there waits for a later call. Each figure is in OUT/<stage>.json the
-moment it is known, each program's output in OUT/<stage>-*.log, compiled code in OUT/cache. A stage
-that crashes, hangs or runs out of time costs no other one, and is tried once more after the others;
-a training is resumed. docs/gpu_suite.md: the calls for a machine that takes 64 MB at a time.
-Exit code 1 where a goal was missed or a stage failed. Not yet run on a GPU.
+Stages, their seconds and needs: profiling/suite/stages.py; extras.py has those that run only
+when named. DIR holds imagenet/ (photos) and cifar10/ (train/ and test/ with class folders); what
+needs images, or DALI, that is not there waits for a later call. Each figure is in OUT/<stage>.json
+the moment it is known, each program's output in OUT/<stage>-*.log, compiled code in OUT/cache. A
+stage that crashes, hangs or runs out of time costs no other one, and is tried once more after the
+others; a training is resumed. docs/gpu_suite.md: the calls for a machine that takes 64 MB at a
+time. Exit code 1 where a goal was missed or a stage failed. Not yet run on a GPU.
 A newcomer's mistake: reading a rehearsal's figures. It shows that the commands run, no more.
 """
 
@@ -33,9 +33,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from gpu_checks import OutOfTime, StageFailed, Suite
-from gpu_extras import EXTRAS
-from gpu_stages import STAGES, Stage
+from suite.checks import OutOfTime, StageFailed, Suite
+from suite.extras import EXTRAS
+from suite.stages import STAGES, Stage
 from train.cli import refuse
 
 ALL = STAGES | EXTRAS

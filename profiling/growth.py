@@ -25,17 +25,17 @@ from pathlib import Path
 
 import torch
 
-from harness import open_images, read_flags, with_batch
-from loader_times import ours
-from pipeline.reader import ImageReader
-from pipeline.sources import ImageFolder, list_images
-from results import save_json
+from measure.harness import open_images, read_flags, with_batch
+from measure.loader_times import ours
+from measure.results import save_json
+from measure.turns import take_turns
+from pipeline.sources.folder import ImageFolder, list_images
+from pipeline.sources.reader import ImageReader
 from train import distributed
 from train.cli import refuse
 from train.config import Config
 from train.distributed import World
 from train.run_folder import environment
-from turns import take_turns
 
 IMAGENET_IMAGES = 1_281_167
 FOLDERS = 1000
@@ -43,7 +43,7 @@ COUNTS, BATCHES = (1_000, 10_000, 50_000), (32, 64, 128, 256)
 OPEN_LIST = """
 import pickle, sys, time
 sys.path.insert(0, sys.argv[2])
-import pipeline.sources
+import pipeline.sources.folder
 begin = time.perf_counter()
 folder = pickle.loads(open(sys.argv[1], "rb").read())
 seconds = time.perf_counter() - begin

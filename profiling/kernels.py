@@ -33,9 +33,9 @@ from rich.table import Table
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kernel_checks import check_each
-from kernel_times import apex_batch_norm, measure, resnet50_sites
-from kernels.launch import INTERPRETED
+from kernels.gpu.launch import INTERPRETED
+from measure.kernel_checks import check_each
+from measure.kernel_times import apex_batch_norm, measure, resnet50_sites
 from train.cli import refuse
 from train.config import MethodConfig, ModelConfig
 from train.methods.simsiam import SimSiam

@@ -25,11 +25,11 @@ import re
 from rich.console import Console
 from rich.table import Table
 
-from harness import read_flags
-from kernel_checks import jit_functions
-from results import newest
-from step_times import open_session, our_step, random_batch
-from step_trace import device_work, trace_of
+from measure.harness import read_flags
+from measure.kernel_checks import jit_functions
+from measure.results import newest
+from measure.step_times import open_session, our_step, random_batch
+from measure.step_trace import device_work, trace_of
 from train import distributed
 from train.cli import refuse
 from train.config import Config

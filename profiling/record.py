@@ -21,7 +21,7 @@ from pathlib import Path
 
 import yaml
 
-from results import result_path
+from measure.results import result_path
 from train.cli import refuse
 from train.metrics import read_metrics
 

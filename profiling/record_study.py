@@ -18,7 +18,7 @@ import json
 import shutil
 from pathlib import Path
 
-from results import result_path
+from measure.results import result_path
 from train.cli import refuse
 from train.study_report import markdown
 

@@ -1,10 +1,10 @@
 """Whether every restart works: `python profiling/restarts.py --save restarts`.
 
-Trains the embedded digits on two hosts (profiling/cluster.py, needs root) twice: undisturbed, and
-with a rank killed (kill -9) again and again, on one host and the other in turn, at a moment that a
-seed draws. train/launch.py restarts it from the last checkpoint. Counts the restarts and the lines
-that name the rank and its host, measures the seconds from a kill to the next step, and compares
-weights, statistics and momentum bit for bit.
+Trains the embedded digits on two hosts (profiling/stand_ins/cluster.py, needs root) twice:
+undisturbed, and with a rank killed (kill -9) again and again, on one host and the other in turn, at
+a moment that a seed draws. train/launch.py restarts it from the last checkpoint. Counts the
+restarts and the lines that name the rank and its host, measures the seconds from a kill to the next
+step, and compares weights, statistics and momentum bit for bit.
 A newcomer's mistake: one kill that went well. With torchrun's defaults some restarts do.
 """
 
@@ -27,8 +27,8 @@ from pathlib import Path
 
 import torch
 
-from cluster import Cluster, why_not
-from results import check_save, save_json
+from measure.results import check_save, save_json
+from stand_ins.cluster import Cluster, why_not
 from train.cli import refuse
 from train.run_folder import environment
 

@@ -4,8 +4,8 @@
     python profiling/scaling.py --measured RESULT.json           from profiling/throughput.py's
 
 Nothing here is measured. Bytes and collectives of a step are those that profiling/collectives.py
-counted, the gradients are the model's, the step is put together in profiling/step_model.py. The
-step of one GPU is measured (--measured) or the forecast of profiling/forecast.py.
+counted, the gradients are the model's, the step is put together in profiling/predict/step_model.py.
+The step of one GPU is measured (--measured) or the forecast of profiling/predict/forecast.py.
 A newcomer's mistake: taking the table for a promise. Its inputs are in the JSON line.
 """
 
@@ -25,13 +25,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from charts import draw_scaling
-from fabric import Fabric
-from forecast import REACHED
-from limit import GPUS, count
-from results import check_save, newest, result_path, save_json
-from scaling_checks import RESNET50_BYTES, against_hosts, against_mlperf
-from step_model import Step, predict, work_of
+from measure.charts import draw_scaling
+from measure.results import check_save, newest, result_path, save_json
+from predict.fabric import Fabric
+from predict.forecast import REACHED
+from predict.limit import GPUS, count
+from predict.scaling_checks import RESNET50_BYTES, against_hosts, against_mlperf
+from predict.step_model import Step, predict, work_of
 from train.cli import refuse
 from train.config import MethodConfig, ModelConfig
 from train.run_folder import environment

@@ -3,10 +3,10 @@
     python profiling/throttled.py --save throttled
 
 What profiling/scaling.py's formula is held against. The hosts are network namespaces
-(profiling/cluster.py) and share the cores, rank r on core r modulo their number, so three things
-are measured apart: a hop's latency, from an all-reduce of 16 bytes; before each rate the step of as
-many processes at once that exchange nothing; at each rate the step of the ranks together. tc's tbf
-limits what each host sends. Needs root.
+(profiling/stand_ins/cluster.py) and share the cores, rank r on core r modulo their number, so three
+things are measured apart: a hop's latency, from an all-reduce of 16 bytes; before each rate the
+step of as many processes at once that exchange nothing; at each rate the step of the ranks
+together. tc's tbf limits what each host sends. Needs root.
 A newcomer's mistake: one compute time for all. Four ranks on two cores take twice as long.
 """
 
@@ -27,8 +27,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from cluster import Cluster, why_not
-from results import check_save, save_json
+from measure.results import check_save, save_json
+from stand_ins.cluster import Cluster, why_not
 from train import distributed
 from train.cli import refuse
 from train.run_folder import environment

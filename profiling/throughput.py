@@ -21,15 +21,16 @@ import json
 
 import torch
 
-from charts import draw, print_tables
-from forecast import forecast
-from harness import MeasureConfig, open_images, read_flags, with_batch
-from limit import measure_limit, most_times
+from measure.charts import draw, print_tables
+from measure.harness import MeasureConfig, open_images, read_flags, with_batch
+from measure.results import result_path, save_json
+from measure.step_times import measure_end_to_end, measure_step, open_session, random_batch
+from measure.step_trace import collectives, timeline, trace_of
+from measure.turns import Timing, ratios
 from pipeline.cores import usable_cores
-from pipeline.reader import ImageReader
-from results import result_path, save_json
-from step_times import measure_end_to_end, measure_step, open_session, random_batch
-from step_trace import collectives, timeline, trace_of
+from pipeline.sources.reader import ImageReader
+from predict.forecast import forecast
+from predict.limit import measure_limit, most_times
 from train import distributed
 from train.cli import refuse
 from train.config import Config
@@ -37,7 +38,6 @@ from train.distributed import World, gather
 from train.loop import train_step
 from train.run_folder import environment, has_fast_bf16
 from train.window import peak_gib
-from turns import Timing, ratios
 
 LOADER_ROWS = 64  # images a batch and rank, where training's batch is smaller
 
@@ -65,7 +65,7 @@ def measure(config: Config, m: MeasureConfig, world: World) -> dict:
         assert reader is not None
         measure_loader_part(reader, config, m, world, found)
     if "host" in m.what:
-        from host_cost import measure_host  # imports DALI
+        from measure.host_cost import measure_host  # imports DALI
 
         assert reader is not None
         say(world, "host: the loader without decoding ...")
@@ -87,7 +87,7 @@ def measure_loader_part(
     reader: ImageReader, config: Config, m: MeasureConfig, world: World, found: dict
 ) -> None:
     """The loader, its stages and its peers."""
-    from loader_times import measure_loader, measure_stages  # imports DALI
+    from measure.loader_times import measure_loader, measure_stages  # imports DALI
 
     say(world, "loader: ours" + (" and its peers" if m.peers else "") + " ...")
     rows = max(LOADER_ROWS, config.data.batch_size // world.size)

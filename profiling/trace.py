@@ -20,10 +20,10 @@ from pathlib import Path
 
 from torch.profiler import record_function
 
-from harness import open_images, read_flags
-from loader_times import endless_order, open_loader
-from step_times import open_session
-from step_trace import timeline, trace_of
+from measure.harness import open_images, read_flags
+from measure.loader_times import endless_order, open_loader
+from measure.step_times import open_session
+from measure.step_trace import timeline, trace_of
 from train import distributed
 from train.cli import refuse
 from train.loop import train_step

@@ -22,10 +22,10 @@ os.environ["PYTHONFAULTHANDLER"] = "1"  # for the processes that tests start: te
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from cluster import Cluster, why_not
 from launched import LAUNCH, Launched, weights
 from limits import limited
-from peers import import_torchvision
+from measure.peers import import_torchvision
+from stand_ins.cluster import Cluster, why_not
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -28,7 +28,7 @@ def test_equal_hosts_agree_and_facts_survive_json():
 
 def test_every_source_file_and_flag_counts_but_out():
     own = facts(CONFIG, "cpu")
-    assert {"train/main.py", "train/methods/simsiam.py", "kernels/launch.py"} <= own["file"].keys()
+    assert {"train/main.py", "train/methods/simsiam.py", "kernels/choose.py"} <= own["file"].keys()
     assert own["flag"]["--optim.lr"] == "0.05" and own["flag"]["--timeout_s"] == "60.0"
     assert "--out" not in own["flag"]
 

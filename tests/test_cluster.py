@@ -1,4 +1,4 @@
-"""The hosts that profiling/cluster.py makes: names, links, and that nothing of them is left."""
+"""The hosts that stand_ins/cluster.py makes: names, links, and that nothing of them is left."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from cluster import CLEARING, Cluster, _clear_leftovers
+from stand_ins.cluster import CLEARING, Cluster, _clear_leftovers
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("clusters")]
 SEND = "import socket; socket.create_connection(('node1', 5000)).sendall(bytes(4 << 20))"
@@ -80,7 +80,7 @@ def test_what_a_killed_program_left_is_removed_by_the_next(tmp_path):
 import os, sys
 sys.path.append({str(Path(__file__).parent.parent / "profiling")!r})
 from pathlib import Path
-from cluster import Cluster
+from stand_ins.cluster import Cluster
 hosts = Cluster(1).__enter__()
 hosts.start(0, ["sleep", "600"], log=Path({str(tmp_path / "log")!r}))
 os.kill(os.getpid(), 9)"""

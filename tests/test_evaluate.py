@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from pipeline.digits import write_digits
 from pipeline.pack import pack_root
+from pipeline.sources.digits import write_digits
 from train import checkpoint, evaluate, linear_probe, main
 from train.encoded import accuracy, load_encoder
 from train.evaluate_config import EvaluateConfig, ImagesConfig, read_flags, run_config

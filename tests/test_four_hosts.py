@@ -1,6 +1,7 @@
 """Four hosts for real: a run on them equals a run of one process; hosts that differ are refused.
 
-`make cluster-test` runs these. Network namespaces stand for the hosts (profiling/cluster.py).
+`make cluster-test` runs these. Network namespaces stand for the hosts
+(profiling/stand_ins/cluster.py).
 """
 
 import json
@@ -14,7 +15,6 @@ from pathlib import Path
 
 import pytest
 
-from cluster import Cluster
 from launched import (
     BATCH,
     ENVIRONMENT,
@@ -29,6 +29,7 @@ from launched import (
     weights,
 )  # fmt: skip
 from pipeline.order import SampleOrder
+from stand_ins.cluster import Cluster
 
 pytestmark = pytest.mark.cluster
 SIX = ["--max_steps=6"]  # later the rounding of 2 against 8 rows has grown through ReLU's kinks

@@ -15,8 +15,8 @@ from pipeline.augment import AugmentConfig
 from pipeline.decode import DecodeOptions
 from pipeline.loader import eval_loader, view_loader
 from pipeline.order import SampleOrder
-from pipeline.reader import ImageReader
-from pipeline.sources import list_images
+from pipeline.sources.folder import list_images
+from pipeline.sources.reader import ImageReader
 from test_header import GOOD, REFUSED
 
 pytestmark = [

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 import gpu_suite
-from gpu_checks import OutOfTime, StageFailed, Suite, count_tests
-from gpu_stages import STAGES, Stage, judge_sites, share_of_h200
 from gpu_suite import ALL, EXTRAS, choose, read, run_all, summary
-from harness import read_flags
-from kernel_times import Site, measure
-from limit import GPUS, count, describe
+from measure.harness import read_flags
+from measure.kernel_times import Site, measure
+from predict.limit import GPUS, count, describe
+from suite.checks import OutOfTime, StageFailed, Suite, count_tests
+from suite.stages import STAGES, Stage, judge_sites, share_of_h200
 from train.cli import parse_config
 from train.config import MethodConfig, ModelConfig
 
@@ -157,7 +157,7 @@ def test_a_hang_costs_its_own_stage_alone_and_leaves_no_process(suite, stages):
 
 
 def test_a_training_saves_at_the_limit_and_is_resumed_by_the_next_call(suite, stages, monkeypatch):
-    monkeypatch.setattr("gpu_checks.TO_SAVE_S", 3.0)
+    monkeypatch.setattr("suite.checks.TO_SAVE_S", 3.0)
     ready = str(suite.out / "ready")
     suite.deadline = time.monotonic() + 6
     assert suite.run("t", "-c", SAVES, ready, saves=True) == {"state": "preempted"}

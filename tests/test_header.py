@@ -1,4 +1,4 @@
-"""pipeline/header.py against PIL (the size) and against DALI's CPU decoder (what must be refused).
+"""sources/header.py against PIL (the size) and against DALI's CPU decoder (what must be refused).
 
 Each case is decoded by a DALI pipeline of its own, for one bad sample fails a whole batch. Not in
 the claims, because only a full decode can tell: damage inside JPEG scans and tables or inside WebP,
@@ -16,7 +16,7 @@ import pytest
 from nvidia.dali import fn, pipeline_def
 from PIL import Image
 
-from pipeline.header import BadImage, image_size
+from pipeline.sources.header import BadImage, image_size
 
 HEIGHT, WIDTH = 75, 100
 

@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
-import kernel_checks
-from kernel_checks import Draw, Launched, check_each, errors_of, jit_functions, make_case
+from measure import kernel_checks
+from measure.kernel_checks import Draw, Launched, check_each, errors_of, jit_functions, make_case
 
 CPU = torch.device("cpu")
 
@@ -60,9 +60,9 @@ def test_a_wrong_result_is_told_with_its_error(monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
 def test_real_shapes_are_refused_in_the_interpreter(monkeypatch, capsys):
-    import kernels.launch  # the package: profiling/kernels.py has its name
+    import kernels.gpu.launch  # the package: profiling/kernels.py has its name
 
-    assert kernels.launch.INTERPRETED
+    assert kernels.gpu.launch.INTERPRETED
     from importlib.util import module_from_spec, spec_from_file_location
 
     spec = spec_from_file_location("kernels_program", "profiling/kernels.py")

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-import kernel_times
-from kernel_times import Inputs, Site, apex_batch_norm, clock, measure, resnet50_sites
-from step_times import repeated
+from measure import kernel_times
+from measure.kernel_times import Inputs, Site, apex_batch_norm, clock, measure, resnet50_sites
+from measure.step_times import repeated
+from measure.turns import Timing
 from train.config import MethodConfig, ModelConfig
 from train.methods.simsiam import SimSiam
 from train.norm import BatchNorm
-from turns import Timing
 
 
 def test_the_sites_are_those_of_the_network():

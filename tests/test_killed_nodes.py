@@ -1,6 +1,6 @@
 """Killed ranks and killed torchruns: the run goes on to the same weights, or says how it can.
 
-`make cluster-test` runs these, on two hosts of network namespaces (profiling/cluster.py).
+`make cluster-test` runs these, on two hosts of network namespaces (profiling/stand_ins/cluster.py).
 """
 
 import signal

@@ -3,9 +3,9 @@
 import pytest
 
 from launches import beside, counted, prediction
+from measure.results import newest
+from measure.step_trace import device_work, timeline
 from pipeline.augment import AugmentConfig
-from results import newest
-from step_trace import device_work, timeline
 from train.config import Config, DataConfig, MethodConfig, ModelConfig
 
 NAMES = {

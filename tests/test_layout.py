@@ -22,6 +22,53 @@ SCRIPTS = [
 ]
 
 
+FLOORS = (
+    "kernels/gpu", "kernels", "pipeline/sources", "pipeline", "train", "profiling/stand_ins",
+    "profiling/measure", "profiling/predict", "profiling/suite", "profiling",
+)  # fmt: skip
+"""A folder imports from itself and from those before it; kernels/ and pipeline/ not from each
+other."""
+
+
+def folder_of(path: str) -> str | None:
+    """The innermost of FLOORS that a path lies in."""
+    found = [floor for floor in FLOORS if path.startswith(floor + "/")]
+    return max(found, key=len, default=None)
+
+
+def imported_folders(path: Path) -> set[str]:
+    """Of FLOORS those that hold what a file imports, inside of functions too."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {f"{alias.name}.x" for alias in node.names}
+    places = {name.replace(".", "/") for name in names}
+    # profiling/ is no package: its files and folders are imported by name
+    inner = {path.stem for path in (ROOT / "profiling").iterdir()} - {"kernels"}
+    places |= {f"profiling/{place}" for place in places if place.split("/")[0] in inner}
+    return {folder for place in places if (folder := folder_of(place))}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_folder_imports_only_from_folders_below_it(path):
+    own = folder_of(str(path.relative_to(ROOT)))
+    if own is None:  # tests/ may import all
+        return
+    below = FLOORS[: FLOORS.index(own) + 1]
+    apart = {"kernels": "pipeline", "pipeline": "kernels"}.get(own.split("/")[0], "-")
+    for folder in imported_folders(path):
+        assert folder in below and not folder.startswith(apart), (own, folder)
+
+
+def test_every_folder_says_what_lives_in_it():
+    for folder in FLOORS:
+        if folder != "profiling":
+            text = ast.get_docstring(ast.parse((ROOT / folder / "__init__.py").read_text()))
+            assert text
+
+
 def test_no_file_is_named_like_a_standard_module():
     # trace.py is a script that no module imports
     names = {path.stem for path in SOURCES} - {"__init__", "trace"}

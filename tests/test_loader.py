@@ -13,17 +13,17 @@ import torch
 from PIL import Image
 
 from pipeline import graph
-from pipeline import reader as reader_module
 from pipeline.augment import AugmentConfig
 from pipeline.decode import DecodeOptions, decode_arguments, reserve
-from pipeline.header import image_size
 from pipeline.loader import eval_loader, view_loader
 from pipeline.order import SampleOrder
 from pipeline.pack import pack_root
-from pipeline.reader import ImageReader
 from pipeline.runner import DaliLoader
-from pipeline.shards import open_source
-from pipeline.sources import READERS, list_images
+from pipeline.sources import reader as reader_module
+from pipeline.sources.folder import READERS, list_images
+from pipeline.sources.header import image_size
+from pipeline.sources.reader import ImageReader
+from pipeline.sources.shards import open_source
 
 CPU = torch.device("cpu")
 SMALL = AugmentConfig(size=24)

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-import host_cost
-from loader_times import measure_loader, num_filling
-from photos import write_photos
+from measure import host_cost
+from measure.loader_times import measure_loader, num_filling
+from measure.photos import write_photos
 from pipeline.augment import AugmentConfig, draws_in_graph
 from pipeline.decode import DecodeOptions
 from pipeline.graph import NDIM
-from pipeline.reader import ImageReader
-from pipeline.sources import list_images
+from pipeline.sources.folder import list_images
+from pipeline.sources.reader import ImageReader
 from train import distributed
 from train.config import Config, DataConfig
 
@@ -31,8 +31,10 @@ def test_the_clock_of_a_loader_starts_behind_all_that_was_prepared_before_it(
 
 def test_on_a_gpu_at_least_100_batches_are_timed(tmp_path, monkeypatch):
     reader, taken = ImageReader(list_images(str(write_photos(tmp_path, count=24)))), {}
-    monkeypatch.setattr("loader_times.ours", lambda *_, steps: taken.setdefault("steps", steps))
-    monkeypatch.setattr("loader_times.take_turns", lambda variants, **_: {})
+    monkeypatch.setattr(
+        "measure.loader_times.ours", lambda *_, steps: taken.setdefault("steps", steps)
+    )
+    monkeypatch.setattr("measure.loader_times.take_turns", lambda variants, **_: {})
     with distributed.start("cpu") as world:
         gpu = dataclasses.replace(world, device=torch.device("cuda", 0))
     for where, steps in ((world, 2), (gpu, 100)):

@@ -16,8 +16,8 @@ from nvidia.dali import fn, pipeline_def
 from PIL import Image
 
 from pipeline import pack
-from pipeline.shards import ShardSet, open_source
-from pipeline.sources import list_images
+from pipeline.sources.folder import list_images
+from pipeline.sources.shards import ShardSet, open_source
 
 ROOT = Path(__file__).parent.parent
 SHARD = 40_000  # bytes: some 20 images

@@ -18,9 +18,9 @@ from pipeline.augment import AugmentConfig
 from pipeline.decode import DecodeOptions
 from pipeline.loader import view_loader
 from pipeline.order import SampleOrder
-from pipeline.reader import ImageReader
 from pipeline.reading_process import _Child, reading_process
-from pipeline.sources import list_images
+from pipeline.sources.folder import list_images
+from pipeline.sources.reader import ImageReader
 from pipeline.work import ViewPlan, Work
 
 ROOT = Path(__file__).parent.parent
@@ -153,9 +153,9 @@ TRAINER = """
 import sys, time
 from pipeline.augment import AugmentConfig
 from pipeline.order import SampleOrder
-from pipeline.reader import ImageReader
+from pipeline.sources.reader import ImageReader
 from pipeline.reading_process import _Child
-from pipeline.sources import list_images
+from pipeline.sources.folder import list_images
 from pipeline.work import ViewPlan
 
 plan = ViewPlan(SampleOrder(24, batch_size=8, seed=0), (AugmentConfig(),), slice(0, 8), True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import results
+from measure import results
 
 ROOT = Path(__file__).parent.parent
 before = list(sys.path)

@@ -11,13 +11,13 @@ from nvidia.dali import fn, pipeline_def
 from nvidia.dali import tfrecord as tfrec
 from nvidia.dali.pipeline import Pipeline
 
-from pipeline import record_reader
-from pipeline.header import BadImage
-from pipeline.reader import ImageReader
-from pipeline.record_reader import read_records
-from pipeline.records import MAGIC_BYTES, check_record
-from pipeline.shard_scan import scan_shard
-from pipeline.shards import ShardSet, open_source
+from pipeline.sources import record_reader
+from pipeline.sources.header import BadImage
+from pipeline.sources.reader import ImageReader
+from pipeline.sources.record_reader import read_records
+from pipeline.sources.records import MAGIC_BYTES, check_record
+from pipeline.sources.scan import scan_shard
+from pipeline.sources.shards import ShardSet, open_source
 
 
 def varint(value: int) -> bytes:

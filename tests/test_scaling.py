@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-import results
 import scaling
-from fabric import Fabric, Protocol
-from scaling_checks import MLPERF_EFFICIENCY
-from step_model import BUCKET, FIRST_BUCKET, Work, predict
+from measure import results
+from predict.fabric import Fabric, Protocol
+from predict.scaling_checks import MLPERF_EFFICIENCY
+from predict.step_model import BUCKET, FIRST_BUCKET, Work, predict
 
 ROOT = Path(__file__).parent.parent
 MB = 1 << 20

@@ -14,16 +14,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline import shard_index
 from pipeline.augment import AugmentConfig
 from pipeline.decode import DecodeOptions
-from pipeline.header import BadImage
 from pipeline.loader import view_loader
 from pipeline.order import SampleOrder
 from pipeline.pack import pack_root
-from pipeline.reader import ImageReader
-from pipeline.shards import ShardSet, open_source
-from pipeline.sources import list_images
+from pipeline.sources import index as shard_index
+from pipeline.sources.folder import list_images
+from pipeline.sources.header import BadImage
+from pipeline.sources.reader import ImageReader
+from pipeline.sources.shards import ShardSet, open_source
 from train import distributed
 from train.cli import read_config
 from train.data import difference

@@ -1,6 +1,6 @@
 """Ranks that are stopped and links that are down, which no connection tells of: named in time.
 
-`make cluster-test` runs these, on two hosts of network namespaces (profiling/cluster.py).
+`make cluster-test` runs these, on two hosts of network namespaces (profiling/stand_ins/cluster.py).
 """
 
 import os

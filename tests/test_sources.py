@@ -1,4 +1,4 @@
-"""pipeline/sources.py on real folders: what is listed, what is skipped, and what is said."""
+"""pipeline/sources/folder.py on real folders: what is listed, what is skipped, and what is said."""
 
 import os
 import pickle
@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.header import BadImage
-from pipeline.sources import EXTENSIONS, ImageFolder, list_images, split_root
+from pipeline.sources.folder import EXTENSIONS, ImageFolder, list_images, split_root
+from pipeline.sources.header import BadImage
 
 KNOWN = ".jpg .jpeg .png .webp .bmp .tif .tiff"
 

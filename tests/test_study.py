@@ -395,7 +395,7 @@ def test_recording_a_study_puts_its_table_between_the_marks_of_the_docs(
 ):
     monkeypatch.setattr(sys, "path", list(sys.path))  # the script puts its root first
     import record_study
-    import results
+    from measure import results
 
     monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(record_study, "DOCS", tmp_path / "study.md")

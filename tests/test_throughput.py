@@ -14,28 +14,28 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-import peers
-from charts import draw
 from compare import compare, numbers
 from compare import main as compare_files
-from forecast import forecast
 from growth import link_folder, open_list
-from harness import MeasureConfig, read_flags
-from kernel_times import resnet50_sites
-from limit import GPUS, count, describe, most_times
-from loader_times import OfficialViews, measure_loader, measure_stages
-from peers import Official, peer_step
-from photos import write_photos
+from measure import peers
+from measure.charts import draw
+from measure.harness import MeasureConfig, read_flags
+from measure.kernel_times import resnet50_sites
+from measure.loader_times import OfficialViews, measure_loader, measure_stages
+from measure.peers import Official, peer_step
+from measure.photos import write_photos
+from measure.step_times import measure_end_to_end, measure_step
+from measure.step_trace import collectives, timeline
+from measure.turns import Timing, quantile, ratios, take_turns
 from pipeline.augment import AugmentConfig
-from pipeline.reader import ImageReader
-from pipeline.sources import list_images
-from step_times import measure_end_to_end, measure_step
-from step_trace import collectives, timeline
+from pipeline.sources.folder import list_images
+from pipeline.sources.reader import ImageReader
+from predict.forecast import forecast
+from predict.limit import GPUS, count, describe, most_times
 from train import distributed
 from train.config import Config, DataConfig, MethodConfig, ModelConfig
 from train.method_config import SwAVConfig
 from train.methods.simsiam import SimSiam
-from turns import Timing, quantile, ratios, take_turns
 
 ROOT = Path(__file__).parent.parent
 SMALL = {"arch": "resnet18", "stem": "cifar", "projector_dim": 64, "predictor_hidden": 16}

@@ -9,7 +9,7 @@ import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
-from kernels.launch import Kernels
+from kernels.choose import Kernels
 from pipeline.augment import AugmentConfig
 from pipeline.decode import DecodeOptions
 from train.method_config import BYOLConfig, MethodConfig, MethodName, SwAVConfig, at_least

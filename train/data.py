@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.digits import write_digits
-from pipeline.reader import ImageReader
-from pipeline.shards import ImageSource, ShardSet, open_source
-from pipeline.sources import split_root
+from pipeline.sources.digits import write_digits
+from pipeline.sources.folder import split_root
+from pipeline.sources.reader import ImageReader
+from pipeline.sources.shards import ImageSource, ShardSet, open_source
 from train.config import DataConfig
 from train.distributed import World, from_main, gather
 from train.knn import split_bank

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.text import Text
 from torch.cuda import nccl
 
-from kernels.launch import HAS_TRITON
+from kernels.choose import HAS_TRITON
 from train import distributed
 from train.agreement import SHARED_MEMORY
 from train.cli import first_line, refuse

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn import functional as F
 
-from pipeline.sources import split_root
+from pipeline.sources.folder import split_root
 from train import distributed
 from train.checkpoint import Checkpoint
 from train.cli import is_out_of_memory, memory_line, print_result, refuse, told

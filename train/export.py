@@ -26,7 +26,7 @@ import yaml
 from safetensors.torch import save  # save_file makes files that only their owner can read
 from torch import Tensor
 
-from pipeline.sources import named_path
+from pipeline.sources.folder import named_path
 from train.cli import first_line, refuse, told
 from train.resnet import LAYERS, ResNet
 from train.run_folder import CONFIG, newest_checkpoint

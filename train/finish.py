@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.loader import eval_loader
-from pipeline.reader import ImageReader
+from pipeline.sources.reader import ImageReader
 from train.config import Config
 from train.distributed import from_main
 from train.embed import embed

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from kernels.launch import use_triton
+from kernels.choose import use_triton
 from pipeline.order import SampleOrder
 from train import checkpoint, distributed, state, versions
 from train.cli import is_out_of_memory, memory_line, print_result, read_config, refuse, told

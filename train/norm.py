@@ -17,7 +17,7 @@ from kernels.batch_norm import (
     batch_norm_act_pool,
     block_end,
 )
-from kernels.launch import Kernels, use_triton
+from kernels.choose import Kernels, use_triton
 
 
 class BatchNorm(nn.Module):

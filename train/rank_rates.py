@@ -21,8 +21,8 @@ from pipeline.augment import AugmentConfig
 from pipeline.decode import DecodeOptions
 from pipeline.loader import view_loader
 from pipeline.order import SampleOrder
-from pipeline.reader import ImageReader
-from pipeline.sources import list_images
+from pipeline.sources.folder import list_images
+from pipeline.sources.reader import ImageReader
 from train.distributed import World, from_main, gather
 
 BUCKET = 25 << 20

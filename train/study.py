@@ -29,8 +29,8 @@ import torch
 from filelock import FileLock, Timeout
 from jsonargparse import ArgumentError
 
-from pipeline.digits import write_digits
-from pipeline.sources import list_images, split_root
+from pipeline.sources.digits import write_digits
+from pipeline.sources.folder import list_images, split_root
 from train.cli import build_parser, explain, flags, print_result, refuse, told
 from train.config import Config, MethodConfig, at_least
 from train.data import DIGITS, check_apart

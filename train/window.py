@@ -9,7 +9,7 @@ import time
 import torch
 from torch import Tensor
 
-from pipeline.reader import ImageReader
+from pipeline.sources.reader import ImageReader
 from train import distributed
 from train.report import collapse_advice
 from train.session import Session, save

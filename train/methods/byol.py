@@ -14,8 +14,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from kernels.choose import Kernels
 from kernels.cosine import symmetric_neg_cosine
-from kernels.launch import Kernels
 from train.config import ModelConfig
 from train.heads import build_projector
 from train.method_config import BYOLConfig

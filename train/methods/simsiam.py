@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kernels.choose import Kernels
 from kernels.cosine import symmetric_neg_cosine
-from kernels.launch import Kernels
 from train.config import MethodConfig, ModelConfig
 from train.heads import build_predictor, build_projector
 from train.methods.method import Method, collapse_meter

@@ -1,0 +1,338 @@
+"""A set of shards as a list of images: the twin of pipeline/sources/folder.py's ImageFolder.
+
+First in the data's way, in a folder's place: index -> ShardSet -> one read of a shard's bytes ->
+(pipeline/sources/record_reader.py, for TFRecord and RecordIO) -> pipeline/sources/header.py ->
+DALI. Order, resume and the replacement of bad images are those of a folder, for a sample is a
+number and its bytes are one read away.
+
+A folder packed by pipeline/pack.py has the folder's order and, if no image was left out, its
+fingerprint: a run begun on the folder goes on from the shards bit for bit, and the other way round.
+What a newcomer gets wrong: shuffling shards. The order is the seed's, over all images of the set.
+"""
+
+import glob
+import hashlib
+import os
+import re
+import resource
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, field, fields
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+from pipeline.sources.folder import (
+    IMAGE_EXTENSIONS,
+    Allocate,
+    ImageFolder,
+    Stamped,
+    attempt_all,
+    list_images,
+    new_bytes,
+    printable,
+    read_range,
+    stamp_of,
+)
+from pipeline.sources.header import BadImage
+from pipeline.sources.index import SUFFIX, ShardIndex, index_path, open_index, sorted_classes
+from pipeline.sources.records import RECORDIO, TFRECORD
+
+# Compressed ones too: scan_shard names what they are.
+_SHARD = re.compile(
+    r".*(\.(tar|tgz|tfrec(ords?)?|rec)|-\d{5}-of-\d{5})(\.(gz|zst|xz|bz2))?", re.IGNORECASE
+)
+_MAX_DESCRIPTORS = 1 << 16
+_SPARE_DESCRIPTORS = 256  # for everything that is no shard
+_INDEXERS = 16  # threads that make indices: they mostly wait for the disk
+
+
+@dataclass(frozen=True, eq=False)
+class ShardSet:
+    """The images of some shards, as ImageFolder has those of a folder.
+
+    Arrays alone, so that it opens fast and is sent to the other ranks as it is.
+    """
+
+    root: str
+    """What was asked for: a folder or a glob."""
+    shards: list[str]
+    """Absolute paths, sorted bytewise."""
+    kind: str
+    starts: np.ndarray
+    """(shards + 1,) int64: the number of each shard's first image."""
+    listing: np.ndarray
+    """uint8: name NUL size of each image, joined by NUL."""
+    ends: np.ndarray
+    """(N,) int64: where in the listing its entry ends."""
+    offsets: np.ndarray
+    """(N,) int64: where in its shard an image, or the record around it, begins."""
+    spans: np.ndarray
+    """(N,) int64: how many bytes to read there."""
+    labels: np.ndarray | None
+    """(N,) int64, indices into class_names. None unless every image has one and two differ."""
+    class_names: list[str]
+    fingerprint: str
+    """SHA-256 of names and sizes, as that of a folder."""
+    skipped: dict[str, int]
+    """How many entries of the shards are no images, by kind."""
+    _descriptors: dict[int, int] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Allow this process as many open files as there are shards."""
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        limit = _MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _MAX_DESCRIPTORS)
+        if len(self.shards) + _SPARE_DESCRIPTORS > limit:
+            raise ValueError(
+                f"{self.root} has {len(self.shards)} shards, and this process may open {limit} "
+                "files: raise the limit (ulimit -Hn), or make larger shards"
+            )
+        if soft < limit:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.ends)
+
+    def read(self, index: int) -> np.ndarray:
+        """Return the bytes of an image, (num_bytes,) uint8.
+
+        Raises   BadImage when the shard cannot be read there.
+        """
+        found: Stamped | BadImage = self._read_span(index, new_bytes)
+        if self.kind in (TFRECORD, RECORDIO):
+            (found,) = self._images_of([found])
+        if isinstance(found, BadImage):
+            raise found
+        return found[0]
+
+    def read_many(
+        self, indices: Sequence[int], pool: Executor, allocate: Allocate | None = None
+    ) -> list[Stamped | BadImage]:
+        """Return what `read` returns or raises for each index, in order, with the shard's stamp.
+
+        A call reads the records of TFRecord and RecordIO together: many calls of one are slow.
+        """
+        is_record = self.kind in (TFRECORD, RECORDIO)
+        allocate = new_bytes if is_record or allocate is None else allocate
+        found = attempt_all(lambda index: self._read_span(index, allocate), indices, pool)
+        return self._images_of(found, pool) if is_record else found
+
+    def _images_of(
+        self, found: list[Stamped | BadImage], pool: Executor | None = None
+    ) -> list[Stamped | BadImage]:
+        from pipeline.sources.record_reader import read_records  # DALI, which no other kind needs
+
+        records = [one if isinstance(one, BadImage) else one[0] for one in found]
+        images = read_records(self.kind, records, pool)
+        stamps = [0 if isinstance(one, BadImage) else one[1] for one in found]
+        return [
+            image if isinstance(image, BadImage) else (image, stamp)
+            for image, stamp in zip(images, stamps, strict=True)
+        ]
+
+    def _read_span(self, index: int, allocate: Allocate) -> Stamped:
+        try:
+            descriptor = self._descriptor(self._shard_of(index))
+            stamp = stamp_of(os.fstat(descriptor))
+            where = int(self.offsets[index]), int(self.spans[index])
+            data = read_range(descriptor, *where, allocate)
+        except OSError as error:
+            raise BadImage(f"unreadable shard ({error.strerror})") from None
+        if data.size < self.spans[index]:
+            raise BadImage("truncated shard")
+        if data.size == 0:
+            raise BadImage("empty file")
+        return data, stamp
+
+    def name(self, index: int) -> str:
+        """Return the shard and the image's name in it as one printable line."""
+        start = 0 if index == 0 else int(self.ends[index - 1]) + 1
+        entry = self.listing[start : int(self.ends[index])].tobytes()
+        shard = os.path.basename(self.shards[self._shard_of(index)])
+        return printable(os.fsencode(shard) + b": " + entry.rpartition(b"\0")[0])
+
+    def __reduce__(self) -> tuple:
+        """Pickle everything but the open files."""
+        return ShardSet, tuple(getattr(self, f.name) for f in fields(self) if f.init)
+
+    def __del__(self) -> None:
+        """Close the shards."""
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+
+    def _shard_of(self, index: int) -> int:
+        return int(np.searchsorted(self.starts, index, side="right")) - 1
+
+    def _descriptor(self, shard: int) -> int:
+        if (known := self._descriptors.get(shard)) is not None:
+            return known
+        opened = os.open(self.shards[shard], os.O_RDONLY)
+        kept = self._descriptors.setdefault(shard, opened)
+        if kept != opened:  # another thread was first
+            os.close(opened)
+        return kept
+
+
+ImageSource = ImageFolder | ShardSet
+
+
+def open_source(root: str) -> ImageSource:
+    """Open a folder of images, a folder of shards, or the shards that a glob names.
+
+    A folder is one of shards if it holds shards and neither images nor folders.
+
+    Raises   ValueError when there is no image, or a shard is missing, cut, stale or of another
+             kind than the first.
+    """
+    shards = find_shards(root)
+    return open_shards(root, shards) if shards else list_images(root)
+
+
+def find_shards(root: str) -> list[str]:
+    """Return the shards of a folder or a glob, sorted; none for a folder that is not of shards.
+
+    Raises   ValueError for a glob without shards, a shard of which only the index is there, and
+             a folder with several sets.
+    """
+    if os.path.isdir(root):
+        return _shards_of_folder(os.path.abspath(root))
+    names = [name for name in glob.glob(root) if os.path.isfile(name)]
+    shards = sorted(os.path.abspath(name) for name in names if not name.endswith(SUFFIX))
+    if not shards and glob.has_magic(root):
+        raise ValueError(f"No shards match {root}. Is the glob quoted, and its folder right?")
+    return shards
+
+
+def _shards_of_folder(folder: str) -> list[str]:
+    shards, indexed = set(), set()
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                extension = os.path.splitext(entry.name)[1].lower()
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir() or os.fsencode(extension) in IMAGE_EXTENSIONS:
+                    return []
+                if extension == SUFFIX:
+                    indexed.add(entry.path.removesuffix(SUFFIX))
+                elif _SHARD.fullmatch(entry.name):
+                    shards.add(entry.path)
+    except OSError:  # list_images says what is wrong with the folder
+        return []
+    if lost := sorted(indexed - shards):
+        raise ValueError(
+            f"{lost[0]} is missing, though its index is there: restore the shard, or remove "
+            f"{index_path(lost[0])} to go without it"
+        )
+    # by what is no number: TFDS keeps cifar10-train and cifar10-test in one folder
+    sets = sorted({re.sub(r"\d+", "*", os.path.basename(shard)) for shard in shards})
+    if len(sets) > 1:
+        raise ValueError(
+            f"{folder} holds several sets of shards ({sets[0]}, {sets[1]}): name one with a "
+            f"glob, such as '{folder}/{sets[0]}', or all with '{folder}/*'"
+        )
+    return sorted(shards)
+
+
+def open_shards(root: str, shards: list[str]) -> ShardSet:
+    """Open shards as one set, in the order given; indices that are missing are made and kept."""
+    console = Console(stderr=True)
+    if num_new := sum(not os.path.exists(index_path(shard)) for shard in shards):
+        plural = "s" * (num_new != 1)
+        print(f"making the index of {num_new} shard{plural} of {root}, once", file=sys.stderr)
+    with ThreadPoolExecutor(_INDEXERS, thread_name_prefix="shard index") as pool:
+        opened = track(
+            pool.map(open_index, shards), "opening shards", len(shards), console=console,
+            transient=True, disable=not (console.is_terminal and num_new),
+        )  # fmt: skip
+        indices, reasons = zip(*opened, strict=True)
+    if lost := [reason for reason in reasons if reason is not None]:
+        print(
+            f"warning: {len(lost)} indices could not be written beside the shards of {root} "
+            f"({lost[0]}): they are made again at each start",
+            file=sys.stderr,
+        )
+    for shard, index in zip(shards, indices, strict=True):
+        if index.kind != indices[0].kind:
+            raise ValueError(
+                f"{shard} is a {index.kind} file and {shards[0]} a {indices[0].kind} file: name "
+                "one kind with a glob"
+            )
+    if os.path.isdir(root) and any(index.packed for index in indices):
+        _check_complete(root, shards, indices)
+    return _joined(root, shards, indices)
+
+
+def _check_complete(root: str, shards: list[str], indices: tuple[ShardIndex, ...]) -> None:
+    """Raise ValueError unless the shards of pipeline/pack.py are all of one folder's."""
+    whole = next(index.packed for index in indices if index.packed is not None)
+    position = 0
+    for shard, index in zip(shards, indices, strict=True):
+        part = index.packed
+        if part is None or part.source != whole.source:
+            raise ValueError(
+                f"{shard} was not packed with the other shards of {root}: remove it, and pack the "
+                "folder again if one is missing then"
+            )
+        if part.first != position:
+            raise ValueError(
+                f"{root} lacks a shard before {shard}: pack the folder again, only what is missing "
+                "is made"
+            )
+        position = part.end
+    if position < whole.num_images:
+        raise ValueError(
+            f"{root} holds {position} of {whole.num_images} images: packing has not finished, the "
+            "same command goes on"
+        )
+
+
+def _joined(root: str, shards: list[str], indices: tuple[ShardIndex, ...]) -> ShardSet:
+    skipped = sum((Counter(index.skipped) for index in indices), Counter())
+    filled = [index for index in indices if len(index.ends)]
+    if not filled:
+        what = ", ".join(f"{count} x {kind}" for kind, count in skipped.most_common(3))
+        raise ValueError(f"No images in {len(shards)} shards of {root}: found {what or 'nothing'}")
+    digest = hashlib.sha256()
+    listings, ends, position = [], [], 0
+    for number, index in enumerate(filled):
+        separator = np.zeros(int(number + 1 < len(filled)), np.uint8)
+        listing = np.append(index.listing, separator)
+        digest.update(listing.data)
+        listings.append(listing)
+        ends.append(index.ends + position)
+        position += listing.size
+    labels, class_names = _labels(filled)
+    return ShardSet(
+        root=root,
+        shards=shards,
+        kind=indices[0].kind,
+        starts=np.cumsum([0, *(len(index.ends) for index in indices)]),
+        listing=np.concatenate(listings),
+        ends=np.concatenate(ends),
+        offsets=np.concatenate([index.offsets for index in filled]),
+        spans=np.concatenate([index.spans for index in filled]),
+        labels=labels,
+        class_names=class_names,
+        fingerprint=digest.hexdigest(),
+        skipped=dict(skipped),
+    )
+
+
+def _labels(indices: list[ShardIndex]) -> tuple[np.ndarray | None, list[str]]:
+    names = indices[0].class_names
+    if any(index.class_names != names for index in indices):
+        names = sorted_classes(name for index in indices for name in index.class_names)
+    numbers = {name: number for number, name in enumerate(names)}
+    parts = []
+    for index in indices:
+        table = np.array([*(numbers[name] for name in index.class_names), -1])
+        parts.append(table[index.labels])  # -1 takes the last
+    labels = np.concatenate(parts)
+    if labels.min() < 0 or labels.min() == labels.max():
+        return None, []
+    return labels, names

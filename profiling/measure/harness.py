@@ -1,0 +1,130 @@
+"""Flags and images of the measuring programs: train/main.py's flags, with other defaults.
+
+Without --data.root they measure on photos that scikit-learn carries (profiling/measure/photos.py);
+without --data.batch_size on 256 images a GPU, or 16 a CPU process; without --precision in bf16
+where the device multiplies bf16, else in fp32.
+A newcomer's mistake: a batch size a rank. --data.batch_size is global, as in training.
+"""
+
+import os
+import sys
+import tempfile
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jsonargparse import ArgumentError
+
+from measure.photos import write_photos
+from measure.results import check_save
+from pipeline.sources.reader import ImageReader
+from pipeline.sources.shards import ImageSource, open_source
+from train.cli import build_parser, explain, flags, refuse, with_brackets
+from train.config import Config, at_least
+from train.distributed import World, from_main
+from train.run_folder import has_fast_bf16
+
+PHOTOS = "photos"
+What = Literal["loader", "host", "step", "end_to_end", "limit", "ranks"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureConfig:
+    """What is measured, and how often."""
+
+    what: tuple[What, ...] = ("loader", "host", "step", "end_to_end", "limit", "ranks")
+    """Parts to measure, e.g. --what loader,step."""
+    peers: bool = True
+    """Measure the peers too, in turn with ours."""
+    steps: int = 0
+    """Steps of a repetition; 0 takes 50 on a GPU, 1 on a CPU."""
+    warmup: int = 0
+    """Steps before the first timed one; 0 takes 20 on a GPU, 1 on a CPU."""
+    repeats: int = 0
+    """Repetitions; 0 takes 3 on a GPU, 5 on a CPU."""
+    loader_images: int = 0
+    """Images of a repetition of the loader; 0 takes 8,192 on a GPU, 512 on a CPU."""
+    budget_s: float = 120.0
+    """Seconds after which a part is not begun once more; at least one repetition is timed."""
+    save: str = ""
+    """Also write profiling/results/<this>_<device>_<yyyymm>.json and .png."""
+    dry_run: bool = False
+    """--dry-run: hold no device, print what a step would need and take."""
+    gpu: Literal["h200", "h100", "a100"] = "h200"
+    """With --dry-run: the GPU."""
+    gpus: int = 1
+    """With --dry-run: how many."""
+
+    def __post_init__(self) -> None:
+        """Refuse impossible values."""
+        for name in ("steps", "warmup", "repeats", "loader_images"):
+            at_least(name, getattr(self, name), 0)
+        at_least("gpus", self.gpus, 1)
+        check_save(self.save)
+        if not self.what:
+            raise ValueError("what names no part: leave it out to measure all")
+        if not 0 <= self.budget_s < float("inf"):
+            raise ValueError(f"budget_s must be >= 0, got {self.budget_s}")
+
+    def filled(self, device: torch.device) -> "MeasureConfig":
+        """With the device's own defaults in place of 0."""
+        is_cuda = device.type == "cuda"
+        return replace(
+            self,
+            steps=self.steps or (50 if is_cuda else 1),
+            warmup=self.warmup or (20 if is_cuda else 1),
+            repeats=self.repeats or (3 if is_cuda else 5),
+            loader_images=self.loader_images or (8192 if is_cuda else 512),
+        )
+
+
+def read_flags(program: str, what: str) -> tuple[Config, MeasureConfig]:
+    """The configuration of a command line. Exits with 2 and one line for a mistake in it."""
+    parser = build_parser(program, what, root=PHOTOS)
+    parser.add_class_arguments(MeasureConfig, as_group=True)
+    words = ["--dry_run=true" if word == "--dry-run" else word for word in sys.argv[1:]]
+    words = with_brackets(words, ["--what"])
+    is_dry = "--dry_run=true" in words
+    is_cuda = torch.cuda.is_available() or is_dry
+    rows = 256 if is_cuda else 16
+    parser.set_defaults(
+        {
+            "data.batch_size": rows * int(os.environ.get("WORLD_SIZE", "1")),
+            "precision": "bf16" if is_cuda or has_fast_bf16() else "fp32",
+        }
+    )
+    try:
+        found = vars(parser.instantiate(parser.parse_args(words)))
+        found.pop("config", None)
+        names = {field.name for field in fields(MeasureConfig)}
+        measure = MeasureConfig(**{name: found.pop(name) for name in names})
+        config = Config(**found)
+        if is_dry and not any("batch_size" in word for word in words):
+            config = with_batch(config, rows * measure.gpus)
+        return config, measure
+    except (ArgumentError, ValueError, TypeError, OSError) as error:
+        refuse(explain(str(error), [*flags(), *flags(MeasureConfig)]))
+
+
+def with_batch(config: Config, batch_size: int) -> Config:
+    """The configuration with another global batch."""
+    return replace(config, data=replace(config.data, batch_size=batch_size))
+
+
+def open_images(config: Config, world: World) -> ImageReader:
+    """The images of --data.root, listed on rank 0. Raises: ValueError where there are none."""
+    found: ImageSource | Exception | None = None
+    if world.is_main:
+        try:
+            root = config.data.root
+            if root == PHOTOS:
+                root = str(write_photos(Path(tempfile.gettempdir()) / f"twinturbo-{os.getuid()}"))
+            found = open_source(root)
+        except (ValueError, OSError) as error:
+            found = error
+    found = from_main(world, found)
+    if isinstance(found, Exception):
+        raise found
+    assert found is not None
+    return ImageReader(found, config.data.max_pixels)

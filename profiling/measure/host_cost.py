@@ -1,0 +1,194 @@
+"""What the loader takes of the host beside decoding: CPU time, and the trainer's launches.
+
+The loader of a GPU's training with all its parts but the decoder: reading, headers, draws, handing
+over, feeding, with the batches in flight that a GPU has. Its graph takes every input that the
+training graph takes and decodes nothing, so it runs without a GPU. Two ways in turn: reading in a
+process of its own, as beside a GPU, and in a thread of the trainer's process.
+A newcomer's mistake: the CPU time of one run, in which processes and pipelines are started. It is
+that of a long run less that of a short one.
+"""
+
+# DALI makes its operators at import, where pyright cannot see them:
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false
+
+import resource
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali.pipeline import Pipeline
+
+from measure.harness import with_batch
+from measure.loader_times import endless_order
+from pipeline.augment import draws_in_graph
+from pipeline.graph import NDIM, draw_input, encoded_input
+from pipeline.reading_process import reading_process
+from pipeline.runner import DaliLoader
+from pipeline.sources.reader import ImageReader
+from pipeline.work import ViewPlan
+from train.config import Config
+from train.distributed import World
+
+ROWS = 256  # images a batch: a GPU's
+SHORT, LONG = 8, 72  # steps; after the short one's every header of few images is known
+WINDOW_S, SETTLE_S = 0.5, 0.1  # of launches; until a loader that nobody asks has filled its queues
+TENSOR = 64  # elements of the tensor of a small operation
+
+
+def measure_host(reader: ImageReader, config: Config, world: World, *, n: int) -> dict:
+    """For both ways: images a second of CPU time, and by how much launches are slowed.
+
+    CPU time is the least of n repetitions: it only grows with what else runs on the machine, whose
+    caches, memory and cores are shared. The median is given too; the rest are medians.
+    """
+    cpu_s: dict[str, list[float]] = {"process": [], "thread": []}
+    slowed: dict[str, list[float]] = {"process": [], "thread": []}
+    beside: dict[str, list[float]] = {"process": [], "thread": []}
+    rows = ROWS
+    for _ in range(n):
+        for way in cpu_s:
+            rows, open_loader = _opener(reader, config, world, in_process=way == "process")
+            long, short = (_cpu_seconds(open_loader, steps) for steps in (LONG, SHORT))
+            cpu_s[way].append((long - short) / (LONG - SHORT) / rows)
+            ratio, batches_per_s = _slowed(open_loader)
+            slowed[way].append(ratio)
+            beside[way].append(batches_per_s * rows)
+    return {
+        way: {
+            "images_per_cpu_s": round(1 / min(cpu_s[way])),
+            "images_per_cpu_s_median": round(1 / statistics.median(cpu_s[way])),
+            "launches_slowed_times": round(statistics.median(slowed[way]), 3),
+            "images_per_s_beside_launches": round(statistics.median(beside[way])),
+            "n": n,
+        }
+        for way in cpu_s
+    } | {"images_a_batch": rows}
+
+
+def _opener(
+    reader: ImageReader, config: Config, world: World, *, in_process: bool
+) -> tuple[int, Callable[[int], DaliLoader]]:
+    """Images a batch, and a function that opens the loader for so many steps."""
+    order, rows = endless_order(reader, with_batch(config, ROWS * world.size), world)
+    views = tuple(config.views)
+    options = replace(config.dali, prefetch=config.dali.depth("cuda"))
+    plan = ViewPlan(order, views, slice(world.rank * rows, (world.rank + 1) * rows), colors=True)
+
+    def opened(steps: int) -> DaliLoader:
+        # a reader for each: the sizes that one keeps are not the next one's
+        own = ImageReader(reader.source, reader.max_pixels)
+        prepared = partial(plan.prepare, own)
+        return DaliLoader(
+            range(steps),
+            preparing=lambda: reading_process(own, plan) if in_process else nullcontext(prepared),
+            build=lambda prefetch: feeding_pipeline(config, rows=rows, prefetch=prefetch),
+            reader=own, options=options, device=torch.device("cpu"),
+        )  # fmt: skip
+
+    return rows, opened
+
+
+def feeding_pipeline(config: Config, *, rows: int, prefetch: int) -> Pipeline:
+    """The inputs of the training graph on a GPU, all used, by as few operators as will do."""
+
+    @pipeline_def(batch_size=rows, num_threads=1, device_id=None, prefetch_queue_depth=prefetch)
+    def graph():
+        parts: dict[int, list] = {0: [], 1: [], 2: []}
+        for number, view in enumerate(config.views):
+            for name in draws_in_graph(view, colors=True):
+                parts[NDIM[name]].append(draw_input(name, number))
+        lengths = fn.cast(encoded_input().shape(), dtype=types.FLOAT)
+        numbers = [fn.stack(*parts[0])] if parts[0] else []
+        matrices = fn.reshape(fn.cat(*parts[2]), shape=[-1])
+        return fn.cast(fn.cat(lengths, *numbers, *parts[1], matrices), dtype=types.UINT8)
+
+    pipeline = graph()
+    pipeline.build()
+    return pipeline
+
+
+def _cpu_seconds(open_loader: Callable[[int], DaliLoader], steps: int) -> float:
+    """CPU time of this process and of the one that reads, from start to end of a loader."""
+    before = _spent()
+    for _ in open_loader(steps):
+        pass
+    return _spent() - before
+
+
+def _spent() -> float:
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def _slowed(open_loader: Callable[[int], DaliLoader]) -> tuple[float, float]:
+    """Launches alone by those beside the loader at full speed, and the loader's batches a second.
+
+    Alone before and after: a drift of the clock is in neither.
+    """
+    with _running(open_loader(1 << 30)) as (go, count):
+        alone = [_launches_per_s()]
+        go.set()
+        begin, first = time.perf_counter(), count()
+        beside = _launches_per_s()
+        batches_per_s = (count() - first) / (time.perf_counter() - begin)
+        go.clear()
+        time.sleep(SETTLE_S)
+        alone.append(_launches_per_s())
+    return statistics.mean(alone) / beside, batches_per_s
+
+
+@contextmanager
+def _running(loader: DaliLoader) -> Iterator[tuple[threading.Event, Callable[[], int]]]:
+    """The loader in a thread of its own, which takes batches while the event is set."""
+    go, stop, taken = threading.Event(), threading.Event(), []
+
+    def take() -> None:
+        batches = iter(loader)
+        for number in range(SHORT):
+            next(batches)
+            taken.append(number)
+        ready.set()
+        while not stop.is_set():
+            if go.wait(0.1):
+                next(batches)
+                taken.append(len(taken))
+        batches.close()  # type: ignore[attr-defined] - a generator
+
+    ready = threading.Event()
+    thread = threading.Thread(target=take)
+    thread.start()
+    try:
+        ready.wait()
+        time.sleep(SETTLE_S)
+        yield go, lambda: len(taken)
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _launches_per_s() -> float:
+    """Small torch operations a second, as a trainer launches kernels: each some microseconds.
+
+    Of the time in which this thread had a core, or slept because another one had Python's lock:
+    that it waits for a core says how many there are, and what else runs on them.
+    """
+    values = torch.zeros(TENSOR)
+    launches, waited, begin = 0, _waited_for_a_core(), time.perf_counter()
+    while time.perf_counter() - begin < WINDOW_S:
+        for _ in range(100):
+            values.add_(1.0)
+        launches += 100
+    return launches / (time.perf_counter() - begin - _waited_for_a_core() + waited)
+
+
+def _waited_for_a_core() -> float:
+    """Seconds that this thread was ready to run and did not: Linux's schedstat."""
+    return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9

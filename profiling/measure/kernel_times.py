@@ -1,0 +1,295 @@
+"""Times of the batch-norm sites of ResNet-50 and of the loss, beside the peers in the same run.
+
+profiling/kernels.py calls this where there is a CUDA device. All variants of a site take turns, so
+that clocks and temperature are the same for all. Not yet run on a GPU; a test runs it on small
+sites in Triton's interpreter, where its times mean nothing.
+Times are the GPU's: `clock` lets the stream sleep until the host has queued the whole call, as in a
+step that the GPU limits. Not a CUDA graph: torch.compile's and apex's calls and autograd's backward
+pass would each have to be captured, in memory of their own.
+Before each call the L2 cache is filled with other data, read and not written, so that nothing has
+to be written back meanwhile. In a step what the convolution has just written is partly there still:
+sites of less than 50 MB are faster there, for all variants. The second pass of a call does find
+what the first left, so GB/s can be above a copy's.
+apex's NHWC group batch norm takes part where apex was built with it (--bnp).
+A newcomer's mistake: an eager baseline on the concatenated views. The official code makes two
+passes: the peers get the two views apart, and pay no concatenation.
+
+Bytes that a site must move, E elements of b bytes, the formula of GB/s:
+    relu, none   forward 3 b E                        backward 5 b E
+    residual     forward 4 b E + E/8                  backward 7 b E + E/8   (two gradients come in)
+    norm         forward 5 b E + E/8                  backward 10 b E + E/8
+    pool         forward 2.25 b E + E/4               backward 3.5 b E + E/2
+"""
+
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kernels.batch_norm import Norm, batch_norm_act, batch_norm_act_pool, block_end
+from kernels.choose import Kernels
+from kernels.cosine import symmetric_neg_cosine
+
+WARMUP = 10
+SLEEP_CYCLES, MAX_SLEEP_CYCLES = 1 << 20, 1 << 30  # 0.5 ms at first, half a second at most
+STAGES = ((64, 3, 56), (128, 4, 28), (256, 6, 14), (512, 3, 7))  # planes, blocks, pixels a side
+Outputs = list[Tensor]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place of the network: (N, C, H, W) or (N, C) of both views, and what comes with it."""
+
+    kind: str
+    """relu; none (no ReLU, no affine); residual; norm (a second batch norm); pool."""
+    shape: tuple[int, ...]
+
+    def moved(self, itemsize: int) -> tuple[float, float]:
+        """Bytes that forward and backward must move."""
+        elements = float(torch.Size(self.shape).numel())
+        bits = elements / 8
+        words = elements * itemsize
+        return {
+            "relu": (3 * words, 5 * words),
+            "none": (3 * words, 5 * words),
+            "residual": (4 * words + bits, 7 * words + bits),
+            "norm": (5 * words + bits, 10 * words + bits),
+            "pool": (2.25 * words + 2 * bits, 3.5 * words + 4 * bits),
+        }[self.kind]
+
+
+def resnet50_sites(images: int) -> Iterator[Site]:
+    """The 53 calls of a step at 224 pixels, which hold its 57 batch norms."""
+    rows = 2 * images
+    yield Site("pool", (rows, 64, 112, 112))
+    for planes, blocks, side in STAGES:
+        for block in range(blocks):
+            before = side if block or side == 56 else 2 * side  # the stride is on the 3x3
+            yield Site("relu", (rows, planes, before, before))
+            yield Site("relu", (rows, planes, side, side))
+            yield Site("residual" if block else "norm", (rows, 4 * planes, side, side))
+    yield from (Site("relu", (rows, 2048)), Site("relu", (rows, 2048)))
+    yield from (Site("none", (rows, 2048)), Site("relu", (rows, 512)))
+
+
+class Inputs:
+    """Tensors of a site on a device: one batch for ours, the same views apart for the peers."""
+
+    def __init__(self, site: Site, dtype: torch.dtype, device: torch.device):
+        def draw() -> Tensor:
+            x = torch.randn(site.shape, device=device).to(dtype)
+            return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+        channels = site.shape[1]
+        has_shortcut = site.kind in ("residual", "norm")
+        self.site = site
+        self.leaves = [draw().requires_grad_() for _ in range(2 if has_shortcut else 1)]
+        self.apart = [[v.detach().requires_grad_() for v in t.chunk(2)] for t in self.leaves]
+        self.params = [
+            torch.full((channels,), value, device=device, requires_grad=True)
+            for value in (1.0, 0.0, 1.0, 0.0)
+        ]
+        self.running = [torch.full((channels,), v, device=device) for v in (0.0, 1.0, 0.0, 1.0)]
+        if site.kind == "none":
+            self.params = []
+
+    def norms(self) -> tuple[Norm, Norm]:
+        """The first and the second batch norm."""
+        params: list = self.params or [None] * 4
+        return Norm(*params[:2], *self.running[:2]), Norm(*params[2:], *self.running[2:])
+
+    def ours(self, kernels: Kernels) -> Outputs:
+        """Our call: the result, at a block's end twice."""
+        norm, norm2 = self.norms()
+        x, kind = self.leaves[0], self.site.kind
+        if kind == "pool":
+            return [batch_norm_act_pool(x, norm, num_views=2, kernels=kernels)]
+        if kind in ("relu", "none"):
+            y = batch_norm_act(x, *norm, relu=kind == "relu", num_views=2, kernels=kernels)
+            return [y]
+        second = norm2 if kind == "norm" else None
+        return list(block_end(x, norm, self.leaves[1], second, num_views=2, kernels=kernels))
+
+    def plain(self) -> Outputs:
+        """PyTorch's own operations on each view, ReLU in place."""
+        norm, norm2 = self.norms()
+        outputs = []
+        for view in zip(*self.apart, strict=True):
+            y = F.batch_norm(view[0], norm[2], norm[3], norm[0], norm[1], True)
+            if self.site.kind == "norm":
+                y = y + F.batch_norm(view[1], norm2[2], norm2[3], norm2[0], norm2[1], True)
+            elif self.site.kind == "residual":
+                y = y + view[1]
+            y = y if self.site.kind == "none" else F.relu(y, inplace=True)
+            outputs.append(F.max_pool2d(y, 3, 2, 1) if self.site.kind == "pool" else y)
+        return outputs
+
+    def apex(self, norm_class: type[nn.Module]) -> Callable[[], Outputs]:
+        """A call of apex's modules on each view. Source: apex/contrib/groupbn/batch_norm.py."""
+        kind, channels = self.site.kind, self.site.shape[1]
+        device, ends_block = self.leaves[0].device, self.site.kind in ("residual", "norm")
+        # for each view its own: the module keeps one batch's statistics for the backward pass
+        firsts, seconds = (
+            [norm_class(channels, fuse_relu=relu).to(device) for _ in self.apart[0]]
+            for relu in (kind != "none", False)
+        )
+
+        def call() -> Outputs:
+            outputs = []
+            for index, view in enumerate(zip(*self.apart, strict=True)):
+                x, *shortcut = (t if t.dim() == 4 else t[:, :, None, None] for t in view)
+                x, *shortcut = (t.permute(0, 2, 3, 1) for t in (x, *shortcut))  # apex wants NHWC
+                if kind == "norm":
+                    shortcut = [seconds[index](shortcut[0])]
+                y = firsts[index](x, *shortcut) if ends_block else firsts[index](x)
+                y = y.permute(0, 3, 1, 2)
+                outputs.append(F.max_pool2d(y, 3, 2, 1) if kind == "pool" else y)
+            return [y.reshape(y.shape[:2]) if self.leaves[0].dim() == 2 else y for y in outputs]
+
+        return call
+
+    def wanted(self, *, ours: bool) -> list[Tensor]:
+        """What the gradient is taken of."""
+        leaves = self.leaves if ours else [view for pair in self.apart for view in pair]
+        used = self.params if self.site.kind == "norm" else self.params[:2]
+        return [*leaves, *used]
+
+
+def apex_batch_norm() -> type[nn.Module] | None:
+    """apex's NHWC group batch norm, fp16 alone; None where apex was built without it."""
+    if importlib.util.find_spec("bnp") is None:  # its CUDA extension
+        return None
+    return importlib.import_module("apex.contrib.groupbn.batch_norm").BatchNorm2d_NHWC
+
+
+def clock(device: torch.device, call: Callable[[], Any]) -> tuple[float, Any]:
+    """(seconds, result) of a call. On a GPU its own time alone, from a cold L2 cache.
+
+    The stream sleeps while the call is queued. Where it woke up before that was done the call is
+    made again behind a longer sleep. Raises: RuntimeError for a call that waits for the device.
+    """
+    if device.type != "cuda":
+        begin = time.perf_counter()
+        result = call()
+        return time.perf_counter() - begin, result
+    cycles = SLEEP_CYCLES
+    while cycles <= MAX_SLEEP_CYCLES:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(cycles)
+        other_data(device).sum()
+        start.record()
+        result = call()
+        end.record()
+        was_queued_in_time = not start.query()
+        end.synchronize()
+        if was_queued_in_time:
+            return start.elapsed_time(end) / 1e3, result
+        cycles *= 4
+    raise RuntimeError("a timed call waits for the device: its time on the GPU cannot be had")
+
+
+@lru_cache(maxsize=1)
+def other_data(device: torch.device) -> Tensor:
+    """256 MiB, more than any L2 cache holds."""
+    return torch.zeros(64 << 20, device=device)
+
+
+def time_turns(
+    variants: dict[str, tuple[Callable[[], Outputs], list[Tensor]]], device: torch.device, n: int
+) -> dict[str, tuple[float, float]]:
+    """Median seconds of forward and backward of each variant, taking turns."""
+    found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in variants}
+    for turn in range(WARMUP + n if device.type == "cuda" else 1 + n):
+        is_timed = turn >= (WARMUP if device.type == "cuda" else 1)
+        for name, (forward, wanted) in variants.items():
+            forward_s, outputs = clock(device, forward)
+            grads = [torch.ones_like(y) for y in outputs]
+
+            def backward(outputs=outputs, wanted=wanted, grads=grads) -> Any:
+                return torch.autograd.grad(outputs, wanted, grads)
+
+            backward_s, _ = clock(device, backward)
+            if is_timed:
+                found[name][0].append(forward_s)
+                found[name][1].append(backward_s)
+    return {name: (statistics.median(f), statistics.median(b)) for name, (f, b) in found.items()}
+
+
+def time_site(
+    site: Site, device: torch.device, *, kernels: Kernels, compiled: bool, n: int,
+    apex: type[nn.Module] | None,
+) -> dict:  # fmt: skip
+    """A row: milliseconds of each variant, and what ours moves a second."""
+    inputs, half = (Inputs(site, dtype, device) for dtype in (torch.bfloat16, torch.float16))
+    variants = {
+        "ours": (lambda: inputs.ours(kernels), inputs.wanted(ours=True)),
+        "eager_bf16": (inputs.plain, inputs.wanted(ours=False)),
+        "eager_fp16": (half.plain, half.wanted(ours=False)),
+    }
+    if apex is not None:
+        variants["apex_fp16"] = (half.apex(apex), half.wanted(ours=False)[: 2 * len(half.leaves)])
+    if compiled:
+        torch._dynamo.reset()  # a graph for each site, whatever the sites before
+        variants["compiled_plain"] = (
+            torch.compile(inputs.plain, dynamic=False), inputs.wanted(ours=False),
+        )  # fmt: skip
+    times = time_turns(variants, device, n)
+    row: dict[str, Any] = {"kind": site.kind, "shape": list(site.shape)}
+    for name, (forward, backward) in times.items():
+        row[f"{name}_ms"] = [round(forward * 1e3, 4), round(backward * 1e3, 4)]
+    row["gb_per_s"] = [
+        round(m / t / 1e9, 1) for m, t in zip(site.moved(2), times["ours"], strict=True)
+    ]
+    return row
+
+
+def copy_bandwidth(device: torch.device, *, mib: int = 1024, n: int = 20) -> float:
+    """GB/s of a device-to-device copy, bytes read and written."""
+    source = torch.randint(0, 255, (mib << 20,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    times = [clock(device, lambda: target.copy_(source))[0] for _ in range(n + 3)][3:]
+    return 2 * source.numel() / statistics.median(times) / 1e9
+
+
+def time_loss(device: torch.device, *, kernels: Kernels, rows: int = 256, n: int = 50) -> dict:
+    """Microseconds of the loss's forward and backward at 2 x rows x 2048 in bf16."""
+    p, z = (torch.randn(2, rows, 2048, device=device).bfloat16() for _ in range(2))
+    leaf = p.requires_grad_()
+    variants = {
+        "ours": (lambda: [symmetric_neg_cosine(leaf, z, kernels=kernels)[0]], [leaf]),
+        "eager": (lambda: [symmetric_neg_cosine(leaf, z, kernels="plain")[0]], [leaf]),
+    }
+    times = time_turns(variants, device, n)
+    return {name: [round(f * 1e6, 2), round(b * 1e6, 2)] for name, (f, b) in times.items()}
+
+
+def measure(
+    sites: list[Site], device: torch.device, *, kernels: Kernels = "triton", compiled: bool = True,
+    n: int = 30, apex: type[nn.Module] | None = None,
+) -> dict:  # fmt: skip
+    """All sites, each shape once and counted, the sums over sites and the ratios of the goals."""
+    counts: dict[Site, int] = {}
+    for site in sites:
+        counts[site] = counts.get(site, 0) + 1
+    mib, loss_rows = (1024, 256) if device.type == "cuda" else (16, 4)
+    bandwidth = copy_bandwidth(device, mib=mib)
+    rows = []
+    for site, count in counts.items():
+        row = time_site(site, device, kernels=kernels, compiled=compiled, n=n, apex=apex)
+        row["count"] = count
+        row["share_of_copy"] = [round(g / bandwidth, 3) for g in row["gb_per_s"]]
+        rows.append(row)
+    names = [key for key in rows[0] if key.endswith("_ms")]
+    sums = {name: sum(row["count"] * sum(row[name]) for row in rows) for name in names}
+    ratios = {f"{name[:-3]}/ours": sums[name] / sums["ours_ms"] for name in names[1:]}
+    return {
+        "n": n, "copy_gb_per_s": bandwidth, "sites": rows, "sum_ms": sums, "ratios": ratios,
+        "loss_us": time_loss(device, kernels=kernels, rows=loss_rows, n=n),
+    }  # fmt: skip

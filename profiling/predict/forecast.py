@@ -1,0 +1,89 @@
+"""What a step needs and takes on GPUs that are not held: throughput.py --dry-run.
+
+Memory: 12 bytes a parameter (fp32 weight, gradient, momentum), 2 for the 16-bit copy, what is kept
+for the backward pass, and the largest map's gradients. Time: the roofline of
+profiling/predict/limit.py; the best published runs reach 60 to 70 % of theirs, so that range is
+given too. Communication is not in it. All of this is arithmetic, nothing measured.
+A newcomer's mistake: taking the roofline for a promise.
+"""
+
+import sys
+
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.decode import reserve
+from pipeline.loader import GPU_THREADS
+from predict.limit import GPU_GIB, GPUS, count, describe
+from train.config import Config
+from train.precision import DTYPES
+
+REACHED = (0.6, 0.7)
+IMAGENET_IMAGES = 1_281_167
+BYTES_A_PARAMETER = 14
+CHECKPOINT_BYTES_A_PARAMETER = 8  # fp32 weight and momentum
+
+
+def forecast(config: Config, *, gpu: str, gpus: int) -> dict:
+    """The table on stderr and its figures.
+
+    Raises: ValueError if the GPUs do not divide the batch, or it does not fit them or ImageNet.
+
+    Units: GiB a GPU, milliseconds a step, minutes an epoch of ImageNet-1k, MB a checkpoint.
+    """
+    if config.data.batch_size % gpus:
+        raise ValueError(
+            f"--gpus {gpus} does not divide --data.batch_size {config.data.batch_size}"
+        )
+    if config.data.batch_size > IMAGENET_IMAGES:
+        raise ValueError(
+            f"--data.batch_size {config.data.batch_size} on --gpus {gpus} is more than all "
+            f"{IMAGENET_IMAGES} images of ImageNet-1k: lower it"
+        )
+    rows = config.data.batch_size // gpus
+    counts = count(config.model, config.method, images=rows, size=config.augment.size)
+    itemsize = DTYPES[config.precision].itemsize
+    rate, bandwidth = GPUS[gpu]
+    limit = describe(counts, rate, bandwidth, itemsize=itemsize)
+    kept = counts.saved_bytes(itemsize)
+    largest = max(product.elements[1] for product in counts.products) * itemsize
+    fixed = BYTES_A_PARAMETER * counts.parameters
+    memory = fixed + kept + 3 * largest
+    least_s = limit["step_ms"] / 1e3
+    steps = IMAGENET_IMAGES // config.data.batch_size
+    found = {
+        "gpu": gpu,
+        "gpus": gpus,
+        "images_per_gpu": rows,
+        "memory_gib": round(memory / 2**30, 2),
+        "kept_for_backward_mb_per_image": round(kept / rows / 1e6, 2),
+        "roofline": limit,
+        "step_ms": [round(1e3 * least_s / share, 1) for share in reversed(REACHED)],
+        "epoch_minutes": [
+            float(f"{steps * least_s / share / 60:.3g}") for share in reversed(REACHED)
+        ],
+        "dali_reserve": reserve(config.dali, threads=config.dali.threads or GPU_THREADS),
+        "checkpoint_mb": round(CHECKPOINT_BYTES_A_PARAMETER * counts.parameters / 1e6, 1),
+        "parameters": counts.parameters,
+        "measured": False,
+    }
+    table = Table(title=f"predicted, nothing measured: {gpus} x {gpu}, {rows} images a GPU")
+    table.add_column("what")
+    table.add_column("figure", justify="right")
+    for name, figure in (
+        ("memory a GPU, DALI's left out", f"{found['memory_gib']} GiB"),
+        ("DALI's reserve", found["dali_reserve"]),
+        ("step by the roofline", f"{limit['step_ms']} ms"),
+        ("step at 60 to 70 % of it", " to ".join(map(str, found["step_ms"])) + " ms"),
+        ("epoch of ImageNet-1k", " to ".join(map(str, found["epoch_minutes"])) + " minutes"),
+        ("checkpoint", f"{found['checkpoint_mb']} MB"),
+    ):
+        table.add_row(name, figure)
+    Console(file=sys.stderr, width=None if sys.stderr.isatty() else 80).print(table)
+    if memory > GPU_GIB[gpu] * 2**30:
+        most = int((GPU_GIB[gpu] * 2**30 - fixed) * rows / (memory - fixed))
+        raise ValueError(
+            f"--gpu {gpu} has {GPU_GIB[gpu]} GiB, {rows} images need {found['memory_gib']}: lower "
+            f"--data.batch_size to {most * gpus} or less, or raise --gpus"
+        )
+    return found
