@@ -29,7 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from stand_ins.fake_h200 import triton_for_h200, with_fake_parameters
 from train.config import MethodConfig, ModelConfig
 from train.methods.simsiam import SimSiam
-from train.norm import BatchNorm
+from train.network.norm import BatchNorm
 
 BUCKET = 25 << 20  # bytes; DistributedDataParallel's default
 

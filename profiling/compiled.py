@@ -41,7 +41,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from stand_ins.fake_h200 import pretend_h200, trace, triton_for_h200
 from train.config import MethodConfig, ModelConfig
 from train.methods.simsiam import SimSiam
-from train.norm import set_views
+from train.network.norm import set_views
 
 
 class FusedStep(nn.Module):

@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from train.cli import parse_config
-from train.resnet import ResNet
+from train.network.resnet import ResNet
 
 ROOT = Path(__file__).parent.parent
 TESTS = [  # (arch, stem, width, pixels): the tests' networks, and one where the fault shows

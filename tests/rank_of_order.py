@@ -27,9 +27,11 @@ from torch._inductor.graph import GraphLowering
 
 from train.config import AugmentConfig, Config, DataConfig, MethodConfig, ModelConfig
 from train.distributed import own_buffers
-from train.method_config import MoCoConfig, SwAVConfig
-from train.methods import build_method, method
-from train.norm import BatchNorm
+from train.methods import method
+from train.methods.moco import MoCoConfig
+from train.methods.swav import SwAVConfig
+from train.network.norm import BatchNorm
+from train.state import build_method
 
 ROWS, SIZE = 4, 8
 METHODS = {

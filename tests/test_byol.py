@@ -10,7 +10,7 @@ from pipeline.augment import AugmentConfig
 from test_methods import METHODS, config_of, flat, in_double_precision, made, some_views
 from train.methods.byol import BYOL, momentum_at
 from train.methods.momentum import MomentumEncoder
-from train.norm import set_views
+from train.network.norm import set_views
 
 
 def distance(p: torch.Tensor, z: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from compare import compare
 from predict.limit import count
 from train.config import MethodConfig, ModelConfig
 from train.methods.simsiam import SimSiam
-from train.norm import set_views
+from train.network.norm import set_views
 
 ROOT = Path(__file__).parent.parent
 pytest.importorskip("triton")

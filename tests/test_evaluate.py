@@ -20,9 +20,9 @@ from pipeline.sources.digits import write_digits
 from train import checkpoint, evaluate, linear_probe, main
 from train.encoded import accuracy, load_encoder
 from train.evaluate_config import EvaluateConfig, ImagesConfig, read_flags, run_config
-from train.methods import build_method
 from train.pictures import confusions, draw_confusion
 from train.run_folder import newest_checkpoint
+from train.state import build_method
 
 TINY = [
     "--model.arch=resnet18", "--model.stem=cifar", "--model.width=8", "--model.projector_layers=2",

@@ -16,12 +16,12 @@ from torch import nn
 
 from train import checkpoint, export, import_checkpoint, state
 from train.config import Config, DataConfig, MethodConfig, ModelConfig
-from train.heads import LinearNorm
 from train.import_checkpoint import import_file, read_tensors
 from train.layouts import convert, linear_norm
 from train.methods.simsiam import SimSiam
 from train.methods.targets import MovingAverage
-from train.resnet import ResNet
+from train.network.heads import LinearNorm
+from train.network.resnet import ResNet
 
 
 def mlp(*widths: int, bias: bool = True, norm_at_end: bool = True) -> nn.Sequential:

@@ -12,7 +12,7 @@ from measure.step_times import repeated
 from measure.turns import Timing
 from train.config import MethodConfig, ModelConfig
 from train.methods.simsiam import SimSiam
-from train.norm import BatchNorm
+from train.network.norm import BatchNorm
 
 
 def test_the_sites_are_those_of_the_network():

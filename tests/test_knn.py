@@ -12,7 +12,7 @@ from train import embed, knn
 from train.config import Config, DataConfig, EvalConfig
 from train.data import EvalSet, RunData
 from train.distributed import World
-from train.resnet import ResNet
+from train.network.resnet import ResNet
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"), None)
 

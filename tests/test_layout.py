@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,8 +24,9 @@ SCRIPTS = [
 
 
 FLOORS = (
-    "kernels/gpu", "kernels", "pipeline/sources", "pipeline", "train", "profiling/stand_ins",
-    "profiling/measure", "profiling/predict", "profiling/suite", "profiling",
+    "kernels/gpu", "kernels", "pipeline/sources", "pipeline", "train/network", "train/methods",
+    "train", "profiling/stand_ins", "profiling/measure", "profiling/predict", "profiling/suite",
+    "profiling",
 )  # fmt: skip
 """A folder imports from itself and from those before it; kernels/ and pipeline/ not from each
 other."""
@@ -62,6 +64,12 @@ def test_a_folder_imports_only_from_folders_below_it(path):
         assert folder in below and not folder.startswith(apart), (own, folder)
 
 
+def test_no_file_of_train_asks_for_a_method_by_name():
+    for path in SOURCES:
+        if path.is_relative_to(ROOT / "train") and path.parent.name != "methods":
+            assert not re.search(r"method\.name\s*(==|!=|in\b)", path.read_text()), path
+
+
 def test_every_folder_says_what_lives_in_it():
     for folder in FLOORS:
         if folder != "profiling":
@@ -87,7 +95,9 @@ def test_imports_are_absolute_and_only_the_pipeline_knows_dali():
                 assert node.level == 0, path
                 module = node.module or ""
                 if module.startswith("nvidia.dali"):
-                    assert path.parent.name in ("pipeline", "tests", "profiling"), path
+                    assert path.relative_to(ROOT).parts[0] in ("pipeline", "tests", "profiling"), (
+                        path
+                    )
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

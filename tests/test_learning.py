@@ -13,7 +13,11 @@ from train.distributed import World
 from train.knn import nearest, vote
 from train.loop import train_step
 from train.main import build_state
-from train.method_config import BYOLConfig, MethodConfig, MoCoConfig, SimCLRConfig, SwAVConfig
+from train.methods import MethodConfig
+from train.methods.byol import BYOLConfig
+from train.methods.moco import MoCoConfig
+from train.methods.simclr import SimCLRConfig
+from train.methods.swav import SwAVConfig
 from train.session import Session
 
 CPU = torch.device("cpu")

@@ -23,11 +23,15 @@ from train.distributed import World
 from train.encoded import load_encoder
 from train.loop import train_step
 from train.main import build_state
-from train.method_config import BYOLConfig, MethodConfig, MoCoConfig, SimCLRConfig, SwAVConfig
-from train.methods import Method, build_method
-from train.norm import BatchNorm
+from train.methods import Method, MethodConfig
+from train.methods.byol import BYOLConfig
+from train.methods.moco import MoCoConfig
+from train.methods.simclr import SimCLRConfig
+from train.methods.swav import SwAVConfig
+from train.network.norm import BatchNorm
 from train.optim import build_optimizer
 from train.session import Session
+from train.state import build_method
 
 CPU = torch.device("cpu")
 ROWS, IMAGES, SIZE = 6, 12, 16
@@ -201,6 +205,12 @@ def train_to(session: Session, step: int) -> None:
         small = draw(num_small, 8) if num_small else None
         train_step(session, Batch(at, draw(2, SIZE), torch.arange(ROWS), small))
         session.state.step += 1
+
+
+def test_an_unknown_method_is_refused_with_the_nearest_name():
+    names = "simsiam, byol, simclr, swav, moco.*"
+    with pytest.raises(ValueError, match=f"--method.name mocco is none of {names}you meant moco$"):
+        MethodConfig(name="mocco")
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from test_methods import METHODS, ROWS, flat, made, some_views
 from train.methods.moco import info_nce
 from train.methods.recent import RecentImages
-from train.norm import BatchNorm, set_views
+from train.network.norm import BatchNorm, set_views
 
 
 def by_loop(q, k, negatives, temperature):

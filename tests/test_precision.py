@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from train import distributed, precision
+from train import distributed
 from train.distributed import take_device
-from train.precision import DTYPES, set_tf32
+from train.network import precision
+from train.network.precision import DTYPES, set_tf32
 
 ROOT = Path(__file__).parent.parent
 CUDA = torch.device("cuda")
@@ -49,7 +50,7 @@ def test_a_device_is_taken_with_torchs_default_switched_off(monkeypatch):
 def test_nvidias_image_does_not_make_fp32_products_tf32():
     done = subprocess.run(
         [sys.executable, "-c", "import torch\n"
-         "from train.precision import set_tf32\n"
+         "from train.network.precision import set_tf32\n"
          "before = torch.backends.cuda.matmul.allow_tf32\n"
          "set_tf32('fp32', torch.device('cuda'))\n"
          "print(before, torch.backends.cuda.matmul.allow_tf32)"],

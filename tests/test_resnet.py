@@ -5,8 +5,8 @@ import torch
 
 from train.config import MethodConfig, ModelConfig
 from train.methods.simsiam import SimSiam
-from train.norm import BatchNorm
-from train.resnet import ResNet
+from train.network.norm import BatchNorm
+from train.network.resnet import ResNet
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet34", "resnet50", "resnet101"])

@@ -7,8 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from test_methods import METHODS, flat, made, some_views
-from train.method_config import MethodConfig, SimCLRConfig
-from train.methods.simclr import nt_xent
+from train.methods import MethodConfig
+from train.methods.simclr import SimCLRConfig, nt_xent
 
 
 def by_loops(queries: torch.Tensor, keys: torch.Tensor, temperature: float) -> torch.Tensor:

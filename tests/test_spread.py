@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from train.heads import build_projector
+from train.network.heads import build_projector
 from train.spread import COLLAPSED, measure_spread, rankme
 
 

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from test_methods import METHODS, SWAV, config_of, flat, made, some_views
-from train.method_config import MethodConfig
+from train.methods import MethodConfig
 from train.methods.swav import sinkhorn, swapped
 
 

@@ -13,7 +13,7 @@ from torch.nn.modules._functions import SyncBatchNorm
 from kernels.batch_norm import batch_norm_act
 from train.config import MethodConfig, ModelConfig
 from train.methods.simsiam import SimSiam
-from train.resnet import LAYERS
+from train.network.resnet import LAYERS
 
 VIEWS, ROWS, CHANNELS = 2, 6, 5
 

@@ -34,8 +34,8 @@ from predict.forecast import forecast
 from predict.limit import GPUS, count, describe, most_times
 from train import distributed
 from train.config import Config, DataConfig, MethodConfig, ModelConfig
-from train.method_config import SwAVConfig
 from train.methods.simsiam import SimSiam
+from train.methods.swav import SwAVConfig
 
 ROOT = Path(__file__).parent.parent
 SMALL = {"arch": "resnet18", "stem": "cifar", "projector_dim": 64, "predictor_hidden": 16}

@@ -10,7 +10,7 @@ from torch import nn
 from kernels.batch_norm import batch_norm_act
 from train.config import MethodConfig, ModelConfig, OptimConfig
 from train.methods.simsiam import SimSiam
-from train.norm import BatchNorm, set_views
+from train.network.norm import BatchNorm, set_views
 from train.optim import build_optimizer, set_lr
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -6,20 +6,20 @@ use. optim.lr is for 256 images and is scaled with the *global* batch.
 """
 
 import math
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Literal
 
-from kernels.choose import Kernels
 from pipeline.augment import AugmentConfig
 from pipeline.decode import DecodeOptions
-from train.method_config import BYOLConfig, MethodConfig, MethodName, SwAVConfig, at_least
-from train.precision import Precision
+from train.methods import MethodConfig
+from train.network.model import ModelConfig
+from train.network.precision import Precision
+from train.network.values import at_least
 
 __all__ = [
     "Config", "DataConfig", "EvalConfig", "MethodConfig", "ModelConfig", "OptimConfig", "at_least",
 ]  # fmt: skip
 
-HeadNorm = Literal["none", "hidden", "default", "all"]
 MAX_EPOCHS = 1_000_000  # more is a slip; the steps of all are listed at the start
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -55,49 +55,6 @@ class DataConfig:
             raise ValueError(f"data.std must be positive, got {self.std}")
         if not all(map(math.isfinite, self.mean)):
             raise ValueError(f"data.mean takes three numbers, got {self.mean}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The encoder f (backbone and projection MLP) and the prediction MLP h, of every method."""
-
-    arch: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"
-    """The backbone, with torchvision's parameter names."""
-    stem: Literal["imagenet", "cifar"] = "imagenet"
-    """cifar: 3x3 convolution of stride 1 and no max-pool, for images of about 32 pixels."""
-    width: int = 64
-    """Channels of the stem; another value than 64 makes a network that no other tool has."""
-    zero_init_residual: bool = True
-    """The last batch norm of each block starts at weight 0 (as the official code)."""
-    projector_layers: int = 3
-    """3 for ImageNet, 2 for CIFAR (appendix D); SimCLR 3, the other methods 2."""
-    projector_hidden: int = 0
-    """Width of the projector's hidden layers; 0 takes the backbone's feature dimension."""
-    projector_dim: int = 2048
-    """Dimension d of z and p; 256 for BYOL, 128 for SimCLR, SwAV and MoCo."""
-    predictor_hidden: int = 512
-    """Width of the predictor's hidden layer; d / 4 in the paper, 4096 for BYOL."""
-    head_norm: HeadNorm = "default"
-    """Batch norm in SimSiam's heads (table 3): none, in hidden layers, also at the projector's
-    output (default), also at the predictor's (all)."""
-    kernels: Kernels = "auto"
-    """Batch norm, loss and normalisation: auto runs the Triton kernels on a CUDA device and
-    PyTorch's own operations elsewhere."""
-    recompute: bool = False
-    """Normalise again in the backward pass instead of keeping what convolutions read: activations
-    take a sixth less memory and 26 MB more an image are moved (ResNet-50). Triton kernels only."""
-
-    def __post_init__(self) -> None:
-        """Refuse impossible values."""
-        for name in ("width", "projector_dim", "predictor_hidden"):
-            at_least(f"model.{name}", getattr(self, name), 1)
-        at_least("model.projector_layers", self.projector_layers, 1, most=100)
-        at_least("model.projector_hidden", self.projector_hidden, 0)
-
-    def ends_in_norm(self, method: MethodName) -> bool:
-        """Whether the method's projector ends in batch norm."""
-        of_simsiam = method == "simsiam" and self.head_norm in ("default", "all")
-        return of_simsiam or method == "simclr"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,65 +161,22 @@ class Config:
         at_least("timeout_s", self.timeout_s, 5)
         for name in ("max_steps", "checkpoint_every"):
             at_least(name, getattr(self, name), 0)
-        if self.method.name != "simsiam" and self.model.head_norm != "default":
+        spec = self.method.spec
+        spec.check(self.model, self.augment, self.epochs)
+        if not self.optim.constant_predictor_lr and not spec.has_learning_predictor:
             raise ValueError(
-                f"--model.head_norm belongs to simsiam, --method.name is {self.method.name}: leave "
-                "it out"
+                "--optim.constant_predictor_lr false needs a predictor that learns, and "
+                f"{spec.title} has none with these flags: leave it true"
             )
-        if self.method.swav.small_views and self.method.swav.small_size == self.augment.size:
-            raise ValueError(
-                f"--method.swav.small_size {self.augment.size} is that of the other views "
-                "(--augment.size): take a smaller one"
-            )
-        self._refuse_what_has_no_effect()
         if not 0 <= self.seed < 1 << 64:
             raise ValueError(f"seed must be less than 2^64 and not negative, got {self.seed}")
         if self.epochs > MAX_EPOCHS:
             raise ValueError(f"epochs must be at most {MAX_EPOCHS}, got {self.epochs}")
 
-    def _refuse_what_has_no_effect(self) -> None:
-        """Of the flags that other groups' flags switch off."""
-        swav, byol = self.method.swav, self.method.byol
-        for name, owner in (
-            ("queue_from_epoch", "queue"),
-            ("small_size", "small_views"),
-            ("small_scale", "small_views"),
-        ):
-            if not getattr(swav, owner) and getattr(swav, name) != getattr(SwAVConfig, name):
-                raise ValueError(
-                    f"--method.swav.{name} has no effect with --method.swav.{owner} 0: leave it "
-                    f"out, or set --method.swav.{owner}"
-                )
-        if swav.queue and swav.queue_from_epoch >= self.epochs:
-            raise ValueError(
-                f"--method.swav.queue {swav.queue} would fill from epoch {swav.queue_from_epoch} "
-                f"of {self.epochs}: take a smaller --method.swav.queue_from_epoch, or no queue"
-            )
-        if byol.second_blur != BYOLConfig.second_blur and not self.augment.blur:
-            raise ValueError(
-                "--method.byol.second_blur is a share of --augment.blur, which is 0: leave it out, "
-                "or set --augment.blur"
-            )
-        if not self.optim.constant_predictor_lr and not self.method.has_learning_predictor:
-            raise ValueError(
-                "--optim.constant_predictor_lr false needs a predictor that learns, and "
-                f"{self.method.title} has none with these flags: leave it true"
-            )
-        if self.model.head_norm == "all" and self.method.predictor == "none":
-            raise ValueError(
-                "--model.head_norm all is default without a predictor (--method.predictor none): "
-                "leave it out"
-            )
-
     @property
     def views(self) -> list[AugmentConfig]:
         """How each view of an image is drawn."""
-        first, byol, swav = self.augment, self.method.byol, self.method.swav
-        if self.method.name == "byol":
-            blur = first.blur * byol.second_blur
-            return [first, replace(first, blur=blur, solarize=byol.second_solarize)]
-        small = replace(first, size=swav.small_size, scale=swav.small_scale)
-        return [first] * self.method.num_views + [small] * swav.small_views
+        return self.method.spec.views(self.augment)
 
     @property
     def lr(self) -> float:

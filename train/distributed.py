@@ -26,7 +26,7 @@ from pipeline.cores import usable_cores
 from train.agreement import agree, facts
 from train.config import Config
 from train.groups import open_groups
-from train.precision import Precision, set_tf32
+from train.network.precision import Precision, set_tf32
 from train.verdict import PATIENCE
 from train.watch import TELL_S, Watch, may_restart
 

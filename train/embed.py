@@ -18,8 +18,8 @@ from train.config import Config
 from train.data import EvalSet, RunData
 from train.distributed import World, gather
 from train.knn import knn_top1
-from train.precision import DTYPES, autocast
-from train.resnet import ResNet
+from train.network.precision import DTYPES, autocast
+from train.network.resnet import ResNet
 
 TELL_S = 15  # seconds between two lines about a long evaluation
 

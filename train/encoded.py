@@ -19,10 +19,9 @@ from train.distributed import World
 from train.embed import embed
 from train.evaluate_config import EvaluateConfig
 from train.knn import gather_rows, split_bank
-from train.methods import build_method
 from train.metrics import Log
-from train.resnet import ResNet
-from train.state import check_fits
+from train.network.resnet import ResNet
+from train.state import build_method, check_fits
 
 TOP = 5
 MANY_IMAGES = 2**40  # more than any queue of theirs holds

@@ -41,9 +41,9 @@ from train.finish import thumbnails
 from train.knn import nearest, ranked
 from train.linear_probe import LinearProbe, fit_batch, images_a_pass, train_probe
 from train.metrics import Log
+from train.network.resnet import ResNet
 from train.pictures import draw_confusion, draw_neighbours
 from train.report import print_evaluation
-from train.resnet import ResNet
 from train.run_folder import (
     SLOW_PRECISION,
     RunFolder,
@@ -219,7 +219,7 @@ def evaluate(job: Job, folder: RunFolder | None) -> dict:
     write(title, guesses)
     if linear is not None:  # hours for ImageNet: what is known by now is written and shown
         if folder is not None and linear.epochs_done < linear.config.epochs:
-            print_evaluation(result, job.config.method)
+            print_evaluation(result, job.config.method.spec)
         result["linear_probe"], guesses = as_in_paper(job, linear, backbone, test)
         title = f"linear probe, learning rate {linear.config.lrs[-1]}"
         write(title, guesses, CONFUSION_LINEAR)
@@ -267,7 +267,7 @@ def main() -> None:
             kept = json.dumps({**result, "evaluation": dataclasses.asdict(chosen)})
             with (out / "evaluations.jsonl").open("a") as file:
                 file.write(f"{kept}\n")
-            print_evaluation(result, config.method)
+            print_evaluation(result, config.method.spec)
             print_result(result, kept=out / "evaluation.json")
     except KeyboardInterrupt:
         refuse(STOPPED, code=130)

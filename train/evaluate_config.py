@@ -15,7 +15,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from train.cli import explain, flags, parse_config, refuse, with_brackets
 from train.config import Config, at_least
-from train.precision import Precision
+from train.network.precision import Precision
 from train.run_folder import CONFIG
 
 LISTS = ("--k", "--fast.lrs", "--linear.lrs")

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from pipeline.sources.folder import named_path
 from train.cli import first_line, refuse, told
-from train.resnet import LAYERS, ResNet
+from train.network.resnet import LAYERS, ResNet
 from train.run_folder import CONFIG, newest_checkpoint
 
 PREFIX = "backbone."
@@ -83,7 +83,7 @@ def check_exchangeable(config: dict, tool: str) -> None:
     if model["width"] != 64:
         raise ValueError(
             f"this run has --model.width {model['width']}: {tool} has {', '.join(LAYERS)} of width "
-            "64 only; train with --model.width 64, or read the checkpoint with train/resnet.py"
+            "64 only; train with --model.width 64, or load it with train/network/resnet.py"
         )
     if model["stem"] == "cifar" and tool != "torchvision":
         raise ValueError(

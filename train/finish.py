@@ -68,7 +68,7 @@ def write_end(session: Session, run: RunFolder, metrics: Metrics, result: dict) 
     ended, current = result["state"], session.state
     metrics.hyper_parameters(comparable(session.config), result)
     metrics.close()
-    threshold, method = session.collapse_threshold, session.config.method
+    threshold, method = session.collapse_threshold, session.config.method.spec
     draw_curves(metrics.path, run.path / "curves.png", threshold=threshold, method=method)
     run.write("result.json", result)
     run.status(ended, current.step)

@@ -12,8 +12,8 @@ from pipeline.runner import Batch
 from train import distributed
 from train.distributed import StopSignal
 from train.embed import EvaluationStopped, knn_accuracy
+from train.network.precision import DTYPES, autocast
 from train.optim import set_lr
-from train.precision import DTYPES, autocast
 from train.session import Session, save
 from train.stacks import ALLOWED_S
 from train.window import Window, bad_entries

@@ -31,7 +31,6 @@ from train.data import open_data
 from train.distributed import World, from_main
 from train.finish import finish
 from train.loop import train
-from train.methods import build_method
 from train.metrics import Log, Metrics
 from train.optim import GuardedStep, build_optimizer
 from train.run_folder import SLOW_PRECISION, RunFolder, environment, is_slow_precision
@@ -55,7 +54,7 @@ def build_state(
             "false with --model.kernels plain and on the CPU"
         )
     torch.manual_seed(config.seed)
-    model = build_method(config, images=images, device=world.device, tell=tell)
+    model = state.build_method(config, images=images, device=world.device, tell=tell)
     model = model.to(device=world.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload] - missing in torch's stub
     model.sync_over(world.sums)
     optimizer = build_optimizer(model, config.optim, lr=config.lr, device=world.device)

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from train.config import MethodConfig
+from train.methods import MethodSpec
 from train.metrics import read_metrics
 from train.spread import COLLAPSED
 
@@ -30,7 +30,7 @@ def collapse_threshold(batch_per_rank: int, *, ends_in_norm: bool = True) -> flo
     return min(0.5, max(0.1, 4 / batch_per_rank**0.5))
 
 
-def draw_curves(metrics: Path, picture: Path, *, threshold: float, method: MethodConfig) -> None:
+def draw_curves(metrics: Path, picture: Path, *, threshold: float, method: MethodSpec) -> None:
     """Loss, collapse meter and kNN over steps, one above the other."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -62,7 +62,7 @@ def stderr_console() -> Console:
     return Console(file=sys.stderr, width=None if sys.stderr.isatty() else 100)
 
 
-def print_table(result: dict, method: MethodConfig) -> None:
+def print_table(result: dict, method: MethodSpec) -> None:
     """The results for people, on stderr; the JSON line on stdout is for programs."""
     table = Table(title=f"{method.title} run")
     table.add_column("")
@@ -89,7 +89,7 @@ def print_table(result: dict, method: MethodConfig) -> None:
         console.print(advice, soft_wrap=True)
 
 
-def print_evaluation(result: dict, method: MethodConfig) -> None:
+def print_evaluation(result: dict, method: MethodSpec) -> None:
     """The results of train/evaluate.py for people, on stderr."""
     table = Table(title=f"Encoder after step {result['step']}")
     for name in ("", "top-1", "top-5"):
@@ -120,7 +120,7 @@ def print_evaluation(result: dict, method: MethodConfig) -> None:
     console.print(f"pictures and evaluation.json: {result['out']}", soft_wrap=True)
 
 
-def collapse_advice(z_std: float, *, threshold: float, method: MethodConfig) -> str:
+def collapse_advice(z_std: float, *, threshold: float, method: MethodSpec) -> str:
     """One line that says what happened and what to change."""
     cause = (
         f"expected with --{method.collapses_by} false; set it to true"

@@ -57,7 +57,7 @@ class Session:
     def collapse_threshold(self) -> float:
         """Below it the collapse meter warns."""
         config, rows = self.config, self.order.batch_size // self.world.size
-        return collapse_threshold(rows, ends_in_norm=config.model.ends_in_norm(config.method.name))
+        return collapse_threshold(rows, ends_in_norm=config.method.spec.ends_in_norm(config.model))
 
 
 def save(session: Session, *, is_last: bool = False) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 from train import checkpoint
 from train.config import Config, DataConfig, MethodConfig, flat
 from train.distributed import World
-from train.methods import Method
+from train.methods import Method, Scale
 from train.optim import GuardedStep
 
 # what may differ between two starts of one run: it changes neither the weights nor the batches
@@ -48,6 +48,18 @@ class TrainState:
     def names(self) -> dict[nn.Parameter, str]:
         """Parameter names, by which the optimizer's state is kept."""
         return {parameter: name for name, parameter in self.model.named_parameters()}
+
+
+def build_method(
+    config: Config,
+    *,
+    images: int,
+    device: torch.device,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Method:
+    """The method that the configuration names, as MethodSpec.build; parameters as Scale's."""
+    scale = Scale(images, config.data.batch_size, config.epochs, device, tell)
+    return config.method.spec.build(config.model, scale)
 
 
 def about(config: Config, fingerprint: str, world: World) -> dict:

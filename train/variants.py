@@ -245,7 +245,7 @@ def left_out(config: Config, images: int) -> str | None:
         return f"{batch} images are too few for the statistics of batch norm"
     if not steps_per_epoch:
         return f"there are {images} images"
-    if config.method.name == "moco" and config.method.moco.queue // 2 > images:
+    if config.method.spec.least_images > images:
         return f"there are {images} images, fewer than its queue holds"
     if config.method.target_steps > steps_per_epoch:
         return f"an epoch has {steps_per_epoch} steps"

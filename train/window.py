@@ -130,7 +130,7 @@ class Window:
         threshold = self.session.collapse_threshold
         self.low_std = self.low_std + 1 if z_std < threshold else 0
         if self.low_std == COLLAPSE_PATIENCE:
-            method = self.session.config.method
+            method = self.session.config.method.spec
             self.session.log.warn(collapse_advice(z_std, threshold=threshold, method=method))
 
     def count_bad(self) -> None:

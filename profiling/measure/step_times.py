@@ -48,11 +48,11 @@ def random_batch(config: Config, world: World) -> Batch:
         shape = views, rows, size, size, 3
         return torch.randint(0, 256, shape, dtype=torch.uint8, device=world.device)
 
-    small = config.method.swav.small_views
-    large = draw(config.method.num_views, config.augment.size)
-    return Batch(
-        0, large, torch.arange(rows), draw(small, config.method.swav.small_size) if small else None
-    )
+    spec = config.method.spec
+    large, small = draw(spec.num_views, config.augment.size), None
+    if spec.num_small_views:
+        small = draw(spec.num_small_views, config.views[-1].size)
+    return Batch(0, large, torch.arange(rows), small)
 
 
 def our_step(session: Session, batch: Batch) -> Callable[[], None]:

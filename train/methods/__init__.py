@@ -1,75 +1,76 @@
-"""The self-supervised methods, one file each; `build_method` makes the one of a configuration."""
+"""The self-supervised methods, one file each, and MethodConfig, the table of them.
 
-from collections.abc import Callable
+    python train/main.py --method.name byol --method.byol.momentum 0.99 ...
 
-import torch
+A method is a dataclass of flags, a MethodSpec (method.py), with its module in one file, and a line
+in MethodConfig. Imports train/network and, for the views, pipeline/.
+"""
 
-from train.config import Config
-from train.methods.byol import BYOL
-from train.methods.method import Method, check_memory
-from train.methods.moco import MoCo
-from train.methods.recent import check_queue
-from train.methods.simclr import SimCLR
-from train.methods.simsiam import SimSiam
-from train.methods.swav import SwAV
-from train.methods.targets import Alternation, MovingAverage
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
 
-__all__ = ["Method", "build_method"]
+from train.methods.byol import BYOLConfig
+from train.methods.method import Method, MethodSpec, Scale
+from train.methods.moco import MoCoConfig
+from train.methods.simclr import SimCLRConfig
+from train.methods.simsiam import SimSiamConfig
+from train.methods.swav import SwAVConfig
+from train.methods.targets import SimSiamSpec
+
+__all__ = ["Method", "MethodConfig", "MethodSpec", "Scale"]
 
 
-def build_method(
-    config: Config, *, images: int, device: torch.device,
-    tell: Callable[[str], None] = lambda line: None,
-) -> Method:  # fmt: skip
-    """The method that the configuration names, on the CPU, its weights drawn from torch's seed.
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig(SimSiamConfig):
+    """Which method trains the backbone, and its switches; SimSiam's are here.
 
-    images: how many there are to train on; device: where the module will be moved; tell: is told
-    what a queue or kept targets take, before they take it.
-    Raises: ValueError for settings that these images, or the memory left, do not allow.
+    Another method's switches stand in a group of its own name, with the values of its ImageNet
+    recipe; head widths are model.projector_* and model.predictor_hidden for every method.
     """
-    method, model, batch_size = config.method, config.model, config.data.batch_size
-    steps_per_epoch = images // batch_size
-    if method.name == "byol":
-        return BYOL(model, method.byol)
-    if method.name == "simclr":
-        return SimCLR(model, method.simclr)
-    memory = {
-        "batch_size": batch_size, "images": images, "dim": model.projector_dim, "device": device,
-    }  # fmt: skip
-    if method.name == "swav":
-        queue = method.swav.queue
-        if queue:
-            tell(check_queue(f"--method.swav.queue {queue}", queue, per_image=1, **memory))
-            steps = (config.epochs - method.swav.queue_from_epoch) * steps_per_epoch
-            if (steps - 1) * batch_size < queue:
-                tell(
-                    f"warning: --method.swav.queue {queue} is never full, and so never used, in "
-                    f"{config.epochs} epochs: it fills from --method.swav.queue_from_epoch "
-                    f"{method.swav.queue_from_epoch} on"
+
+    name: str = "simsiam"
+    """The method that trains the backbone: simsiam, or one of the groups below."""
+    byol: BYOLConfig = field(default_factory=BYOLConfig)
+    simclr: SimCLRConfig = field(default_factory=SimCLRConfig)
+    swav: SwAVConfig = field(default_factory=SwAVConfig)
+    moco: MoCoConfig = field(default_factory=MoCoConfig)
+
+    def __post_init__(self) -> None:
+        """Refuse an unknown method, and switches of one that is not named."""
+        super().__post_init__()
+        names = ["simsiam", *groups()]
+        if self.name not in names:
+            near = difflib.get_close_matches(self.name, names, n=1)
+            hint = f": perhaps you meant {near[0]}" if near else ""
+            raise ValueError(f"--method.name {self.name} is none of {', '.join(names)}{hint}")
+        for (owner, flag), is_set in self.switches().items():
+            if is_set and owner != self.name:
+                raise ValueError(
+                    f"--{flag} belongs to {owner}, --method.name is {self.name}: leave it out, or "
+                    f"take --method.name {owner}"
                 )
-        return SwAV(model, method.swav, batch_size=batch_size, steps_per_epoch=steps_per_epoch)
-    if method.name == "moco":
-        keys = method.moco.queue
-        tell(check_queue(f"--method.moco.queue {keys}", keys, per_image=2, **memory))
-        return MoCo(model, method.moco, batch_size=batch_size)
-    if method.target_steps > steps_per_epoch:
-        raise ValueError(
-            f"--method.target_steps {method.target_steps} exceeds the {steps_per_epoch} steps of "
-            "an epoch: take fewer; 0 takes an epoch's"
-        )
-    target_steps = method.target_steps or steps_per_epoch
-    if target_steps != 1:  # the loop makes no targets for a block of one: that is SimSiam
-        tell(check_memory(
-            f"keeping the targets of {target_steps} steps (--method.target_steps)",
-            "take fewer steps, or a smaller --model.projector_dim",
-            count=target_steps * 2 * batch_size, dim=model.projector_dim, device=device,
-        ))  # fmt: skip
-        return Alternation(model, method, target_steps=target_steps, batch_size=batch_size)
-    if method.moving_average:
-        tell(check_memory(
-            f"a moving average of each of {images} images (--method.moving_average)",
-            "take a smaller --model.projector_dim, or fewer images",
-            count=images, dim=model.projector_dim, device=device,
-        ))  # fmt: skip
-        return MovingAverage(model, method, images=images)
-    return SimSiam(model, method)
+
+    def switches(self) -> dict[tuple[str, str], bool]:
+        """Whose each switch is and its flag; whether it is away from its default."""
+        found = {}
+        for part in dataclasses.fields(self):
+            value = getattr(self, part.name)
+            if dataclasses.is_dataclass(value):
+                for inner in dataclasses.fields(value):
+                    flag = f"method.{part.name}.{inner.name}"
+                    found[part.name, flag] = getattr(value, inner.name) != inner.default
+            elif part.name != "name":
+                found["simsiam", f"method.{part.name}"] = value != part.default
+        return found
+
+    @property
+    def spec(self) -> MethodSpec:
+        """What the program asks of the method that is named."""
+        return SimSiamSpec(self) if self.name == "simsiam" else getattr(self, self.name)
+
+
+def groups() -> list[str]:
+    """Names of the methods whose switches are in a group: all but simsiam."""
+    return [one.name for one in dataclasses.fields(MethodConfig) if one.default_factory
+            is not dataclasses.MISSING]  # fmt: skip

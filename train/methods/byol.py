@@ -10,18 +10,71 @@ Source: Grill et al., NeurIPS 2020; deepmind-research byol/byol_experiment.py.
 """
 
 import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from kernels.choose import Kernels
 from kernels.cosine import symmetric_neg_cosine
-from train.config import ModelConfig
-from train.heads import build_projector
-from train.method_config import BYOLConfig
-from train.methods.method import Method
+from pipeline.augment import AugmentConfig
+from train.methods.method import Method, MethodSpec, Scale
 from train.methods.momentum import MomentumEncoder
-from train.norm import count_batches
+from train.network.heads import build_projector
+from train.network.model import ModelConfig
+from train.network.norm import count_batches
+from train.network.values import share
+
+
+@dataclass(frozen=True, kw_only=True)
+class BYOLConfig(MethodSpec):
+    """A momentum encoder as the target."""
+
+    title = "BYOL"
+    least_loss = 0.0
+
+    momentum: float = 0.99
+    """tau at the start; it rises to 1 by a cosine. The recipe: 0.97 for 40 epochs, 0.99 for 100 to
+    300, 0.996 for 1000."""
+    predictor: bool = True
+    """false: the projection itself is compared with the momentum encoder's."""
+    second_blur: float = 0.1
+    """Probability of blur in the second view, as a share of augment.blur (1.0 in the recipe)."""
+    second_solarize: float = 0.2
+    """Probability of solarize in the second view; augment.solarize is the first one's."""
+
+    def __post_init__(self) -> None:
+        """Refuse impossible values."""
+        for name in ("momentum", "second_blur", "second_solarize"):
+            share(f"method.byol.{name}", getattr(self, name))
+
+    @property
+    def collapses_by(self) -> str | None:  # type: ignore[override]
+        """The predictor's switch, where it is off."""
+        return None if self.predictor else "method.byol.predictor"
+
+    @property
+    def has_learning_predictor(self) -> bool:  # type: ignore[override]
+        """Whether there is one."""
+        return self.predictor
+
+    def views(self, augment: AugmentConfig) -> list[AugmentConfig]:
+        """The second view has less blur, and solarize."""
+        blur = augment.blur * self.second_blur
+        return [augment, replace(augment, blur=blur, solarize=self.second_solarize)]
+
+    def check(self, model: ModelConfig, augment: AugmentConfig, epochs: int) -> None:
+        """Refuse a share of a blur that is off."""
+        super().check(model, augment, epochs)
+        if self.second_blur != BYOLConfig.second_blur and not augment.blur:
+            raise ValueError(
+                "--method.byol.second_blur is a share of --augment.blur, which is 0: leave it out, "
+                "or set --augment.blur"
+            )
+
+    def build(self, model: ModelConfig, scale: Scale) -> "BYOL":
+        """As MethodSpec.build."""
+        return BYOL(model, self)
 
 
 class BYOL(Method):

@@ -1,23 +1,27 @@
-"""Method: what the training loop asks of a self-supervised method, and what several of them share.
+"""Method and MethodSpec: what the program asks of a self-supervised method; what several share.
 
 A method is one module: backbone (the encoder that is kept), heads, and in `forward` the loss of the
 views. What it carries from step to step (a momentum encoder, a queue, targets) are its buffers and
 parameters, so that checkpoints hold it without knowing it.
+A method's file also has the dataclass of its flags, a MethodSpec: it answers what the rest of the
+program would ask by name, and builds the module.
 A newcomer's mistake: a loss summed over ranks. It is the mean over this rank's images; DDP averages
 the gradients.
 """
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from train.config import ModelConfig
-from train.memory import memory_left
-from train.norm import set_kernels, set_sync_group, set_views
-from train.resnet import ResNet
+from pipeline.augment import AugmentConfig
+from train.methods.memory import memory_left
+from train.network.model import ModelConfig, build_backbone
+from train.network.norm import set_kernels, set_sync_group, set_views
 
 
 class Method(nn.Module):
@@ -71,14 +75,65 @@ class Method(nn.Module):
         raise NotImplementedError
 
 
-def build_backbone(model: ModelConfig) -> ResNet:
-    """The encoder without its heads, from the configuration."""
-    return ResNet(
-        model.arch,
-        stem=model.stem,
-        width=model.width,
-        zero_init_residual=model.zero_init_residual,
-    )
+@dataclass(frozen=True)
+class Scale:
+    """How large a run is, for what a method keeps of its images."""
+
+    images: int
+    """How many there are to train on."""
+    batch_size: int
+    """Images a step over all ranks."""
+    epochs: int
+    device: torch.device
+    """Where the module will be moved."""
+    tell: Callable[[str], None] = lambda line: None
+    """Is given a line for what takes memory, before it is taken."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches an epoch."""
+        return self.images // self.batch_size
+
+
+class MethodSpec:
+    """What the program asks of a method; subclasses are the dataclasses of the methods' flags."""
+
+    title: ClassVar[str]
+    """The method's name as its authors write it."""
+    num_views: int = 2
+    """Views of each image in full size that go through the network."""
+    num_small_views: int = 0
+    """Further ones, of a smaller size."""
+    least_loss: float | None = None
+    """The least value of the loss, which a collapsed run reaches; None where none is known."""
+    collapses_by: str | None = None
+    """The switch that is off and without which the method collapses, if there is one."""
+    has_learning_predictor: bool = False
+    """Whether the optimizer has a predictor to train."""
+    least_images: int = 0
+    """Fewer cannot fill its queue."""
+
+    def ends_in_norm(self, model: ModelConfig) -> bool:
+        """Whether the projector ends in batch norm."""
+        return False
+
+    def views(self, augment: AugmentConfig) -> list[AugmentConfig]:
+        """How each view of an image is drawn."""
+        return [augment] * self.num_views
+
+    def check(self, model: ModelConfig, augment: AugmentConfig, epochs: int) -> None:
+        """Refuse what the method cannot have of the other groups. Raises: ValueError."""
+        if model.head_norm != "default":
+            raise ValueError(
+                f"--model.head_norm belongs to simsiam, not to {self.title}: leave it out"
+            )
+
+    def build(self, model: ModelConfig, scale: Scale) -> Method:
+        """The module, on the CPU, its weights drawn from torch's seed.
+
+        Raises: ValueError for settings that these images, or the memory left, do not allow.
+        """
+        raise NotImplementedError
 
 
 def collapse_meter(z: Tensor) -> Tensor:

@@ -11,17 +11,52 @@ over all ranks, and a shuffled batch has the same.
 Source: Chen et al., arXiv:2003.04297; facebookresearch/moco moco/builder.py.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from train.config import ModelConfig
-from train.heads import build_projector
-from train.method_config import MoCoConfig
-from train.methods.method import Method, collapse_meter
+from train.methods.method import Method, MethodSpec, Scale, collapse_meter
 from train.methods.momentum import MomentumEncoder
-from train.methods.recent import RecentImages
-from train.norm import count_batches
+from train.methods.recent import RecentImages, check_queue
+from train.network.heads import build_projector
+from train.network.model import ModelConfig
+from train.network.norm import count_batches
+from train.network.values import at_least, positive, share
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoCoConfig(MethodSpec):
+    """A momentum encoder and a queue of its keys."""
+
+    title = "MoCo v2"
+
+    queue: int = 65536
+    """Keys that a query is told apart from; two of each image, over all ranks."""
+    momentum: float = 0.999
+    """The momentum encoder keeps this share of itself in each step."""
+    temperature: float = 0.2
+    """Cosines are divided by it."""
+
+    def __post_init__(self) -> None:
+        """Refuse impossible values."""
+        at_least("method.moco.queue", self.queue, 2)
+        if self.queue % 2:
+            raise ValueError(f"method.moco.queue holds pairs of keys: even, got {self.queue}")
+        share("method.moco.momentum", self.momentum)
+        positive("method.moco.temperature", self.temperature)
+
+    @property
+    def least_images(self) -> int:  # type: ignore[override]
+        """Two keys are of one image."""
+        return self.queue // 2
+
+    def build(self, model: ModelConfig, scale: Scale) -> "MoCo":
+        """As MethodSpec.build."""
+        flag = f"--method.moco.queue {self.queue}"
+        scale.tell(check_queue(flag, self.queue, scale, per_image=2, dim=model.projector_dim))
+        return MoCo(model, self, batch_size=scale.batch_size)
 
 
 class MoCo(Method):

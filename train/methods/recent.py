@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from train.methods.method import check_memory, finite_or_old, gather_rows
+from train.methods.method import Scale, check_memory, finite_or_old, gather_rows
 
 
 class RecentImages(nn.Module):
@@ -32,15 +32,13 @@ class RecentImages(nn.Module):
         self.rows.index_copy_(0, places, finite_or_old(fresh, self.rows[places]))
 
 
-def check_queue(
-    flag: str, length: int, *, per_image: int, batch_size: int, images: int, dim: int,
-    device: torch.device,
-) -> str:  # fmt: skip
+def check_queue(flag: str, length: int, scale: Scale, *, per_image: int, dim: int) -> str:
     """A line that states what a queue takes. Raises ValueError for one shorter than a step, longer
     than the data or the memory left.
 
-    flag: with its value, the length, of which an image takes per_image; images: how many there are.
+    flag: with its value, the length, of which an image takes per_image.
     """
+    batch_size, images = scale.batch_size, scale.images
     kept = length // per_image
     if kept < batch_size:
         raise ValueError(
@@ -52,4 +50,4 @@ def check_queue(
             f"{flag} holds the rows of {kept} images, there are {images}: take at most "
             f"{per_image * images}"
         )
-    return check_memory(flag, "take a shorter one", count=2 * kept, dim=dim, device=device)
+    return check_memory(flag, "take a shorter one", count=2 * kept, dim=dim, device=scale.device)

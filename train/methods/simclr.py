@@ -9,16 +9,49 @@ A newcomer's mistake: comparing losses of two batch sizes. More negatives mean a
 Source: Chen et al., ICML 2020; google-research/simclr tf2/objective.py, which sums both directions.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from train.config import ModelConfig
-from train.heads import build_predictor, build_projector
-from train.method_config import SimCLRConfig
-from train.methods.method import Method, collapse_meter, gather_with_gradient
-from train.norm import count_batches
+from train.methods.method import Method, MethodSpec, Scale, collapse_meter, gather_with_gradient
+from train.network.heads import build_predictor, build_projector
+from train.network.model import ModelConfig
+from train.network.norm import count_batches
+from train.network.values import positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimCLRConfig(MethodSpec):
+    """NT-Xent, and what SimSiam's section 6.2 adds to it."""
+
+    title = "SimCLR"
+
+    temperature: float = 0.1
+    """Cosines are divided by it; 0.5 for CIFAR."""
+    predictor: bool = False
+    """true: queries go through SimSiam's prediction MLP (model.predictor_hidden wide)."""
+    stop_gradient: bool = False
+    """true: what a query is compared with has no gradient."""
+
+    def __post_init__(self) -> None:
+        """Refuse impossible values."""
+        positive("method.simclr.temperature", self.temperature)
+
+    @property
+    def has_learning_predictor(self) -> bool:  # type: ignore[override]
+        """Whether there is one."""
+        return self.predictor
+
+    def ends_in_norm(self, model: ModelConfig) -> bool:
+        """It always does."""
+        return True
+
+    def build(self, model: ModelConfig, scale: Scale) -> "SimCLR":
+        """As MethodSpec.build."""
+        return SimCLR(model, self)
 
 
 class SimCLR(Method):

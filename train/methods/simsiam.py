@@ -1,10 +1,13 @@
 """SimSiam: one encoder, a predictor, a stop-gradient. Chen & He, CVPR 2021, algorithm 1.
 
 Both views go through the network as one batch of two slices, batch norm taking its statistics per
-slice: what the paper's two passes compute, in half the launches. The switches of MethodConfig take
-out what the paper takes out (sections 4.1 to 4.6). train/methods/targets.py has its EM reading.
+slice: what the paper's two passes compute, in half the launches. SimSiamConfig's switches take out
+what the paper takes out (sections 4.1 to 4.6). train/methods/targets.py has its EM reading.
 A newcomer's mistake: calling this once per view.
 """
+
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,16 +15,65 @@ from torch.nn import functional as F
 
 from kernels.choose import Kernels
 from kernels.cosine import symmetric_neg_cosine
-from train.config import MethodConfig, ModelConfig
-from train.heads import build_predictor, build_projector
 from train.methods.method import Method, collapse_meter
-from train.norm import count_batches
+from train.network.heads import build_predictor, build_projector
+from train.network.model import ModelConfig
+from train.network.norm import count_batches
+from train.network.values import at_least
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimSiamConfig:
+    """SimSiam's switches, at method.* themselves."""
+
+    stop_gradient: bool = True
+    """false is figure 2 of the paper: the representation collapses."""
+    predictor: Literal["mlp", "none", "fixed"] = "mlp"
+    """none collapses; fixed at its random start does not converge (table 1)."""
+    symmetry: Literal["symmetric", "asymmetric", "asymmetric_2x"] = "symmetric"
+    """asymmetric: one view alone is predicted; asymmetric_2x: so with two pairs of views (4.6)."""
+    similarity: Literal["cosine", "cross_entropy"] = "cosine"
+    """cross_entropy: -softmax(z) log softmax(p) over channels (section 4.5)."""
+    target_steps: int = 1
+    """Batches whose targets are computed before as many SGD steps on them (section 5.2); 0: an
+    epoch's; 1 is SimSiam."""
+    moving_average: float = 0.0
+    """Momentum of a target kept for each image (section 5.2: 0.8, with --method.predictor none);
+    0: none is kept."""
+
+    def __post_init__(self) -> None:
+        """Refuse impossible values and switches that exclude each other."""
+        at_least("method.target_steps", self.target_steps, 0)
+        if not 0 <= self.moving_average < 1:
+            raise ValueError(f"method.moving_average must lie in 0 .. 1, got {self.moving_average}")
+        kept = [
+            f"method.{name}"
+            for name, is_on in (
+                ("target_steps", self.target_steps != 1),
+                ("moving_average", self.moving_average > 0),
+            )
+            if is_on
+        ]
+        if len(kept) > 1:
+            raise ValueError(f"{' and '.join(kept)} exclude each other: use one of them")
+        if kept and not self.stop_gradient:
+            raise ValueError(
+                f"{kept[0]} keeps targets, which have no gradient: "
+                "leave --method.stop_gradient true"
+            )
+        if kept and self.symmetry != "symmetric":
+            raise ValueError(f"{kept[0]} goes with --method.symmetry symmetric only")
+
+    @property
+    def num_views(self) -> int:
+        """Views of each image that go through the network."""
+        return 4 if self.symmetry == "asymmetric_2x" else 2
 
 
 class SimSiam(Method):
     """backbone -> projector -> predictor, and the symmetric loss of the views."""
 
-    def __init__(self, model: ModelConfig, method: MethodConfig):
+    def __init__(self, model: ModelConfig, method: SimSiamConfig):
         super().__init__(model)
         features = self.backbone.num_features
         self.projector = build_projector(

@@ -11,17 +11,119 @@ A newcomer's mistake: a loss at log(prototypes). Nothing has been learned there.
 Source: Caron et al., NeurIPS 2020; recipes of facebookresearch/swav.
 """
 
+from dataclasses import dataclass, replace
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from train.config import ModelConfig
-from train.heads import build_projector
-from train.method_config import SwAVConfig
-from train.methods.method import Method, collapse_meter, own_rows, sum_over_ranks
-from train.methods.recent import RecentImages
-from train.norm import count_batches
+from pipeline.augment import AugmentConfig
+from train.methods.method import Method, MethodSpec, Scale, collapse_meter, own_rows, sum_over_ranks
+from train.methods.recent import RecentImages, check_queue
+from train.network.heads import build_projector
+from train.network.model import ModelConfig
+from train.network.norm import count_batches
+from train.network.values import at_least, positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwAVConfig(MethodSpec):
+    """Prototypes, Sinkhorn's iterations, and the optional queue and small views."""
+
+    title = "SwAV"
+
+    prototypes: int = 3000
+    """How many; ten times the classes of ImageNet, rounded."""
+    temperature: float = 0.1
+    """Of the predictions: cosines are divided by it."""
+    epsilon: float = 0.05
+    """Of the assignments: smaller is sharper."""
+    sinkhorn_iterations: int = 3
+    """Over prototypes and images in turn."""
+    frozen_epochs: float = 1.0
+    """Epochs in which the prototypes stand still: 313 steps of 4096 images, or 5005 of 256."""
+    queue: int = 0
+    """Earlier images whose embeddings are assigned too, over all ranks; the recipe: 3840 for a
+    batch of 256, none for 4096."""
+    queue_from_epoch: int = 15
+    """The queue fills from here on and is used once it is full."""
+    small_views: int = 0
+    """Small views of each image (multi-crop); 6 in the recipe, which counts on them."""
+    small_size: int = 96
+    """Side of a small view, pixels."""
+    small_scale: tuple[float, float] = (0.05, 0.14)
+    """Range of a small view's share of the image's area."""
+
+    def __post_init__(self) -> None:
+        """Refuse impossible values."""
+        for name in ("queue", "queue_from_epoch", "frozen_epochs"):
+            at_least(f"method.swav.{name}", getattr(self, name), 0)
+        at_least("method.swav.small_views", self.small_views, 0, most=100)
+        at_least("method.swav.sinkhorn_iterations", self.sinkhorn_iterations, 1, most=1000)
+        at_least("method.swav.small_size", self.small_size, 1)
+        at_least("method.swav.prototypes", self.prototypes, 2)
+        low, high = self.small_scale
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"method.swav.small_scale is a range of shares, got {low} {high}")
+        positive("method.swav.temperature", self.temperature)
+        if not 0.025 <= self.epsilon < float("inf"):
+            raise ValueError(
+                f"method.swav.epsilon must be at least 0.025, got {self.epsilon}: below it "
+                "exp(-2 / epsilon) is 0 in fp32 and an assignment may be 0 / 0"
+            )
+
+    @property
+    def num_small_views(self) -> int:  # type: ignore[override]
+        """As many as the flag says."""
+        return self.small_views
+
+    @property
+    def least_images(self) -> int:  # type: ignore[override]
+        """As many as the queue holds."""
+        return self.queue
+
+    def views(self, augment: AugmentConfig) -> list[AugmentConfig]:
+        """Two of full size, then the small ones."""
+        small = replace(augment, size=self.small_size, scale=self.small_scale)
+        return [augment] * self.num_views + [small] * self.small_views
+
+    def check(self, model: ModelConfig, augment: AugmentConfig, epochs: int) -> None:
+        """Refuse flags that others switch off, and sizes and epochs that do not go together."""
+        super().check(model, augment, epochs)
+        if self.small_views and self.small_size == augment.size:
+            raise ValueError(
+                f"--method.swav.small_size {augment.size} is that of the other views "
+                "(--augment.size): take a smaller one"
+            )
+        for name, owner in (
+            ("queue_from_epoch", "queue"),
+            ("small_size", "small_views"),
+            ("small_scale", "small_views"),
+        ):
+            if not getattr(self, owner) and getattr(self, name) != getattr(SwAVConfig, name):
+                raise ValueError(
+                    f"--method.swav.{name} has no effect with --method.swav.{owner} 0: leave it "
+                    f"out, or set --method.swav.{owner}"
+                )
+        if self.queue and self.queue_from_epoch >= epochs:
+            raise ValueError(
+                f"--method.swav.queue {self.queue} would fill from epoch {self.queue_from_epoch} "
+                f"of {epochs}: take a smaller --method.swav.queue_from_epoch, or no queue"
+            )
+
+    def build(self, model: ModelConfig, scale: Scale) -> "SwAV":
+        """As MethodSpec.build."""
+        if self.queue:
+            flag = f"--method.swav.queue {self.queue}"
+            scale.tell(check_queue(flag, self.queue, scale, per_image=1, dim=model.projector_dim))
+            steps = (scale.epochs - self.queue_from_epoch) * scale.steps_per_epoch
+            if (steps - 1) * scale.batch_size < self.queue:
+                scale.tell(
+                    f"warning: {flag} is never full, and so never used, in {scale.epochs} epochs: "
+                    f"it fills from --method.swav.queue_from_epoch {self.queue_from_epoch} on"
+                )
+        return SwAV(model, self, batch_size=scale.batch_size, steps_per_epoch=scale.steps_per_epoch)
 
 
 class SwAV(Method):

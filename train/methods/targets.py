@@ -12,10 +12,69 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from train.config import MethodConfig, ModelConfig
-from train.methods.method import collapse_meter, finite_or_old, gather_rows, own_rows
-from train.methods.simsiam import SimSiam
-from train.norm import untracked
+from pipeline.augment import AugmentConfig
+from train.methods.method import (
+    MethodSpec,
+    Scale,
+    check_memory,
+    collapse_meter,
+    finite_or_old,
+    gather_rows,
+    own_rows,
+)
+from train.methods.simsiam import SimSiam, SimSiamConfig
+from train.network.model import ModelConfig
+from train.network.norm import untracked
+
+
+class SimSiamSpec(MethodSpec):
+    """What the program asks of SimSiam with these switches."""
+
+    title = "SimSiam"
+
+    def __init__(self, switches: SimSiamConfig):
+        self.switches = switches
+        self.num_views = switches.num_views
+        self.least_loss = -1.0 if switches.similarity == "cosine" else None
+        self.collapses_by = None if switches.stop_gradient else "method.stop_gradient"
+        self.has_learning_predictor = switches.predictor == "mlp"
+
+    def ends_in_norm(self, model: ModelConfig) -> bool:
+        """By --model.head_norm."""
+        return model.head_norm in ("default", "all")
+
+    def check(self, model: ModelConfig, augment: AugmentConfig, epochs: int) -> None:
+        """Refuse a norm of a predictor that is not there."""
+        if model.head_norm == "all" and self.switches.predictor == "none":
+            raise ValueError(
+                "--model.head_norm all is default without a predictor (--method.predictor none): "
+                "leave it out"
+            )
+
+    def build(self, model: ModelConfig, scale: Scale) -> SimSiam:
+        """As MethodSpec.build: SimSiam, or one of the two that read it as EM."""
+        switches, dim = self.switches, model.projector_dim
+        if switches.target_steps > scale.steps_per_epoch:
+            raise ValueError(
+                f"--method.target_steps {switches.target_steps} exceeds the "
+                f"{scale.steps_per_epoch} steps of an epoch: take fewer; 0 takes an epoch's"
+            )
+        steps = switches.target_steps or scale.steps_per_epoch
+        if steps != 1:  # the loop makes no targets for a block of one: that is SimSiam
+            scale.tell(check_memory(
+                f"keeping the targets of {steps} steps (--method.target_steps)",
+                "take fewer steps, or a smaller --model.projector_dim",
+                count=steps * 2 * scale.batch_size, dim=dim, device=scale.device,
+            ))  # fmt: skip
+            return Alternation(model, switches, target_steps=steps, batch_size=scale.batch_size)
+        if switches.moving_average:
+            scale.tell(check_memory(
+                f"a moving average of each of {scale.images} images (--method.moving_average)",
+                "take a smaller --model.projector_dim, or fewer images",
+                count=scale.images, dim=dim, device=scale.device,
+            ))  # fmt: skip
+            return MovingAverage(model, switches, images=scale.images)
+        return SimSiam(model, switches)
 
 
 class Alternation(SimSiam):
@@ -26,7 +85,7 @@ class Alternation(SimSiam):
     """
 
     def __init__(
-        self, model: ModelConfig, method: MethodConfig, *, target_steps: int, batch_size: int
+        self, model: ModelConfig, method: SimSiamConfig, *, target_steps: int, batch_size: int
     ):
         super().__init__(model, method)
         self.target_steps = target_steps
@@ -68,7 +127,7 @@ class MovingAverage(SimSiam):
     updated; the row kept is updated with the mean of the two.
     """
 
-    def __init__(self, model: ModelConfig, method: MethodConfig, *, images: int):
+    def __init__(self, model: ModelConfig, method: SimSiamConfig, *, images: int):
         super().__init__(model, method)
         self.memory = nn.Buffer(torch.zeros(images, model.projector_dim))
 

@@ -9,8 +9,8 @@ frozen and cancelled by the batch norm that follows; here it does not exist.
 
 from torch import Tensor, nn
 
-from train.config import HeadNorm
-from train.norm import BatchNorm
+from train.network.model import HeadNorm
+from train.network.norm import BatchNorm
 
 
 class LinearNorm(nn.Module):

@@ -1,8 +1,8 @@
 """ResNet-18/34/50/101: the backbone, with torchvision's parameter names.
 
 Takes normalised channels-last views, gives pooled features. A newcomer's mistake: looking for bn +
-relu + add as separate modules. They are one call (train/norm.py), so there is no relu module; the
-names of all parameters and buffers still are torchvision's, and a test loads both ways.
+relu + add as separate modules. They are one call (norm.py), so there is no relu module; the names
+of all parameters and buffers still are torchvision's, and a test loads both ways.
 
 Source: He et al., CVPR 2016; stride on the 3x3 convolution as torchvision ("v1.5").
 CIFAR stem: SimSiam appendix D (3x3 convolution, stride 1, no max-pool).
@@ -13,7 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from train.norm import BatchNorm
+from train.network.norm import BatchNorm
 
 Forked = tuple[Tensor, Tensor]  # one tensor for the main branch and the shortcut (block_end)
 
