@@ -5,12 +5,21 @@ import pickle
 import shutil
 import socket
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pipeline.sources.folder import EXTENSIONS, ImageFolder, list_images, split_root
+from pipeline.sources import folder
+from pipeline.sources.folder import (
+    EXTENSIONS,
+    ImageFolder,
+    attempt_all,
+    list_images,
+    split_root,
+)
 from pipeline.sources.header import BadImage
 
 KNOWN = ".jpg .jpeg .png .webp .bmp .tif .tiff"
@@ -332,3 +341,20 @@ def test_split_root_takes_a_linked_folder_and_no_file(tmp_path):
     assert split_root(str(tmp_path)) == (str(tmp_path), None)
     shutil.copytree(tmp_path / "elsewhere", tmp_path / "test")
     assert split_root(str(tmp_path)) == (str(tmp_path / "train"), str(tmp_path / "test"))
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_other_threads_read_only_where_reading_waits(waits, monkeypatch):
+    names = []
+    if not waits:  # that other programs have the cores is waiting too
+        monkeypatch.setattr(folder, "MOST_WAIT_S", 60.0)
+
+    def read(index: int) -> int:
+        names.append(threading.current_thread().name)
+        time.sleep(0.002 * waits)  # as network storage does
+        return index
+
+    with ThreadPoolExecutor(4, thread_name_prefix="reader") as pool:
+        assert attempt_all(read, range(64), pool) == list(range(64))
+    here = names.count(threading.current_thread().name)
+    assert here == (folder.PROBED if waits else 64)

@@ -17,6 +17,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -29,11 +30,11 @@ from nvidia.dali.pipeline import Pipeline
 from measure.harness import with_batch
 from measure.loader_times import endless_order
 from pipeline.augment import draws_in_graph
-from pipeline.graph import NDIM, draw_input, encoded_input
+from pipeline.graph import draw_input, encoded_input
 from pipeline.reading_process import reading_process
-from pipeline.runner import DaliLoader
+from pipeline.runner import Batch, DaliLoader
 from pipeline.sources.reader import ImageReader
-from pipeline.work import ViewPlan
+from pipeline.work import ViewPlan, Work
 from train.config import Config
 from train.distributed import World
 
@@ -86,7 +87,7 @@ def _opener(
         # a reader for each: the sizes that one keeps are not the next one's
         own = ImageReader(reader.source, reader.max_pixels)
         prepared = partial(plan.prepare, own)
-        return DaliLoader(
+        return _Undecoded(
             range(steps),
             preparing=lambda: reading_process(own, plan) if in_process else nullcontext(prepared),
             build=lambda prefetch: feeding_pipeline(config, rows=rows, prefetch=prefetch),
@@ -96,19 +97,24 @@ def _opener(
     return rows, opened
 
 
+class _Undecoded(DaliLoader):
+    """Takes the lengths for the images."""
+
+    def _to_torch(self, work: Work, outputs: tuple, pool: ThreadPoolExecutor) -> Batch:
+        return super()._to_torch(work, outputs[:1], pool)
+
+
 def feeding_pipeline(config: Config, *, rows: int, prefetch: int) -> Pipeline:
-    """The inputs of the training graph on a GPU, all used, by as few operators as will do."""
+    """The lengths of the images, and the training graph's other inputs on a GPU as they are."""
 
     @pipeline_def(batch_size=rows, num_threads=1, device_id=None, prefetch_queue_depth=prefetch)
     def graph():
-        parts: dict[int, list] = {0: [], 1: [], 2: []}
-        for number, view in enumerate(config.views):
-            for name in draws_in_graph(view, colors=True):
-                parts[NDIM[name]].append(draw_input(name, number))
-        lengths = fn.cast(encoded_input().shape(), dtype=types.FLOAT)
-        numbers = [fn.stack(*parts[0])] if parts[0] else []
-        matrices = fn.reshape(fn.cat(*parts[2]), shape=[-1])
-        return fn.cast(fn.cat(lengths, *numbers, *parts[1], matrices), dtype=types.UINT8)
+        draws = [
+            draw_input(name, number)
+            for number, view in enumerate(config.views)
+            for name in draws_in_graph(view, colors=True)
+        ]
+        return fn.cast(encoded_input().shape(), dtype=types.UINT8), *draws
 
     pipeline = graph()
     pipeline.build()
