@@ -1,5 +1,6 @@
 """Fixtures, and the switch that runs Triton kernels in its interpreter where there is no GPU."""
 
+import faulthandler
 import io
 import os
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from _pytest.faulthandler import fault_handler_stderr_fd_key
 
 if torch.cuda.is_available():  # no digit may hang on what cuDNN and cuBLAS choose
     os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # read when they are loaded
@@ -31,6 +33,18 @@ from stand_ins.cluster import Cluster, why_not
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that take a process for minutes come first: last, they would run alone."""
     items.sort(key=lambda item: item.path.stem not in ("test_compiled_step", "test_train"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """End the process where the test takes too long; pytest alone prints the stacks.
+
+    pytest 9 has a setting for it, which an older one, as in NVIDIA's image, refuses.
+    """
+    faulthandler.dump_traceback_later(
+        float(item.config.getini("faulthandler_timeout")), exit=True,
+        file=item.config.stash[fault_handler_stderr_fd_key],
+    )  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,7 @@
 """The time that a test may take: what happens to the processes that it started when it is over.
 
-pytest itself ends a test's process at faulthandler_timeout (pyproject.toml) and prints the stacks
-of its threads, also where one of them spins in a C++ library. Some seconds before, the processes
+conftest.py ends a test's process at faulthandler_timeout (pyproject.toml) and prints the stacks of
+its threads, also where one of them spins in a C++ library. Some seconds before, the processes
 that the test started are ended by SIGABRT, on which Python prints their stacks
 (PYTHONFAULTHANDLER=1, set in conftest.py): the test then fails with their output.
 """

@@ -53,7 +53,9 @@ def test_what_the_loader_takes_of_the_host_is_measured_both_ways(tmp_path, monke
     assert set(found) == {"process", "thread"}
     for one in found.values():
         assert one["images_per_cpu_s"] == one["images_per_cpu_s_median"] > 0  # of one repetition
-        assert one["launches_slowed_times"] > 0
+        paced, full = one["launches"]
+        assert paced["slowed_times"] > 0 and full["slowed_times"] > 0
+        assert paced["images_per_s_beside"] < full["images_per_s_beside"]
 
 
 @pytest.mark.parametrize("blur", [0.5, 0.0])

@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
@@ -76,8 +77,12 @@ class ImageFolder:
         """
         return self._read(index, new_bytes)[0]
 
+    @cached_property
+    def _prefix(self) -> bytes:
+        return os.path.join(os.fsencode(self.root), b"")
+
     def _read(self, index: int, allocate: Allocate) -> Stamped:
-        path = os.path.join(os.fsencode(self.root), self.paths[index])
+        path = self._prefix + self.paths[index]
         try:
             # O_NONBLOCK: a FIFO under an image's name would wait for its writer for ever.
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)

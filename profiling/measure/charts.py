@@ -33,10 +33,14 @@ def print_tables(found: dict) -> None:
         facts.add_row(f"loader, {stage}", f"{one['ms_per_image']} ms an image")
     for way, one in found.get("host", {}).items():
         if isinstance(one, dict):
-            rate, slowed = one["images_per_cpu_s"], one["launches_slowed_times"]
+            slowed = (
+                f"{each['slowed_times']} times at {each['images_per_s_beside']} images/s"
+                for each in one["launches"]
+            )
             facts.add_row(
                 f"loader without decoding, {way}",
-                f"{rate} images a second of CPU time; launches slowed {slowed} times",
+                f"{one['images_per_cpu_s']} images a second of CPU time; launches slowed "
+                f"{', '.join(slowed)}",
             )
     if "end_to_end" in found:
         facts.add_row("data wait", f"{found['end_to_end']['data_wait_pct']} %")

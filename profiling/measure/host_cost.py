@@ -16,6 +16,7 @@ import resource
 import statistics
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -42,6 +43,7 @@ ROWS = 256  # images a batch: a GPU's
 SHORT, LONG = 8, 72  # steps; after the short one's every header of few images is known
 WINDOW_S, SETTLE_S = 0.5, 0.1  # of launches; until a loader that nobody asks has filled its queues
 TENSOR = 64  # elements of the tensor of a small operation
+RATE = 4000  # images/s of a step that is as fast as the mark for an H200; inf: as fast as it can
 
 
 def measure_host(reader: ImageReader, config: Config, world: World, *, n: int) -> dict:
@@ -51,23 +53,29 @@ def measure_host(reader: ImageReader, config: Config, world: World, *, n: int) -
     caches, memory and cores are shared. The median is given too; the rest are medians.
     """
     cpu_s: dict[str, list[float]] = {"process": [], "thread": []}
-    slowed: dict[str, list[float]] = {"process": [], "thread": []}
-    beside: dict[str, list[float]] = {"process": [], "thread": []}
+    slowed: dict[tuple[str, float], list[float]] = defaultdict(list)
+    beside: dict[tuple[str, float], list[float]] = defaultdict(list)
     rows = ROWS
     for _ in range(n):
         for way in cpu_s:
             rows, open_loader = _opener(reader, config, world, in_process=way == "process")
             long, short = (_cpu_seconds(open_loader, steps) for steps in (LONG, SHORT))
             cpu_s[way].append((long - short) / (LONG - SHORT) / rows)
-            ratio, batches_per_s = _slowed(open_loader)
-            slowed[way].append(ratio)
-            beside[way].append(batches_per_s * rows)
+            for rate in (RATE, float("inf")):
+                ratio, batches_per_s = _slowed(open_loader, rows / rate)
+                slowed[way, rate].append(ratio)
+                beside[way, rate].append(batches_per_s * rows)
     return {
         way: {
             "images_per_cpu_s": round(1 / min(cpu_s[way])),
             "images_per_cpu_s_median": round(1 / statistics.median(cpu_s[way])),
-            "launches_slowed_times": round(statistics.median(slowed[way]), 3),
-            "images_per_s_beside_launches": round(statistics.median(beside[way])),
+            "launches": [
+                {
+                    "images_per_s_beside": round(statistics.median(beside[way, rate])),
+                    "slowed_times": round(statistics.median(slowed[way, rate]), 3),
+                }
+                for rate in (RATE, float("inf"))
+            ],
             "n": n,
         }
         for way in cpu_s
@@ -134,12 +142,12 @@ def _spent() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-def _slowed(open_loader: Callable[[int], DaliLoader]) -> tuple[float, float]:
-    """Launches alone by those beside the loader at full speed, and the loader's batches a second.
+def _slowed(open_loader: Callable[[int], DaliLoader], pause_s: float) -> tuple[float, float]:
+    """Launches alone by those beside the loader, and the loader's batches a second.
 
     Alone before and after: a drift of the clock is in neither.
     """
-    with _running(open_loader(1 << 30)) as (go, count):
+    with _running(open_loader(1 << 30), pause_s) as (go, count):
         alone = [_launches_per_s()]
         go.set()
         begin, first = time.perf_counter(), count()
@@ -152,8 +160,10 @@ def _slowed(open_loader: Callable[[int], DaliLoader]) -> tuple[float, float]:
 
 
 @contextmanager
-def _running(loader: DaliLoader) -> Iterator[tuple[threading.Event, Callable[[], int]]]:
-    """The loader in a thread of its own, which takes batches while the event is set."""
+def _running(
+    loader: DaliLoader, pause_s: float
+) -> Iterator[tuple[threading.Event, Callable[[], int]]]:
+    """The loader in a thread of its own, which takes a batch each pause_s while `go` is set."""
     go, stop, taken = threading.Event(), threading.Event(), []
 
     def take() -> None:
@@ -164,8 +174,10 @@ def _running(loader: DaliLoader) -> Iterator[tuple[threading.Event, Callable[[],
         ready.set()
         while not stop.is_set():
             if go.wait(0.1):
+                due = time.perf_counter() + pause_s
                 next(batches)
                 taken.append(len(taken))
+                stop.wait(max(0.0, due - time.perf_counter()))
         batches.close()  # type: ignore[attr-defined] - a generator
 
     ready = threading.Event()
