@@ -30,6 +30,7 @@ METHODS = {
     "simclr": (MethodConfig(name="simclr", simclr=SimCLRConfig(temperature=0.5)), 128),
     "swav": (MethodConfig(name="swav", swav=SwAVConfig(prototypes=50, epsilon=0.025)), 32),
     "moco": (MethodConfig(name="moco", moco=MoCoConfig(queue=1024, temperature=0.07)), 128),
+    "vicreg": (MethodConfig(name="vicreg"), 128),
 }
 
 

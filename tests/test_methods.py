@@ -50,6 +50,7 @@ METHODS = {
     "simclr": MethodConfig(name="simclr", simclr=SimCLRConfig(temperature=0.5)),
     "swav": MethodConfig(name="swav", swav=SWAV),
     "moco": MethodConfig(name="moco", moco=MoCoConfig(queue=24)),
+    "vicreg": MethodConfig(name="vicreg"),
 }
 
 
@@ -208,7 +209,7 @@ def train_to(session: Session, step: int) -> None:
 
 
 def test_an_unknown_method_is_refused_with_the_nearest_name():
-    names = "simsiam, byol, simclr, swav, moco.*"
+    names = "simsiam, byol, simclr, swav, moco, .*"
     with pytest.raises(ValueError, match=f"--method.name mocco is none of {names}you meant moco$"):
         MethodConfig(name="mocco")
 

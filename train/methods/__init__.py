@@ -17,6 +17,7 @@ from train.methods.simclr import SimCLRConfig
 from train.methods.simsiam import SimSiamConfig
 from train.methods.swav import SwAVConfig
 from train.methods.targets import SimSiamSpec
+from train.methods.vicreg import VICRegConfig
 
 __all__ = ["Method", "MethodConfig", "MethodSpec", "Scale"]
 
@@ -35,6 +36,7 @@ class MethodConfig(SimSiamConfig):
     simclr: SimCLRConfig = field(default_factory=SimCLRConfig)
     swav: SwAVConfig = field(default_factory=SwAVConfig)
     moco: MoCoConfig = field(default_factory=MoCoConfig)
+    vicreg: VICRegConfig = field(default_factory=VICRegConfig)
 
     def __post_init__(self) -> None:
         """Refuse an unknown method, and switches of one that is not named."""
