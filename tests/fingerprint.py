@@ -22,6 +22,7 @@ VARIANTS = {
     "simclr": ["--method.name=simclr"],
     "swav": ["--method.name=swav", "--method.swav.queue=128", "--method.swav.queue_from_epoch=0"],
     "moco": ["--method.name=moco", "--method.moco.queue=256"],
+    "vicreg": ["--method.name=vicreg"],
     "lars": ["--optim.name=lars"],
 }
 

@@ -46,6 +46,21 @@ def test_help_calls_the_root_required_only_where_there_is_no_default():
     assert "(required" not in build_parser("x.py", "X.", root="digits").format_help()
 
 
+def test_a_methods_switches_are_flags_of_a_group_of_its_name(capsys, tmp_path):
+    assert "--method.byol.momentum MOMENTUM" in build_parser().format_help()
+    line = refusal(capsys, "--data.root=x", "--method.name=byol", "--method.byol.momentum=x")
+    assert "--method.byol.momentum: expected a number, got x" in line
+    line = refusal(capsys, "--data.root=x", "--method.name=byol", "--method.byol.momentm=0.9")
+    assert "--method.byol.momentm is unknown: perhaps you meant --method.byol.momentum" in line
+    (tmp_path / "byol.yaml").write_text("momentum: 0.9\n")
+    file = f"--method.byol={tmp_path}/byol.yaml"
+    config = read_config(["--data.root=x", "--method.name=byol", file])
+    assert config.method.byol.momentum == 0.9
+    with pytest.raises(SystemExit):
+        read_config(["--data.root=x", "--method.name=byol", "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out)["method"]["byol"]["momentum"] == 0.99
+
+
 def test_a_typo_in_a_yaml_key_names_the_nearest_one(capsys, tmp_path):
     file = tmp_path / "a.yaml"
     file.write_text("data:\n  root: x\n  batch_sise: 4\n")

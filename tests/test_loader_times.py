@@ -44,7 +44,13 @@ def test_on_a_gpu_at_least_100_batches_are_timed(tmp_path, monkeypatch):
 
 
 def test_what_the_loader_takes_of_the_host_is_measured_both_ways(tmp_path, monkeypatch):
-    for name, value in {"SHORT": 2, "LONG": 400, "WINDOW_S": 0.05, "SETTLE_S": 0.0}.items():
+    for name, value in {
+        "SHORT": 2,
+        "LONG": 400,
+        "WINDOW_S": 0.05,
+        "SETTLE_S": 0.0,
+        "RATE": 100,
+    }.items():
         monkeypatch.setattr(host_cost, name, value)
     reader = ImageReader(list_images(str(write_photos(tmp_path, count=24))))
     with distributed.start("cpu") as world:

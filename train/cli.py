@@ -19,6 +19,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from train.config import Config
 from train.distributed import start
+from train.methods import MethodSpec
 from train.watch import end_torchrun
 
 USAGE_ERROR = 2
@@ -61,7 +62,11 @@ def build_parser(
 
     root: --data.root where it is not given; None: it must be.
     """
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    set_parsing_settings(
+        docstring_parse_attribute_docstrings=True,
+        # the methods' groups have a base in common: each is that dataclass, not any subclass
+        subclasses_disabled=[lambda kind: issubclass(kind, MethodSpec)],
+    )
     needed = "--data.root DIR " if root is None else ""
     parser = ArgumentParser(
         prog=program,

@@ -30,8 +30,7 @@ from pipeline.sources.header import BadImage
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 IMAGE_EXTENSIONS = frozenset(extension.encode() for extension in EXTENSIONS)
 READERS = 8  # threads that read files: hides the latency of network storage
-PROBED = 8  # images read between two looks at the clock
-MOST_WAIT_S = 1e-4  # an image: less is the price of the threads
+MOST_WAIT_S = 1e-4  # an image, of the first 8 all together: less is the price of the threads
 T = TypeVar("T")
 Allocate = Callable[[int], np.ndarray]
 """Gives (num_bytes,) uint8 to read into; called from several threads."""
@@ -135,11 +134,11 @@ def attempt_all(
         return found
 
     done: list[T | BadImage] = []
-    while len(done) < len(indices):
-        begin, worked = time.perf_counter(), time.thread_time()
-        done += read_part(indices[len(done) : len(done) + PROBED])
+    begin, worked = time.perf_counter(), time.thread_time()
+    for index in indices:
+        done += read_part([index])
         waited = time.perf_counter() - begin - (time.thread_time() - worked)
-        if waited > MOST_WAIT_S * PROBED:
+        if waited > MOST_WAIT_S * max(8, len(done)):
             break
     left = indices[len(done) :]
     per_thread = max(1, -(-len(left) // READERS))

@@ -1,4 +1,4 @@
 """What measures: loader, step, kernels, their peers; its flags, clock, tables and result files.
 
-Imports stand_ins/ of profiling/, and train/, kernels/ and pipeline/.
+Imports nothing else of profiling/; train/, kernels/ and pipeline/.
 """

@@ -113,7 +113,7 @@ class _Undecoded(DaliLoader):
 
 
 def feeding_pipeline(config: Config, *, rows: int, prefetch: int) -> Pipeline:
-    """The lengths of the images, and the training graph's other inputs on a GPU as they are."""
+    """The lengths of the images modulo 256, and the training graph's other inputs as they are."""
 
     @pipeline_def(batch_size=rows, num_threads=1, device_id=None, prefetch_queue_depth=prefetch)
     def graph():
@@ -164,32 +164,32 @@ def _running(
     loader: DaliLoader, pause_s: float
 ) -> Iterator[tuple[threading.Event, Callable[[], int]]]:
     """The loader in a thread of its own, which takes a batch each pause_s while `go` is set."""
-    go, stop, taken = threading.Event(), threading.Event(), []
+    go, stop, ready, taken = threading.Event(), threading.Event(), threading.Event(), []
 
     def take() -> None:
         batches = iter(loader)
-        for number in range(SHORT):
-            next(batches)
-            taken.append(number)
-        ready.set()
-        while not stop.is_set():
-            if go.wait(0.1):
-                due = time.perf_counter() + pause_s
-                next(batches)
-                taken.append(len(taken))
-                stop.wait(max(0.0, due - time.perf_counter()))
-        batches.close()  # type: ignore[attr-defined] - a generator
+        try:
+            while not stop.is_set():
+                if len(taken) == SHORT:
+                    ready.set()
+                if len(taken) < SHORT or go.wait(0.1):
+                    due = time.perf_counter() + pause_s
+                    next(batches)
+                    taken.append(len(taken))
+                    stop.wait(max(0.0, due - time.perf_counter()) if ready.is_set() else 0)
+        finally:
+            ready.set()
+            batches.close()  # type: ignore[attr-defined] - a generator
 
-    ready = threading.Event()
-    thread = threading.Thread(target=take)
-    thread.start()
-    try:
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(take)
         ready.wait()
         time.sleep(SETTLE_S)
-        yield go, lambda: len(taken)
-    finally:
-        stop.set()
-        thread.join()
+        try:
+            yield go, lambda: len(taken)
+        finally:
+            stop.set()
+            future.result()  # raises what the loader has raised
 
 
 def _launches_per_s() -> float:

@@ -2,7 +2,7 @@
 
 Convolutions and linear layers: forward, gradient of the input, gradient of the weight; each takes
 the longer of FLOPs / matmul rate and bytes / bandwidth, every tensor once a pass. What lies between
-them (batch norm, ReLU, shortcut, max-pool): the bytes of profiling/kernel_times.Site over the
+them (batch norm, ReLU, shortcut, max-pool): the bytes of measure/kernel_times.Site over the
 bandwidth. The optimizer: 28 bytes a parameter (fp32 weight, gradient, momentum read; weight and
 momentum written; a 16-bit copy read and written). Rate and bandwidth are measured in the same run.
 

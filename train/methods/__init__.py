@@ -3,7 +3,7 @@
     python train/main.py --method.name byol --method.byol.momentum 0.99 ...
 
 A method is a dataclass of flags, a MethodSpec (method.py), with its module in one file, and a line
-in MethodConfig. Imports train/network and, for the views, pipeline/.
+in MethodConfig. Imports train/network, kernels/ and, for the views, pipeline/.
 """
 
 import dataclasses

@@ -20,12 +20,12 @@ from train.methods.method import Method, MethodSpec, Scale, collapse_meter, gath
 from train.network.heads import build_projector
 from train.network.model import ModelConfig
 from train.network.norm import count_batches
-from train.network.values import positive
+from train.network.values import at_least
 
 
 @dataclass(frozen=True, kw_only=True)
 class VICRegConfig(MethodSpec):
-    """The weights of its three terms."""
+    """The weights of its three terms; 0 leaves one out."""
 
     title = "VICReg"
 
@@ -39,7 +39,7 @@ class VICRegConfig(MethodSpec):
     def __post_init__(self) -> None:
         """Refuse impossible values."""
         for name in ("invariance", "variance", "covariance"):
-            positive(f"method.vicreg.{name}", getattr(self, name))
+            at_least(f"method.vicreg.{name}", getattr(self, name), 0)
 
     def build(self, model: ModelConfig, scale: Scale) -> "VICReg":
         """As MethodSpec.build."""

@@ -23,11 +23,11 @@ class ModelConfig:
     zero_init_residual: bool = True
     """The last batch norm of each block starts at weight 0 (as the official code)."""
     projector_layers: int = 3
-    """3 for ImageNet, 2 for CIFAR (appendix D); SimCLR 3, the other methods 2."""
+    """3 for ImageNet, 2 for CIFAR (appendix D); SimCLR and VICReg 3, the other methods 2."""
     projector_hidden: int = 0
     """Width of the projector's hidden layers; 0 takes the backbone's feature dimension."""
     projector_dim: int = 2048
-    """Dimension d of z and p; 256 for BYOL, 128 for SimCLR, SwAV and MoCo."""
+    """Dimension d of z and p; 256 for BYOL, 128 for SimCLR, SwAV and MoCo, 8192 for VICReg."""
     predictor_hidden: int = 512
     """Width of the predictor's hidden layer; d / 4 in the paper, 4096 for BYOL."""
     head_norm: HeadNorm = "default"
