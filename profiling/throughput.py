@@ -201,12 +201,16 @@ def memory(world: World) -> dict:
 
 def check_method(config: Config, m: MeasureConfig) -> None:
     """Raise ValueError if a part that is SimSiam's alone is asked for with another method."""
-    parts = {"--dry-run": m.dry_run, "--peers true": m.peers, "--what limit": "limit" in m.what}
-    asked = [flag for flag, is_asked in parts.items() if is_asked]
+    if m.dry_run:
+        asked = {"--dry-run": "leave it out"}
+    else:
+        asked = {"--peers true": "give --peers false"} if m.peers else {}
+        if "limit" in m.what:
+            asked["--what limit"] = "give --what loader,step,end_to_end,ranks"
     if config.method.name != "simsiam" and asked:
         raise ValueError(
-            f"{' and '.join(asked)} measure SimSiam's step, --method.name is {config.method.name}: "
-            "give --peers false --what loader,step,end_to_end,ranks"
+            f"{' and '.join(asked)}: for SimSiam's step alone, --method.name is "
+            f"{config.method.name}: {' and '.join(asked.values())}"
         )
 
 

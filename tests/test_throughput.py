@@ -193,11 +193,19 @@ def test_a_step_of_small_views_and_of_four_views_is_measured(world):
         assert found["ours"].rate() > 0
 
 
-def test_what_measures_simsiam_alone_is_refused_for_another_method():
-    done = run_script("profiling/throughput.py", "--method.name", "byol")
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (("--dry-run",), ("--dry-run: for SimSiam's step alone", "leave it out")),
+        ((), ("--peers true and --what limit: for SimSiam's step alone, --method.name is byol",
+              "give --peers false and give --what loader,step,end_to_end,ranks")),
+    ],
+)  # fmt: skip
+def test_what_measures_simsiam_alone_is_refused_for_another_method(flags, parts):
+    done = run_script("profiling/throughput.py", "--method.name", "byol", *flags)
     assert done.returncode == 1
     (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
-    assert "--peers true and --what limit measure SimSiam's step, --method.name is byol" in line
+    assert all(part in line for part in parts)
 
 
 def test_named_ranges_and_collectives_are_read_from_a_trace():
