@@ -31,6 +31,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 IMAGE_EXTENSIONS = frozenset(extension.encode() for extension in EXTENSIONS)
 READERS = 8  # threads that read files: hides the latency of network storage
 MOST_WAIT_S = 1e-4  # an image, of the first 8 all together: less is the price of the threads
+K = TypeVar("K")
 T = TypeVar("T")
 Allocate = Callable[[int], np.ndarray]
 """Gives (num_bytes,) uint8 to read into; called from several threads."""
@@ -115,32 +116,31 @@ class ImageFolder:
         return _unpickled, (self.root, joined, *facts)
 
 
-def attempt_all(
-    read: Callable[[int], T], indices: Sequence[int], pool: Executor
-) -> list[T | BadImage]:
-    """What `read` returns or raises for each image, in order.
+def attempt_all(read: Callable[[K], T], items: Sequence[K], pool: Executor) -> list[T | BadImage]:
+    """What `read` returns or raises for each item, in order.
 
     In this thread while the files are in memory: eight threads then take 1.8 times the CPU time,
     for Python's lock. As soon as reading waits the pool reads the rest.
     """
 
-    def read_part(part: Sequence[int]) -> list[T | BadImage]:
+    def read_part(part: Sequence[K]) -> list[T | BadImage]:
         found: list[T | BadImage] = []
-        for index in part:
+        for item in part:
             try:
-                found.append(read(index))
+                found.append(read(item))
             except BadImage as error:
                 found.append(error)
         return found
 
     done: list[T | BadImage] = []
-    begin, worked = time.perf_counter(), time.thread_time()
-    for index in indices:
-        done += read_part([index])
+    begin, worked, size = time.perf_counter(), time.thread_time(), 1
+    while len(done) < len(items):
+        done += read_part(items[len(done) : len(done) + size])
         waited = time.perf_counter() - begin - (time.thread_time() - worked)
         if waited > MOST_WAIT_S * max(8, len(done)):
             break
-    left = indices[len(done) :]
+        size = 8 if len(done) >= 8 else 1  # reading the clocks takes 1 us
+    left = items[len(done) :]
     per_thread = max(1, -(-len(left) // READERS))
     parts = [left[start : start + per_thread] for start in range(0, len(left), per_thread)]
     return done + [image for part in pool.map(read_part, parts) for image in part]

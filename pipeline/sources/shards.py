@@ -45,6 +45,8 @@ from pipeline.sources.records import RECORDIO, TFRECORD
 _SHARD = re.compile(
     r".*(\.(tar|tgz|tfrec(ords?)?|rec)|-\d{5}-of-\d{5})(\.(gz|zst|xz|bz2))?", re.IGNORECASE
 )
+Place = tuple[int, int, int]
+"""The number of a shard, an offset in it, and how many bytes to read there."""
 _MAX_DESCRIPTORS = 1 << 16
 _SPARE_DESCRIPTORS = 256  # for everything that is no shard
 _INDEXERS = 16  # threads that make indices: they mostly wait for the disk
@@ -102,7 +104,7 @@ class ShardSet:
 
         Raises   BadImage when the shard cannot be read there.
         """
-        found: Stamped | BadImage = self._read_span(index, new_bytes)
+        found: Stamped | BadImage = self._read_span(self._places([index])[0], new_bytes)
         if self.kind in (TFRECORD, RECORDIO):
             (found,) = self._images_of([found])
         if isinstance(found, BadImage):
@@ -118,7 +120,9 @@ class ShardSet:
         """
         is_record = self.kind in (TFRECORD, RECORDIO)
         allocate = new_bytes if is_record or allocate is None else allocate
-        found = attempt_all(lambda index: self._read_span(index, allocate), indices, pool)
+        found = attempt_all(
+            lambda place: self._read_span(place, allocate), self._places(indices), pool
+        )
         return self._images_of(found, pool) if is_record else found
 
     def _images_of(
@@ -134,15 +138,21 @@ class ShardSet:
             for image, stamp in zip(images, stamps, strict=True)
         ]
 
-    def _read_span(self, index: int, allocate: Allocate) -> Stamped:
+    def _places(self, indices: Sequence[int]) -> list[Place]:
+        """Where the bytes of the images are. For all at once: one at a time takes 5 us each."""
+        shards = np.searchsorted(self.starts, indices, side="right") - 1
+        parts = shards, self.offsets[indices], self.spans[indices]
+        return list(zip(*(part.tolist() for part in parts), strict=True))
+
+    def _read_span(self, place: Place, allocate: Allocate) -> Stamped:
+        shard, offset, span = place
         try:
-            descriptor = self._descriptor(self._shard_of(index))
+            descriptor = self._descriptor(shard)
             stamp = stamp_of(os.fstat(descriptor))
-            where = int(self.offsets[index]), int(self.spans[index])
-            data = read_range(descriptor, *where, allocate)
+            data = read_range(descriptor, offset, span, allocate)
         except OSError as error:
             raise BadImage(f"unreadable shard ({error.strerror})") from None
-        if data.size < self.spans[index]:
+        if data.size < span:
             raise BadImage("truncated shard")
         if data.size == 0:
             raise BadImage("empty file")
@@ -152,7 +162,7 @@ class ShardSet:
         """Return the shard and the image's name in it as one printable line."""
         start = 0 if index == 0 else int(self.ends[index - 1]) + 1
         entry = self.listing[start : int(self.ends[index])].tobytes()
-        shard = os.path.basename(self.shards[self._shard_of(index)])
+        shard = os.path.basename(self.shards[self._places([index])[0][0]])
         return printable(os.fsencode(shard) + b": " + entry.rpartition(b"\0")[0])
 
     def __reduce__(self) -> tuple:
@@ -163,9 +173,6 @@ class ShardSet:
         """Close the shards."""
         for descriptor in self._descriptors.values():
             os.close(descriptor)
-
-    def _shard_of(self, index: int) -> int:
-        return int(np.searchsorted(self.starts, index, side="right")) - 1
 
     def _descriptor(self, shard: int) -> int:
         if (known := self._descriptors.get(shard)) is not None:

@@ -11,6 +11,7 @@ that of a long run less that of a short one.
 # DALI makes its operators at import, where pyright cannot see them:
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false
+# pyright: reportOptionalMemberAccess=false
 
 import resource
 import statistics
@@ -31,11 +32,11 @@ from nvidia.dali.pipeline import Pipeline
 from measure.harness import with_batch
 from measure.loader_times import endless_order
 from pipeline.augment import draws_in_graph
-from pipeline.graph import draw_input, encoded_input
+from pipeline.graph import NDIM, encoded_input
 from pipeline.reading_process import reading_process
-from pipeline.runner import Batch, DaliLoader
+from pipeline.runner import DaliLoader
 from pipeline.sources.reader import ImageReader
-from pipeline.work import ViewPlan, Work
+from pipeline.work import ViewPlan
 from train.config import Config
 from train.distributed import World
 
@@ -95,7 +96,7 @@ def _opener(
         # a reader for each: the sizes that one keeps are not the next one's
         own = ImageReader(reader.source, reader.max_pixels)
         prepared = partial(plan.prepare, own)
-        return _Undecoded(
+        return DaliLoader(
             range(steps),
             preparing=lambda: reading_process(own, plan) if in_process else nullcontext(prepared),
             build=lambda prefetch: feeding_pipeline(config, rows=rows, prefetch=prefetch),
@@ -105,24 +106,26 @@ def _opener(
     return rows, opened
 
 
-class _Undecoded(DaliLoader):
-    """Takes the lengths for the images."""
-
-    def _to_torch(self, work: Work, outputs: tuple, pool: ThreadPoolExecutor) -> Batch:
-        return super()._to_torch(work, outputs[:1], pool)
-
-
 def feeding_pipeline(config: Config, *, rows: int, prefetch: int) -> Pipeline:
-    """The lengths of the images modulo 256, and the training graph's other inputs as they are."""
+    """The lengths of the images modulo 256; it takes the training graph's other inputs too.
+
+    The draws are sinks: as outputs each would be copied sample by sample, 10 us an image in all,
+    which the training graph does not do.
+    """
 
     @pipeline_def(batch_size=rows, num_threads=1, device_id=None, prefetch_queue_depth=prefetch)
     def graph():
-        draws = [
-            draw_input(name, number)
-            for number, view in enumerate(config.views)
-            for name in draws_in_graph(view, colors=True)
-        ]
-        return fn.cast(encoded_input().shape(), dtype=types.UINT8), *draws
+        for number, view in enumerate(config.views):
+            for name in draws_in_graph(view, colors=True):
+                draw = fn.external_source(
+                    name=f"{name}_{number}",
+                    dtype=types.FLOAT,
+                    ndim=NDIM[name],
+                    no_copy=True,
+                    preserve=True,
+                )
+                Pipeline.current().add_sink(draw)
+        return fn.cast(encoded_input().shape(), dtype=types.UINT8)
 
     pipeline = graph()
     pipeline.build()
