@@ -21,7 +21,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from train.cli import refuse
+from train.run.program import refuse
 
 MORE_IS_BETTER = ("*images_per_s*", "*ratios.*", "*share*", "*mfu*", "*gb_per_s*", "*efficiency*",
                   "*knn_top1*", "*tflop_per_s*")  # fmt: skip

@@ -36,7 +36,7 @@ from rich.table import Table
 from suite.checks import OutOfTime, StageFailed, Suite
 from suite.extras import EXTRAS
 from suite.stages import STAGES, Stage
-from train.cli import refuse
+from train.run.program import refuse
 
 ALL = STAGES | EXTRAS
 ATTEMPTS = 2

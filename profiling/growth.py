@@ -32,10 +32,10 @@ from measure.turns import take_turns
 from pipeline.sources.folder import ImageFolder, list_images
 from pipeline.sources.reader import ImageReader
 from train import distributed
-from train.cli import refuse
 from train.config import Config
 from train.distributed import World
-from train.run_folder import environment
+from train.run.folder import environment
+from train.run.program import refuse
 
 IMAGENET_IMAGES = 1_281_167
 FOLDERS = 1000

@@ -36,10 +36,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from kernels.gpu.launch import INTERPRETED
 from measure.kernel_checks import check_each
 from measure.kernel_times import apex_batch_norm, measure, resnet50_sites
-from train.cli import refuse
 from train.config import MethodConfig, ModelConfig
 from train.methods.simsiam import SimSiam
-from train.run_folder import environment
+from train.run.folder import environment
+from train.run.program import refuse
 
 ARCHS = (80, 90, 100)
 TYPES = {

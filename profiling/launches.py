@@ -31,9 +31,9 @@ from measure.results import newest
 from measure.step_times import open_session, our_step, random_batch
 from measure.step_trace import device_work, trace_of
 from train import distributed
-from train.cli import refuse
 from train.config import Config
-from train.run_folder import environment
+from train.run.folder import environment
+from train.run.program import refuse
 
 WARMUP, STEPS = 5, 2
 IN_GRAPHS = ("forward", "backward")

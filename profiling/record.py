@@ -22,8 +22,8 @@ from pathlib import Path
 import yaml
 
 from measure.results import result_path
-from train.cli import refuse
-from train.metrics import read_metrics
+from train.run.metrics import read_metrics
+from train.run.program import refuse
 
 
 def read_run(run: Path) -> dict:

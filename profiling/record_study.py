@@ -19,8 +19,8 @@ import shutil
 from pathlib import Path
 
 from measure.results import result_path
-from train.cli import refuse
-from train.study_report import markdown
+from train.run.program import refuse
+from train.studies.report import markdown
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "study.md"
 

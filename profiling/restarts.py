@@ -29,8 +29,8 @@ import torch
 
 from measure.results import check_save, save_json
 from stand_ins.cluster import Cluster, why_not
-from train.cli import refuse
-from train.run_folder import environment
+from train.run.folder import environment
+from train.run.program import refuse
 
 ROOT = Path(__file__).parent.parent
 LIMIT_S = 300

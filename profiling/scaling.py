@@ -32,9 +32,9 @@ from predict.forecast import REACHED
 from predict.limit import GPUS, count
 from predict.scaling_checks import RESNET50_BYTES, against_hosts, against_mlperf
 from predict.step_model import Step, predict, work_of
-from train.cli import refuse
 from train.config import MethodConfig, ModelConfig
-from train.run_folder import environment
+from train.run.folder import environment
+from train.run.program import refuse
 
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 IMAGES = (256, 64)

@@ -30,8 +30,8 @@ import torch.distributed as dist
 from measure.results import check_save, save_json
 from stand_ins.cluster import Cluster, why_not
 from train import distributed
-from train.cli import refuse
-from train.run_folder import environment
+from train.run.folder import environment
+from train.run.program import refuse
 
 ROOT = Path(__file__).resolve().parent.parent
 HOSTS = (1, 2, 4)

@@ -32,11 +32,11 @@ from pipeline.sources.reader import ImageReader
 from predict.forecast import forecast
 from predict.limit import measure_limit, most_times
 from train import distributed
-from train.cli import refuse
 from train.config import Config
 from train.distributed import World, gather
 from train.loop import train_step
-from train.run_folder import environment, has_fast_bf16
+from train.run.folder import environment, has_fast_bf16
+from train.run.program import refuse
 from train.window import peak_gib
 
 LOADER_ROWS = 64  # images a batch and rank, where training's batch is smaller

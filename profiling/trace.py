@@ -25,8 +25,8 @@ from measure.loader_times import endless_order, open_loader
 from measure.step_times import open_session
 from measure.step_trace import timeline, trace_of
 from train import distributed
-from train.cli import refuse
 from train.loop import train_step
+from train.run.program import refuse
 
 
 def main() -> None:

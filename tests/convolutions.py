@@ -23,7 +23,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from train.cli import parse_config
+from train.config.parser import parse_config
 from train.network.resnet import ResNet
 
 ROOT = Path(__file__).parent.parent

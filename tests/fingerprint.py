@@ -22,7 +22,7 @@ VARIANTS = {
     "simclr": ["--method.name=simclr"],
     "swav": ["--method.name=swav", "--method.swav.queue=128", "--method.swav.queue_from_epoch=0"],
     "moco": ["--method.name=moco", "--method.moco.queue=256"],
-    "vicreg": ["--method.name=vicreg"],
+    "vicreg": ["--method.name=vicreg", "--optim.lr=0.05"],
     "lars": ["--optim.name=lars"],
 }
 

@@ -31,7 +31,7 @@ from train.methods import method
 from train.methods.moco import MoCoConfig
 from train.methods.swav import SwAVConfig
 from train.network.norm import BatchNorm
-from train.state import build_method
+from train.run.state import build_method
 
 ROWS, SIZE = 4, 8
 METHODS = {

@@ -6,16 +6,16 @@ import threading
 import pytest
 import torch.distributed as dist
 
-from train import agreement
-from train.agreement import agree, disagreement, facts, small_shm
 from train.config import Config, DataConfig
+from train.distributed import agreement
+from train.distributed.agreement import agree, disagreement, process_facts, small_shm
 
 CONFIG = Config(data=DataConfig(root="digits"))
 
 
 def four(**changed) -> list[dict]:
     """The facts of four hosts, the third with some changed."""
-    own = facts(CONFIG, "cpu")
+    own = process_facts(CONFIG, "cpu")
     everyone = [own | {"host": f"node{n}", "shm": 1 << 30} for n in range(4)]
     everyone[2] |= changed
     return everyone
@@ -27,7 +27,7 @@ def test_equal_hosts_agree_and_facts_survive_json():
 
 
 def test_every_source_file_and_flag_counts_but_out():
-    own = facts(CONFIG, "cpu")
+    own = process_facts(CONFIG, "cpu")
     assert {"train/main.py", "train/methods/simsiam.py", "kernels/choose.py"} <= own["file"].keys()
     assert own["flag"]["--optim.lr"] == "0.05" and own["flag"]["--timeout_s"] == "60.0"
     assert "--out" not in own["flag"]
@@ -61,9 +61,9 @@ def test_a_host_that_cannot_run_says_why():
 def test_a_mistake_in_flags_names_its_host_unless_all_made_it_or_a_file_explains_it():
     assert disagreement(four(mistake="--x is unknown")) == "host node2: --x is unknown"
     assert disagreement([one | {"mistake": "--x is unknown"} for one in four()]) == "--x is unknown"
-    odd = {**four()[0]["file"], "train/config.py": "odd"}
+    odd = {**four()[0]["file"], "train/config/schema.py": "odd"}
     line = disagreement(four(mistake="--x is unknown", file=odd, flag={}, device={}))
-    assert line is not None and line.startswith("train/config.py is odd on host node2")
+    assert line is not None and line.startswith("train/config/schema.py is odd on host node2")
 
 
 def test_a_small_shm_is_named_with_the_remedy():
@@ -75,7 +75,7 @@ def test_a_small_shm_is_named_with_the_remedy():
 def test_a_small_shm_is_refused_where_nccl_needs_it_and_warned_of_elsewhere(monkeypatch, device):
     monkeypatch.setattr(agreement, "SHARED_MEMORY", 1 << 60)
     store = dist.HashStore()
-    mine = facts(CONFIG, device)
+    mine = process_facts(CONFIG, device)
     if device == "cpu":
         assert "/dev/shm" in (agree(store, mine, rank=0, size=1) or "")
     else:
@@ -85,7 +85,7 @@ def test_a_small_shm_is_refused_where_nccl_needs_it_and_warned_of_elsewhere(monk
 
 def test_ranks_wait_for_one_another():
     store = dist.HashStore()
-    mine = facts(CONFIG, "cpu")
+    mine = process_facts(CONFIG, "cpu")
     done = []
     others = [
         threading.Thread(target=lambda r=r: done.append(agree(store, mine, rank=r, size=3)))

@@ -21,8 +21,8 @@ import numpy as np
 import pytest
 import torch
 
-from train import checkpoint
-from train.checkpoint import CheckpointError
+from train.run import checkpoint
+from train.run.checkpoint import CheckpointError
 
 FILES = ["manifest.json", "state.json", "model.safetensors", "optimizer.safetensors"]
 
@@ -30,7 +30,7 @@ FILES = ["manifest.json", "state.json", "model.safetensors", "optimizer.safetens
 def write(folder: Path, step: int, *, num_values: int = 60, keep: int = 2) -> Path:
     values = torch.randn(num_values, generator=torch.Generator().manual_seed(step))
     tensors = {"model": {"conv.weight": values}, "optimizer": {"count": torch.tensor(step)}}
-    return checkpoint.save(folder, step, tensors, {"images": step}, about={"world": 1}, keep=keep)
+    return checkpoint.save(folder, step, tensors, {"images": step}, facts={"world": 1}, keep=keep)
 
 
 def load(folder: Path) -> tuple[int | None, list[str]]:
@@ -42,7 +42,7 @@ def load(folder: Path) -> tuple[int | None, list[str]]:
     values = found.tensors["model"]["conv.weight"]
     draw = torch.Generator().manual_seed(found.step)
     assert torch.equal(values, torch.randn(len(values), generator=draw))
-    assert (found.state, found.about) == ({"images": found.step}, {"world": 1})
+    assert (found.state, found.facts) == ({"images": found.step}, {"world": 1})
     return found.step, lines
 
 
@@ -95,11 +95,11 @@ def test_every_value_comes_back_bitwise(tmp_path: Path):
         "mask": torch.tensor([True, False]),
     }
     state = {"a": [float("nan"), -0.0, 0.1 + 0.2, 2**70, None, True], "b": 'J\u00f8rgen\udcff"'}
-    about = {"versions": {"torch": torch.__version__}, "world": 4}
-    checkpoint.save(tmp_path / "c", 7, {"model": model, "none": {}}, state, about=about)
+    facts = {"versions": {"torch": torch.__version__}, "world": 4}
+    checkpoint.save(tmp_path / "c", 7, {"model": model, "none": {}}, state, facts=facts)
     found = checkpoint.load_newest(tmp_path / "c", log=pytest.fail)
     assert found is not None and found.path == tmp_path / "c" / "step-00000007"
-    assert (found.step, found.about, repr(found.state)) == (7, about, repr(state))
+    assert (found.step, found.facts, repr(found.state)) == (7, facts, repr(state))
     assert found.tensors.keys() == {"model", "none"} and found.tensors["none"] == {}
     assert found.tensors["model"].keys() == model.keys()
     for name, value in found.tensors["model"].items():
@@ -111,7 +111,7 @@ def test_every_value_comes_back_bitwise(tmp_path: Path):
 @pytest.mark.parametrize("value", [(1, 2), {1: 2}, np.float64(1)], ids=["tuple", "key", "numpy"])
 def test_what_json_would_change_is_refused_before_it_is_lost(folder: Path, value: object):
     with pytest.raises(ValueError, match=r"state\.json: JSON would change it"):
-        checkpoint.save(folder, 30, {}, {"value": value}, about={})
+        checkpoint.save(folder, 30, {}, {"value": value}, facts={})
     assert load(folder) == (20, []) and not list(folder.glob(".*"))
 
 
@@ -385,7 +385,7 @@ def test_five_steps_equal_three_a_checkpoint_and_two(tmp_path: Path, kind: str):
     model, optimizer, names = train(kind, range(3))
     tensors, scalars = checkpoint.flatten_optimizer(optimizer, names)
     files = {"model": model.state_dict(), "optimizer": tensors}
-    checkpoint.save(tmp_path, 3, files, {"optimizer": scalars}, about={})
+    checkpoint.save(tmp_path, 3, files, {"optimizer": scalars}, facts={})
     found = checkpoint.load_newest(tmp_path, log=pytest.fail)
     _, optimizer, names = train(kind, range(0), found=found)
     assert checkpoint.flatten_optimizer(optimizer, names)[1] == scalars
@@ -437,7 +437,7 @@ def test_state_keeps_its_dtype_and_the_step_count_torchs_device(capturable: bool
 
 def test_the_generator_goes_on_where_it_was(tmp_path: Path):
     torch.randn(5)
-    checkpoint.save(tmp_path, 1, {"rng": checkpoint.rng_state()}, {}, about={})
+    checkpoint.save(tmp_path, 1, {"rng": checkpoint.rng_state()}, {}, facts={})
     expected = torch.randn(100)
     found = checkpoint.load_newest(tmp_path, log=pytest.fail)
     assert found is not None

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from train.cli import build_parser, read_config
 from train.config import Config, DataConfig
+from train.config.parser import build_parser
+from train.run.program import read_config
 
 ROOT = Path(__file__).parent.parent
 

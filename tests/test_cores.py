@@ -8,7 +8,7 @@ import torch
 from pipeline.cores import usable_cores
 from pipeline.decode import DecodeOptions
 from pipeline.loader import num_threads
-from train import distributed
+from train.distributed import devices
 
 CUDA = torch.device("cuda", 0)
 
@@ -60,14 +60,14 @@ def test_a_ranks_threads_are_its_share_and_at_most_8_beside_a_gpu(monkeypatch):
 def test_a_gpu_process_works_on_one_stream_that_goes_before_dalis(monkeypatch):
     set_on = []
     monkeypatch.delenv("TORCH_NCCL_HIGH_PRIORITY", raising=False)
-    monkeypatch.setattr(distributed, "resolve_device", lambda device: device)
+    monkeypatch.setattr(devices, "resolve_device", lambda device: device)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: set_on.append(("device", index)))
     monkeypatch.setattr(torch.cuda, "Stream", lambda priority: ("stream", priority))
     monkeypatch.setattr(torch.cuda, "set_stream", set_on.append)
     before = torch.backends.cudnn.benchmark
     try:
-        assert distributed.take_device("cuda", 1, 2) == torch.device("cuda", 1)
+        assert devices.take_device("cuda", 1, 2) == torch.device("cuda", 1)
     finally:
         torch.backends.cudnn.benchmark = before
     assert set_on == [("device", 1), ("stream", -1)]  # the stream is the device's that is current
@@ -76,7 +76,7 @@ def test_a_gpu_process_works_on_one_stream_that_goes_before_dalis(monkeypatch):
 
 def test_torchs_threads_are_a_ranks_share_of_the_quota(monkeypatch):
     taken = []
-    monkeypatch.setattr(distributed, "usable_cores", lambda: 12)
+    monkeypatch.setattr(devices, "usable_cores", lambda: 12)
     monkeypatch.setattr(torch, "set_num_threads", taken.append)
-    distributed.take_device("cpu", 0, 4)
+    devices.take_device("cpu", 0, 4)
     assert taken == [3]

@@ -182,7 +182,7 @@ def test_the_trainjob_keeps_the_images_entry_point():
 
 
 def test_each_training_in_deploy_has_flags_that_the_program_knows():
-    from train.cli import read_config
+    from train.run.program import read_config
 
     words = yaml.safe_load(TRAINJOB.read_text())["spec"]["trainer"]["args"]
     assert read_config(words[words.index("train/main.py") + 1 :]).data.batch_size > 0

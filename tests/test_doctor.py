@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from pipeline import dali_wheel
-from train import doctor, main, rank_rates, versions
+from train import doctor, main
+from train.distributed import rank_rates, startup
 from train.doctor import Finding
+from train.run import versions
 
 ROOT = Path(__file__).parent.parent
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -226,7 +228,7 @@ def test_a_rank_that_finds_no_others_says_so():
 
 def test_a_port_that_another_program_has_fails_in_the_doctors_own_words(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["doctor.py", "--device", "cpu"])
-    monkeypatch.setattr(doctor.distributed, "read_ranks", lambda: (0, 2, 0, 2))
+    monkeypatch.setattr(startup, "read_ranks", lambda: (0, 2, 0, 2))
     for name in ("WORLD_SIZE", "TORCHELASTIC_USE_AGENT_STORE"):
         monkeypatch.delenv(name, raising=False)
     with socket.socket(socket.AF_INET6) as other:

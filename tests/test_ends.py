@@ -13,14 +13,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from train import distributed, session, state
-from train.cli import is_disk_full, is_out_of_memory, print_result
+from train import session
 from train.config import DataConfig
-from train.data import open_data
-from train.distributed import StopSignal, World, open_store, read_ranks, stop_at_once
+from train.distributed import StopSignal, World, startup, stop_at_once
+from train.distributed.signals import STOP_SIGNALS
+from train.distributed.startup import open_store, read_ranks
 from train.finish import finite
-from train.metrics import Log, Metrics
-from train.run_folder import RunFolder, revision
+from train.run import state
+from train.run.data import open_data
+from train.run.folder import RunFolder, revision
+from train.run.metrics import Log, Metrics
+from train.run.program import is_disk_full, is_out_of_memory, print_result
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"), None)
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -104,7 +107,7 @@ def test_a_signal_in_set_up_leaves_no_half_folder_and_one_in_a_run_says_preempte
 
 
 def test_outside_of_training_sigterm_is_an_interrupt_of_rank_0_alone():
-    before = {number: signal.getsignal(number) for number in distributed.STOP_SIGNALS}
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     try:
         stop_at_once(ALONE)
         with pytest.raises(KeyboardInterrupt):
@@ -167,7 +170,7 @@ def test_a_part_of_torchruns_environment_is_refused(variables, part, monkeypatch
 
 
 def test_a_port_that_is_taken_and_a_rank_0_that_nobody_started_are_told(monkeypatch, capfd):
-    monkeypatch.setattr(distributed, "TELL_S", 0.1)
+    monkeypatch.setattr(startup, "TELL_S", 0.1)
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     with socket.socket(socket.AF_INET6) as other:
         other.bind(("::", 0))

@@ -17,12 +17,14 @@ from safetensors.torch import load_file
 
 from pipeline.pack import pack_root
 from pipeline.sources.digits import write_digits
-from train import checkpoint, evaluate, linear_probe, main
-from train.encoded import accuracy, load_encoder
-from train.evaluate_config import EvaluateConfig, ImagesConfig, read_flags, run_config
-from train.pictures import confusions, draw_confusion
-from train.run_folder import newest_checkpoint
-from train.state import build_method
+from train import evaluate, main
+from train.evaluation import linear_probe
+from train.evaluation.config import EvaluateConfig, ImagesConfig, read_flags, run_config
+from train.evaluation.encoded import accuracy, load_encoder
+from train.evaluation.pictures import confusions, draw_confusion
+from train.run import checkpoint
+from train.run.folder import newest_checkpoint
+from train.run.state import build_method
 
 TINY = [
     "--model.arch=resnet18", "--model.stem=cifar", "--model.width=8", "--model.projector_layers=2",
@@ -327,7 +329,7 @@ def changed(run: Path, copy: Path, change) -> Path:
     shutil.copytree(run, copy)
     found = newest_checkpoint(copy, log=print)
     model = change(found.tensors["model"])
-    checkpoint.save(copy / "checkpoints", 99, {"model": model}, found.state, about=found.about)
+    checkpoint.save(copy / "checkpoints", 99, {"model": model}, found.state, about=found.facts)
     return copy
 
 

@@ -9,9 +9,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from train import checkpoint, export
+from train import export
 from train.config import MethodConfig, ModelConfig
 from train.methods.simsiam import SimSiam
+from train.run import checkpoint
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def run(tmp_path):
         net = SimSiam(config, MethodConfig()).to(memory_format=torch.channels_last)
         with torch.no_grad():
             net(torch.randn(8, 3, 64, 64).to(memory_format=torch.channels_last))
-        checkpoint.save(tmp_path / "checkpoints", 7, {"model": net.state_dict()}, {}, about={})
+        checkpoint.save(tmp_path / "checkpoints", 7, {"model": net.state_dict()}, {}, facts={})
         settings = {
             "model": {"arch": config.arch, "stem": config.stem, "width": config.width},
             "eval": {"size": 224, "resize": 256},

@@ -20,8 +20,8 @@ from measure.kernel_times import Site, measure
 from predict.limit import GPUS, count, describe
 from suite.checks import OutOfTime, StageFailed, Suite, count_tests
 from suite.stages import STAGES, Stage, judge_sites, share_of_h200
-from train.cli import parse_config
 from train.config import MethodConfig, ModelConfig
+from train.config.parser import parse_config
 
 ROOT = Path(__file__).parent.parent
 

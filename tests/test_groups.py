@@ -1,4 +1,4 @@
-"""The process groups of a run, and that NCCL ends no process before train/watch.py has spoken."""
+"""The process groups of a run; NCCL ends no process before the watch has spoken."""
 
 import os
 from datetime import timedelta
@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from train import groups
-from train.groups import nccl_settings, open_groups
-from train.verdict import GRACE_S, PATIENCE
+from train.distributed import groups
+from train.distributed.groups import nccl_settings, open_groups
+from train.distributed.verdict import GRACE_S, PATIENCE
 
 T = 60.0
 

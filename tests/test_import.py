@@ -14,14 +14,15 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from train import checkpoint, export, import_checkpoint, state
+from train import export, import_checkpoint
 from train.config import Config, DataConfig, MethodConfig, ModelConfig
 from train.import_checkpoint import import_file, read_tensors
-from train.layouts import convert, linear_norm
 from train.methods.simsiam import SimSiam
 from train.methods.targets import MovingAverage
 from train.network.heads import LinearNorm
 from train.network.resnet import ResNet
+from train.run import checkpoint, state
+from train.run.layouts import convert, linear_norm
 
 
 def mlp(*widths: int, bias: bool = True, norm_at_end: bool = True) -> nn.Sequential:
@@ -181,7 +182,7 @@ def test_the_official_file_becomes_a_run_that_exports_and_starts_a_training(
     assert len(lines) == 1 and lines[0].startswith("backbone, projector, predictor from")
     found = checkpoint.load_newest(tmp_path / "run" / "checkpoints", log=pytest.fail)
     with pytest.raises(ValueError, match="train on from them with --init"):
-        state.check_same_run(found.about, {}, tmp_path / "run")
+        state.check_same_run(found.facts, {}, tmp_path / "run")
     with pytest.raises(ValueError, match="holds checkpoints already"):
         import_file(path, config(tmp_path / "run"))
 
@@ -387,7 +388,7 @@ def test_parts_that_a_method_lacks_and_targets_of_other_images_stay_behind(tmp_p
     settings = {"arch": "resnet18", "width": 8, "projector_dim": 4, "predictor_hidden": 2}
     theirs = SimSiam(ModelConfig(**settings), MethodConfig())
     tensors = theirs.state_dict() | {"memory": torch.ones(5, 4)}
-    checkpoint.save(tmp_path / "checkpoints", 3, {"model": tensors}, {}, about={})
+    checkpoint.save(tmp_path / "checkpoints", 3, {"model": tensors}, {}, facts={})
     method = MethodConfig(predictor="none", moving_average=0.8)
     ours, lines = MovingAverage(ModelConfig(**settings), method, images=5), []
     state.start_from(ours, tmp_path, log=lines.append)

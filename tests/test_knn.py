@@ -8,11 +8,11 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 from torch.nn import functional as F
 
-from train import embed, knn
 from train.config import Config, DataConfig, EvalConfig
-from train.data import EvalSet, RunData
 from train.distributed import World
+from train.evaluation import embed, knn
 from train.network.resnet import ResNet
+from train.run.data import EvalSet, RunData
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"), None)
 

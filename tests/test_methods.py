@@ -16,11 +16,10 @@ from pipeline.order import SampleOrder
 from pipeline.runner import Batch
 from test_sync_norm import free_port
 from test_train import result, run
-from train import checkpoint, state
-from train.cli import parse_config
 from train.config import Config, DataConfig, ModelConfig
+from train.config.parser import parse_config
 from train.distributed import World
-from train.encoded import load_encoder
+from train.evaluation.encoded import load_encoder
 from train.loop import train_step
 from train.main import build_state
 from train.methods import Method, MethodConfig
@@ -29,9 +28,10 @@ from train.methods.moco import MoCoConfig
 from train.methods.simclr import SimCLRConfig
 from train.methods.swav import SwAVConfig
 from train.network.norm import BatchNorm
-from train.optim import build_optimizer
+from train.run import checkpoint, state
+from train.run.optim import build_optimizer
+from train.run.state import build_method
 from train.session import Session
-from train.state import build_method
 
 CPU = torch.device("cpu")
 ROWS, IMAGES, SIZE = 6, 12, 16
@@ -220,13 +220,13 @@ def test_a_resumed_run_equals_a_straight_one_bit_for_bit(name, stop, tmp_path):
     straight, stopped = session_of(METHODS[name]), session_of(METHODS[name])
     train_to(straight, 5)
     train_to(stopped, stop)
-    facts = state.about(stopped.config, "", stopped.world)
+    facts = state.run_facts(stopped.config, "", stopped.world)
     state.save(stopped.state, tmp_path, facts)
     again = session_of(METHODS[name])
     train_to(again, 2)  # what a checkpoint does not hold would differ
     found = checkpoint.load_newest(tmp_path, log=print)
     assert found is not None
-    state.check_same_run(found.about, facts, tmp_path)
+    state.check_same_run(found.facts, facts, tmp_path)
     state.restore(again.state, found)
     train_to(again, 5)
     ends = []
@@ -393,7 +393,7 @@ def test_small_views_reach_the_network(images, tmp_path):
 
 def test_a_checkpoint_of_another_method_is_refused(tmp_path):
     found, facts = (
-        state.about(config_of(method), "", World(0, 1, 0, 1, CPU, None))
+        state.run_facts(config_of(method), "", World(0, 1, 0, 1, CPU, None))
         for method in (METHODS["swav"], METHODS["byol"])
     )
     with pytest.raises(ValueError, match=r"checkpoint of swav, this run is of byol.*another --out"):
@@ -404,7 +404,7 @@ def test_a_checkpoint_of_another_method_is_refused(tmp_path):
 def test_the_encoder_of_every_method_can_be_evaluated(name, tmp_path):
     session = session_of(METHODS[name])
     train_to(session, 1)
-    state.save(session.state, tmp_path, state.about(session.config, "", session.world))
+    state.save(session.state, tmp_path, state.run_facts(session.config, "", session.world))
     found = checkpoint.load_newest(tmp_path, log=print)
     backbone, projector = load_encoder(found, session.config, device=CPU)
     model, x = session.state.model.eval(), flat(some_views(0))

@@ -9,7 +9,7 @@ import torch
 
 from train.config import MethodConfig, ModelConfig, OptimConfig
 from train.methods.simsiam import SimSiam
-from train.optim import GuardedStep, build_optimizer, find_apex_sgd, lr_at, set_lr
+from train.run.optim import GuardedStep, build_optimizer, find_apex_sgd, lr_at, set_lr
 
 CPU = torch.device("cpu")
 SMALL = ModelConfig(

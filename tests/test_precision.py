@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from train import distributed
-from train.distributed import take_device
+from train.distributed import devices, take_device
 from train.network import precision
 from train.network.precision import DTYPES, set_tf32
 
@@ -40,7 +39,7 @@ def test_only_tf32_rounds_what_is_multiplied(name):
 
 
 def test_a_device_is_taken_with_torchs_default_switched_off(monkeypatch):
-    monkeypatch.setattr(distributed, "keep_freed_memory", lambda: None)  # of this process too
+    monkeypatch.setattr(devices, "keep_freed_memory", lambda: None)  # of this process too
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
     torch.backends.cudnn.allow_tf32 = True  # PyTorch's default
     take_device("cpu", 0, 1, "bf16")

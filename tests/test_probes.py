@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from train.distributed import World
-from train.evaluate_config import FastProbeConfig, LinearProbeConfig
-from train.fast_probe import fast_probe, train_heads
-from train.linear_probe import (
+from train.evaluation.config import FastProbeConfig, LinearProbeConfig
+from train.evaluation.fast_probe import fast_probe, train_heads
+from train.evaluation.linear_probe import (
     Head,
     LinearProbe,
     PartOrder,
@@ -21,10 +21,10 @@ from train.linear_probe import (
     fit_batch,
     images_a_pass,
 )
-from train.metrics import Log
+from train.run.metrics import Log
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"), None)
-NEW: dict = {"world": ALONE, "folder": Path("nowhere"), "about": {}}
+NEW: dict = {"world": ALONE, "folder": Path("nowhere"), "facts": {}}
 
 
 def problem(spread: float, *, classes: int = 7, seed: int = 0):

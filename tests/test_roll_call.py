@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from train import launch
-from train import roll_call as calls
-from train.roll_call import (
+from train.distributed import roll_call as calls
+from train.distributed.roll_call import (
     answer,
     is_free_here,
     keep_contact,

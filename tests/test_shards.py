@@ -25,11 +25,11 @@ from pipeline.sources.header import BadImage
 from pipeline.sources.reader import ImageReader
 from pipeline.sources.shards import ShardSet, open_source
 from train import distributed
-from train.cli import read_config
-from train.data import difference
 from train.main import main, run
-from train.metrics import Log
-from train.run_folder import RunFolder
+from train.run.data import difference
+from train.run.folder import RunFolder
+from train.run.metrics import Log
+from train.run.program import read_config
 from train.window import bad_entries
 
 CPU = torch.device("cpu")

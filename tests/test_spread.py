@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from train.evaluation.spread import measure_spread, rankme
 from train.network.heads import build_projector
-from train.spread import COLLAPSED, measure_spread, rankme
+from train.run.report import COLLAPSED
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from launched import TINY
-from train.verdict import DEAD_S, PATIENCE, Sign, judge
+from train.distributed.verdict import DEAD_S, PATIENCE, Sign, judge
 
 ROOT = Path(__file__).parent.parent
 HANGS = {
@@ -20,7 +20,7 @@ HANGS = {
 }
 ALONE = """
 import ctypes, pathlib, sys
-from train.stacks import Stacks
+from train.distributed.stacks import Stacks
 stacks = Stacks(pathlib.Path(sys.argv[1]), rank=3, timeout_s=0.5)
 stacks.allow()
 def stands_here():

@@ -12,14 +12,17 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from train import distributed, study_runs
-from train.cli import read_config
-from train.metrics import Log
+from train import distributed
+from train.distributed.startup import PR_SET_PDEATHSIG
+from train.run.metrics import Log
+from train.run.program import read_config
+from train.studies import runs as study_runs
+from train.studies.report import draw, markdown, otherwise, outcome, spread, summarize, thresholds
+from train.studies.runs import Place, Run, plan_places, plan_runs, run_all
+from train.studies.variants import Row, Study, left_out, studies
 from train.study import ALL, StudyConfig, choose, read_flags, run_studies
-from train.study_report import draw, markdown, otherwise, outcome, spread, summarize, thresholds
-from train.study_runs import Place, Run, plan_places, plan_runs, run_all
-from train.variants import Row, Study, left_out, studies
 
 ROOT = Path(__file__).parent.parent
 DIGITS = ["--config=configs/study.yaml"]
@@ -27,7 +30,7 @@ CIFAR = ["--config=configs/cifar10.yaml", "--data.root=x"]
 
 
 def settings(config) -> dict[str, str]:
-    from train.state import comparable
+    from train.run.state import comparable
 
     return comparable(config)
 
@@ -223,7 +226,7 @@ def test_a_signal_is_handed_on_and_nothing_more_is_started(tmp_path):
 
 def test_a_launched_run_ends_with_its_launcher(monkeypatch):
     libc, now = ctypes.CDLL(None), ctypes.c_int()
-    monkeypatch.setattr(distributed.torch, "set_num_threads", lambda _: None)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     try:
         for environment, expected in ({}, 0), (study_runs.AS_TORCHRUN, signal.SIGTERM):
             for name, value in environment.items():
@@ -232,7 +235,7 @@ def test_a_launched_run_ends_with_its_launcher(monkeypatch):
                 libc.prctl(2, ctypes.byref(now))  # PR_GET_PDEATHSIG
             assert now.value == expected
     finally:
-        libc.prctl(distributed.PR_SET_PDEATHSIG, 0)
+        libc.prctl(PR_SET_PDEATHSIG, 0)
 
 
 def kept(

@@ -15,8 +15,8 @@ from train.methods.moco import MoCoConfig
 from train.methods.simsiam import SimSiam
 from train.methods.targets import Alternation, MovingAverage
 from train.network.norm import BatchNorm
-from train.optim import build_optimizer
-from train.state import build_method
+from train.run.optim import build_optimizer
+from train.run.state import build_method
 
 CPU = torch.device("cpu")
 SMALL = ModelConfig(

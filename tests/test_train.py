@@ -16,7 +16,7 @@ from PIL import Image
 from forked import forked
 from launched import same, weights
 from train.config import Config, DataConfig, MethodConfig
-from train.state import check_same_run, comparable
+from train.run.state import check_same_run, comparable
 
 ROOT = Path(__file__).parent.parent
 TINY = [
@@ -420,7 +420,7 @@ def test_kernels_that_this_machine_cannot_run_are_refused(images, tmp_path):
 
 
 def test_bf16_in_software_is_warned_of(images, tmp_path, monkeypatch):
-    from train.run_folder import has_fast_bf16
+    from train.run.folder import has_fast_bf16
 
     done = run(images, tmp_path / "run", "--precision=bf16", "--max_steps=1")
     assert ("no bf16 instructions" in done.stderr) == (not has_fast_bf16())
@@ -428,7 +428,8 @@ def test_bf16_in_software_is_warned_of(images, tmp_path, monkeypatch):
 
 SIGNALLED_IN_CHECK = """
 import os, signal
-from train import embed, main
+from train import main
+from train.evaluation import embed
 normalize, batches = embed.normalize_views, []
 def signalled(*arguments, **options):
     batches.append(None)

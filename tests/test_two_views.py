@@ -11,7 +11,7 @@ from kernels.batch_norm import batch_norm_act
 from train.config import MethodConfig, ModelConfig, OptimConfig
 from train.methods.simsiam import SimSiam
 from train.network.norm import BatchNorm, set_views
-from train.optim import build_optimizer, set_lr
+from train.run.optim import build_optimizer, set_lr
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = ModelConfig(

@@ -12,7 +12,8 @@ import torch
 from pipeline import dali_wheel, hardware_decoder
 from pipeline.graph import DecodeOptions, decode_arguments
 from pipeline.required import is_old, least
-from train import main, versions
+from train import main
+from train.run import versions
 
 ROOT = Path(__file__).parent.parent
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)

@@ -11,10 +11,10 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from train import verdict as rules
-from train import watch
-from train.verdict import DEAD_S, GRACE_S, PATIENCE, Sign, judge
-from train.watch import Watch
+from train.distributed import verdict as rules
+from train.distributed import watch
+from train.distributed.verdict import DEAD_S, GRACE_S, PATIENCE, Sign, judge
+from train.distributed.watch import Watch
 
 BROKEN = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer"
 

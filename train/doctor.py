@@ -1,7 +1,7 @@
 """Look at this machine before a run: `python train/doctor.py`, or under torchrun for all ranks.
 
 A line for each check, green or with the remedy; exit code 1 if one fails. Driver, torch's CUDA and
-DALI's wheel must fit one another (train/versions.py): train/main.py asks for that too.
+DALI's wheel must fit one another (train/run/versions.py): train/main.py asks for that too.
 A newcomer's mistake: running it on the login node. Start it as the training will be started: the
 same torchrun line, container and limits, with train/doctor.py instead of train/main.py.
 """
@@ -25,11 +25,12 @@ from torch.cuda import nccl
 
 from kernels.choose import HAS_TRITON
 from train import distributed
-from train.agreement import SHARED_MEMORY
-from train.cli import first_line, refuse
 from train.distributed import World, gather
-from train.optim import NO_APEX, why_no_apex
-from train.versions import Finding, dali, driver, driver_cuda, jpeg_decoders, torch_build
+from train.distributed.agreement import SHARED_MEMORY
+from train.distributed.startup import read_ranks
+from train.run.optim import NO_APEX, why_no_apex
+from train.run.program import first_line, refuse
+from train.run.versions import Finding, dali, driver, driver_cuda, jpeg_decoders, torch_build
 
 FILES_A_RANK = 128
 """NCCL opens sockets to other ranks: 1,024 files ran out at 32 ranks on 4 nodes
@@ -75,7 +76,7 @@ def dali_memory(device: torch.device) -> Finding:
         from pipeline.loader import num_threads
     except (ImportError, OSError):
         return Finding("DALI memory", None, "see DALI above")
-    options, ranks = DecodeOptions(), distributed.read_ranks()[3]
+    options, ranks = DecodeOptions(), read_ranks()[3]
     threads = num_threads(options, local_world=ranks, device=device)
     return Finding("DALI memory", True, reserve(options, threads=threads))
 
@@ -94,7 +95,7 @@ def compiles_and_agrees(device: torch.device) -> Finding:
     import triton as installed
 
     from kernels.normalize import normalize_views
-    from train.config import IMAGENET_MEAN, IMAGENET_STD
+    from train.config.schema import IMAGENET_MEAN, IMAGENET_STD
 
     images = torch.arange(2 * 8 * 8 * 3, dtype=torch.uint8, device=device).view(2, 8, 8, 3)
     try:
@@ -212,7 +213,7 @@ def consult(world: World, seconds: float) -> bool:
     if any(finding.ok is False for found in checks for finding in found if finding.name == "DALI"):
         judged = [Finding("decode", None, "not tried: see DALI above")]
     else:
-        from train import rank_rates  # imports DALI
+        from train.distributed import rank_rates  # imports DALI
 
         rates = rank_rates.measure(world, seconds)
         judged = [Finding(*one) for one in rank_rates.judge(rates, hosts)]

@@ -1,11 +1,11 @@
 """Evaluate a trained encoder: `python train/evaluate.py RUN [--data.root DIR]`, or under torchrun.
 
 The newest checkpoint of a run folder: kNN for several k, a fast linear probe on cached features
-(train/fast_probe.py), RankMe, the collapse meter, a confusion matrix and test images with their
-nearest training images; then, hours for ImageNet, the paper's linear probe (train/linear_probe.py).
---probe fast ends before that. Test images are those of val/ or --data.val, else a tenth of the
-folder. Written to RUN/evaluation/.
-A newcomer's mistake: a fast probe's figure beside the paper's. See the two files.
+(train/evaluation/fast_probe.py), RankMe, the collapse meter, a confusion matrix and test images
+with their nearest training images; then, hours for ImageNet, the paper's linear probe
+(train/evaluation/linear_probe.py). --probe fast ends before that. Test images are those of val/ or
+--data.val, else a tenth of the folder. Written to RUN/evaluation/. A newcomer's mistake: a fast
+probe's figure beside the paper's. See the two files.
 """
 
 import os
@@ -29,29 +29,37 @@ from torch.nn import functional as F
 
 from pipeline.sources.folder import split_root
 from train import distributed
-from train.checkpoint import Checkpoint
-from train.cli import is_out_of_memory, memory_line, print_result, refuse, told
 from train.config import Config
-from train.data import EvalSet, check_apart, open_data
 from train.distributed import World, from_main
-from train.encoded import TOP, Encoded, accuracy, check_k, encode, load_encoder, open_sets
-from train.evaluate_config import EvaluateConfig, read_flags, run_config
-from train.fast_probe import fast_probe
+from train.evaluation.config import EvaluateConfig, read_flags, run_config
+from train.evaluation.encoded import (
+    TOP,
+    Encoded,
+    accuracy,
+    check_k,
+    encode,
+    load_encoder,
+    open_sets,
+)
+from train.evaluation.fast_probe import fast_probe
+from train.evaluation.knn import nearest, ranked
+from train.evaluation.linear_probe import LinearProbe, fit_batch, images_a_pass, train_probe
+from train.evaluation.pictures import draw_confusion, draw_neighbours
+from train.evaluation.spread import measure_spread
 from train.finish import thumbnails
-from train.knn import nearest, ranked
-from train.linear_probe import LinearProbe, fit_batch, images_a_pass, train_probe
-from train.metrics import Log
 from train.network.resnet import ResNet
-from train.pictures import draw_confusion, draw_neighbours
-from train.report import print_evaluation
-from train.run_folder import (
+from train.run.checkpoint import Checkpoint
+from train.run.data import EvalSet, check_apart, open_data
+from train.run.folder import (
     SLOW_PRECISION,
     RunFolder,
     environment,
     is_slow_precision,
     newest_checkpoint,
 )
-from train.spread import measure_spread
+from train.run.metrics import Log
+from train.run.program import error_text, is_out_of_memory, memory_line, print_result, refuse
+from train.run.report import print_evaluation
 
 QUERIES, NEIGHBOURS, SIDE = 10, 8, 96  # test images shown, neighbours of each, pixels
 CONFUSION, CONFUSION_LINEAR = "confusion.png", "confusion_linear.png"
@@ -122,14 +130,14 @@ def open_probe(job: Job, backbone: ResNet) -> LinearProbe:
     encoder = hashlib.sha256()
     for tensor in backbone.state_dict().values():
         encoder.update(tensor.cpu().contiguous().numpy().tobytes())
-    about = dataclasses.asdict(probe) | {
+    facts = dataclasses.asdict(probe) | {
         "lrs": list(probe.lrs), "size": config.eval.size, "flip": config.augment.flip,
         "precision": config.precision, "seed": config.seed, "num_images": len(job.train.ids),
         "images": job.train.reader.source.fingerprint, "encoder": encoder.hexdigest(),
     }  # fmt: skip
     torch.manual_seed(config.seed)
     opened = LinearProbe(
-        probe, features=backbone.num_features, classes=len(job.names), world=job.world, about=about,
+        probe, features=backbone.num_features, classes=len(job.names), world=job.world, facts=facts,
         folder=job.out / "checkpoints" / f"encoder-{job.found.step:08d}",
     )  # fmt: skip
     opened.restore(job.log)
@@ -149,7 +157,7 @@ def as_in_paper(
         str(lr): accuracy(guess, test.labels)
         for lr, guess in zip(probe.config.lrs, guesses, strict=True)
     }
-    settings = {name: probe.about[name] for name in ("epochs", "batch_size", "size", "flip")}
+    settings = {name: probe.facts[name] for name in ("epochs", "batch_size", "size", "flip")}
     return settings | {"by_lr": by_lr}, guesses[-1]
 
 
@@ -272,7 +280,7 @@ def main() -> None:
     except KeyboardInterrupt:
         refuse(STOPPED, code=130)
     except (ValueError, OSError) as error:
-        refuse(told(error, out), code=1)
+        refuse(error_text(error, out), code=1)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

@@ -27,9 +27,9 @@ from safetensors.torch import save  # save_file makes files that only their owne
 from torch import Tensor
 
 from pipeline.sources.folder import named_path
-from train.cli import first_line, refuse, told
 from train.network.resnet import LAYERS, ResNet
-from train.run_folder import CONFIG, newest_checkpoint
+from train.run.folder import CONFIG, newest_checkpoint
+from train.run.program import error_text, first_line, refuse
 
 PREFIX = "backbone."
 NEEDED = ("data", "mean"), ("data", "std"), ("eval", "size"), ("eval", "resize")
@@ -222,7 +222,7 @@ def main() -> None:
             print(f"note: {found['note']}", file=sys.stderr)
         print(json.dumps(found))
     except (ValueError, OSError) as error:
-        refuse(told(error, target), code=1)
+        refuse(error_text(error, target), code=1)
 
 
 if __name__ == "__main__":

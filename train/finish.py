@@ -13,12 +13,12 @@ from pipeline.loader import eval_loader
 from pipeline.sources.reader import ImageReader
 from train.config import Config
 from train.distributed import from_main
-from train.embed import embed
-from train.metrics import Metrics
-from train.report import draw_curves, print_table
-from train.run_folder import RunFolder
+from train.evaluation.embed import embed
+from train.run.folder import RunFolder
+from train.run.metrics import Metrics
+from train.run.report import draw_curves, print_table
+from train.run.state import comparable
 from train.session import Session
-from train.state import comparable
 
 EMBEDDED = 1000  # images in TensorBoard's projector
 

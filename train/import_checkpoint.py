@@ -5,7 +5,7 @@ names in it tell which. RUN becomes a run folder of step 0 for train/export.py a
 `train/main.py --init RUN`; its other settings come from train/main.py's flags, e.g. --config.
 A newcomer's mistake: training with --out RUN. A run has one origin: --init RUN, --out another.
 
-Only tensors are read, never code; train/layouts.py knows the names.
+Only tensors are read, never code; train/run/layouts.py knows the names.
 """
 
 import os
@@ -29,13 +29,14 @@ import torch
 from jsonargparse import ArgumentError
 from safetensors import SafetensorError
 
-from train import checkpoint, state
-from train.checkpoint import Tensors
-from train.cli import build_parser, explain, first_line, refuse, told
 from train.config import Config
-from train.layouts import Found, convert
+from train.config.parser import build_parser, explain
 from train.methods.simsiam import SimSiam
-from train.run_folder import RunFolder, environment
+from train.run import checkpoint, state
+from train.run.checkpoint import Tensors
+from train.run.folder import RunFolder, environment
+from train.run.layouts import Found, convert
+from train.run.program import error_text, first_line, refuse
 
 MAX_GIB = 8  # a ResNet-101 with heads, momentum encoder and optimizer takes less than 1
 
@@ -141,7 +142,7 @@ def write_run(out: Path, config: Config, tensors: Tensors, origin: dict) -> None
         if any(folder.checkpoints.iterdir()):
             raise ValueError(f"--out {out} holds checkpoints already: choose another folder")
         folder.describe(dataclasses.asdict(config), environment(1, torch.device("cpu")))
-        checkpoint.save(folder.checkpoints, 0, {"model": tensors}, {}, about={"imported": origin})
+        checkpoint.save(folder.checkpoints, 0, {"model": tensors}, {}, facts={"imported": origin})
         folder.status("finished", 0)
     finally:
         folder.close()
@@ -184,7 +185,7 @@ def main() -> None:
     try:
         report = import_file(path, config)
     except (ValueError, OSError) as error:
-        refuse(told(error, Path(config.out)), code=1)
+        refuse(error_text(error, Path(config.out)), code=1)
     print_report(report)
     print(json.dumps(report))
 

@@ -4,16 +4,16 @@
         train/main.py --config ... --out ...
 
 Takes torchrun's flags and PET_* variables, and runs torchrun's code. Before that the hosts call
-their names (train/roll_call.py), for torchrun waits for a missing host without a word. What dies,
-what happens then (make cluster-test; a rank that hangs: tests/test_watch.py), and within what time
-(J: --rdzv-conf join_timeout, 600 s; T: train/main.py's --timeout_s, 60 s):
+their names (train/distributed/roll_call.py), for torchrun waits for a missing host without a word.
+What dies, what happens then (make cluster-test; a rank that hangs: tests/test_watch.py), and within
+what time (J: --rdzv-conf join_timeout, 600 s; T: train/main.py's --timeout_s, 60 s):
 
     a rank                       rank 0 names it and its host; all restart from the    30 s
                                  last checkpoint
     a rank is stopped            the same; with --max-restarts 0 the others end, its   T + 35 s
                                  own torchrun waits until it goes on
     a rank hangs but lives       after T a warning names it and the file of its        10 T + 35 s
-                                 stacks (train/stacks.py); then the same
+                                 stacks (train/distributed/stacks.py); then the same
     a link, for less than T      nothing
     a link or a host             both sides say whom they lost, wait for it to come    T + J
                                  again and restart, or end
@@ -52,8 +52,9 @@ from torch.distributed.run import (
     run,
 )
 
-from train.cli import explain, refuse
-from train.roll_call import AGAIN, out_of_reach, roll_call
+from train.config.parser import explain
+from train.distributed.roll_call import AGAIN, out_of_reach, roll_call
+from train.run.program import refuse
 
 SETTINGS = {
     "PET_MAX_RESTARTS": "3",

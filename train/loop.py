@@ -11,11 +11,11 @@ from pipeline.loader import view_loader
 from pipeline.runner import Batch
 from train import distributed
 from train.distributed import StopSignal
-from train.embed import EvaluationStopped, knn_accuracy
+from train.distributed.stacks import ALLOWED_S
+from train.evaluation.embed import EvaluationStopped, knn_accuracy
 from train.network.precision import DTYPES, autocast
-from train.optim import set_lr
+from train.run.optim import set_lr
 from train.session import Session, save
-from train.stacks import ALLOWED_S
 from train.window import Window, bad_entries
 
 PICTURES = 8  # images whose two views are shown

@@ -24,20 +24,28 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from kernels.choose import use_triton
 from pipeline.order import SampleOrder
-from train import checkpoint, distributed, state, versions
-from train.cli import is_out_of_memory, memory_line, print_result, read_config, refuse, told
+from train import distributed
 from train.config import Config
-from train.data import open_data
 from train.distributed import World, from_main
+from train.distributed.stacks import watched
+from train.distributed.watch import may_restart
 from train.finish import finish
 from train.loop import train
-from train.metrics import Log, Metrics
-from train.optim import GuardedStep, build_optimizer
-from train.run_folder import SLOW_PRECISION, RunFolder, environment, is_slow_precision
+from train.run import checkpoint, state, versions
+from train.run.data import open_data
+from train.run.folder import SLOW_PRECISION, RunFolder, environment, is_slow_precision
+from train.run.metrics import Log, Metrics
+from train.run.optim import GuardedStep, build_optimizer
+from train.run.program import (
+    error_text,
+    is_out_of_memory,
+    memory_line,
+    print_result,
+    read_config,
+    refuse,
+)
+from train.run.state import TrainState
 from train.session import Session
-from train.stacks import watched
-from train.state import TrainState
-from train.watch import may_restart
 
 
 def build_state(
@@ -80,12 +88,12 @@ def run(config: Config, world: World, out: Path, folder: RunFolder | None, log: 
     source = data.train.source
     order = SampleOrder(len(source), batch_size=config.data.batch_size, seed=config.seed)
     current, ddp = build_state(config, world, len(source), tell=log)
-    facts = state.about(config, source.fingerprint, world)
+    facts = state.run_facts(config, source.fingerprint, world)
     # rank 0 reads it and sends it: hosts need not see the same disk
     found = checkpoint.load_newest(out / "checkpoints", log=log.warn) if world.is_main else None
     found = from_main(world, found)
     if found is not None:
-        state.check_same_run(found.about, facts, out)
+        state.check_same_run(found.facts, facts, out)
         state.restore(current, found)
         log(f"continuing {out} at step {current.step}")
     elif config.init:
@@ -136,7 +144,7 @@ def main() -> None:
     except (ValueError, OSError, FloatingPointError) as error:
         if folder is not None:
             folder.give_up(traceback.format_exc())
-        refuse(str(error) if folder is None else told(error, folder.path), code=1)
+        refuse(str(error) if folder is None else error_text(error, folder.path), code=1)
     except (RuntimeError, MemoryError) as error:
         if folder is not None:
             folder.fail(traceback.format_exc())

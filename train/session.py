@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from torch import nn
 
 from pipeline.order import SampleOrder
-from train import state
 from train.config import Config
-from train.data import RunData
 from train.distributed import World
-from train.metrics import Log, Metrics
-from train.report import collapse_threshold
-from train.run_folder import RunFolder
-from train.stacks import Stacks
-from train.state import TrainState
+from train.distributed.stacks import Stacks
+from train.run import state
+from train.run.data import RunData
+from train.run.folder import RunFolder
+from train.run.metrics import Log, Metrics
+from train.run.report import collapse_threshold
+from train.run.state import TrainState
 
 
 @dataclass

@@ -3,10 +3,10 @@
     python train/study.py all                                        # the digits, on a CPU
     python train/study.py all --config configs/cifar10.yaml --data.root DIR          # a GPU
 
-train/variants.py says what each study compares, train/study_runs.py does the runs, several at once,
-train/study_report.py makes study-NAME.json, .md and .png of them, in --out. The same command goes
-on with a study that was stopped.
-A newcomer's mistake: one more seed for one variant. --seeds is for all; what is there is kept.
+train/studies/variants.py says what each study compares, train/studies/runs.py does the runs,
+several at once, train/studies/report.py makes study-NAME.json, .md and .png of them, in --out. The
+same command goes on with a study that was stopped. A newcomer's mistake: one more seed for one
+variant. --seeds is for all; what is there is kept.
 """
 
 import os
@@ -31,15 +31,16 @@ from jsonargparse import ArgumentError
 
 from pipeline.sources.digits import write_digits
 from pipeline.sources.folder import list_images, split_root
-from train.cli import build_parser, explain, flags, print_result, refuse, told
 from train.config import Config, MethodConfig, at_least
-from train.data import DIGITS, check_apart
+from train.config.parser import build_parser, explain, flags
 from train.distributed import resolve_device
-from train.metrics import Log
-from train.run_folder import environment
-from train.study_report import draw, markdown, otherwise, summarize
-from train.study_runs import plan_places, plan_runs, run_all
-from train.variants import Study, studies
+from train.run.data import DIGITS, check_apart
+from train.run.folder import environment
+from train.run.metrics import Log
+from train.run.program import error_text, print_result, refuse
+from train.studies.report import draw, markdown, otherwise, summarize
+from train.studies.runs import plan_places, plan_runs, run_all
+from train.studies.variants import Study, studies
 
 ALL = "all"
 PRESET = Path(__file__).parent.parent / "configs" / "study.yaml"
@@ -166,7 +167,7 @@ def main() -> None:
     except Timeout:
         refuse(f"--out {out} is in use by another study: wait, or choose another folder", code=1)
     except (ValueError, OSError) as error:
-        refuse(told(error, out), code=1)
+        refuse(error_text(error, out), code=1)
     print_result(result, kept=out / f"result-{name}.json")
     if result["failed"]:
         refuse(f"{len(result['failed'])} of {result['runs']} runs failed, see above", code=1)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipeline.sources.reader import ImageReader
 from train import distributed
-from train.report import collapse_advice
+from train.run.report import collapse_advice
 from train.session import Session, save
 from train.wait_clock import WaitClock
 

@@ -20,10 +20,11 @@ from measure.photos import write_photos
 from measure.results import check_save
 from pipeline.sources.reader import ImageReader
 from pipeline.sources.shards import ImageSource, open_source
-from train.cli import build_parser, explain, flags, refuse, with_brackets
 from train.config import Config, at_least
+from train.config.parser import build_parser, explain, flags, with_brackets
 from train.distributed import World, from_main
-from train.run_folder import has_fast_bf16
+from train.run.folder import has_fast_bf16
+from train.run.program import refuse
 
 PHOTOS = "photos"
 What = Literal["loader", "host", "step", "end_to_end", "limit", "ranks"]

@@ -16,12 +16,12 @@ from measure.turns import Repetition, Timing, seconds_of, take_turns
 from pipeline.order import SampleOrder
 from pipeline.runner import Batch
 from pipeline.sources.reader import ImageReader
-from train.cli import first_line
 from train.config import Config
 from train.distributed import World
 from train.loop import train_step
 from train.main import build_state
-from train.run_folder import has_fast_bf16
+from train.run.folder import has_fast_bf16
+from train.run.program import first_line
 from train.session import Session
 from train.wait_clock import WaitClock
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from train.cli import first_line
 from train.distributed import World, gather
+from train.run.program import first_line
 
 Repetition = Callable[[], float]
 """Does a fixed amount of work once and returns its seconds."""

@@ -1,28 +1,24 @@
 """Reads flags and YAML files into a Config; an unknown name is answered with the nearest one.
 
-A newcomer's mistake: adding a flag here. A flag is a field in train/config.py.
+A newcomer's mistake: adding a flag here. A flag is a field in train/config/schema.py.
 """
 
 import dataclasses
 import difflib
-import errno
-import json
-import os
 import re
-import sys
 from collections.abc import Collection, Sequence
-from pathlib import Path
-from typing import NoReturn
 
-import torch
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
-from train.config import Config
-from train.distributed import start
+from train.config.schema import Config
 from train.methods import MethodSpec
-from train.watch import end_torchrun
 
-USAGE_ERROR = 2
+EXPECTED = {
+    "<class 'int'>": "a whole number",
+    "<class 'float'>": "a number",
+    "<class 'bool'>": "true or false",
+    "<class 'str'>": "a text",
+}
 
 
 def flags(config: type = Config, prefix: str = "") -> list[str]:
@@ -84,14 +80,6 @@ def build_parser(
     return parser
 
 
-def read_config(arguments: Sequence[str] | None = None) -> Config:
-    """The Config of a command line. Exits with 2 and one line for a mistake in it."""
-    try:
-        return parse_config(arguments)
-    except ValueError as error:
-        refuse(str(error))
-
-
 def parse_config(arguments: Sequence[str] | None = None) -> Config:
     """The Config of a command line. Raises: ValueError with one line for a mistake in it."""
     parser = build_parser()
@@ -129,14 +117,6 @@ def explain(message: str, known: Sequence[str] | None = None) -> str:
     return "; ".join(hints) or line
 
 
-EXPECTED = {
-    "<class 'int'>": "a whole number",
-    "<class 'float'>": "a number",
-    "<class 'bool'>": "true or false",
-    "<class 'str'>": "a text",
-}
-
-
 def plain(line: str) -> str:
     """A parser's message with flags as they are typed and types in words."""
     line = re.sub(r'Parser key "([\w.]+)"', r"--\1", line)
@@ -157,58 +137,3 @@ def plain(line: str) -> str:
         names = missing[1].split(", ")  # a flag that is required stands in a group
         line = "required: " + ", ".join(f"--{n}" if "." in n else n.upper() for n in names)
     return line
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, at most 200 characters, or the error's name."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
-def is_disk_full(error: BaseException) -> bool:
-    """Whether an OSError says that there is no room: its text names no file."""
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-
-
-def told(error: BaseException, out: Path) -> str:
-    """An error's text, with the folder that is full where that is what happened."""
-    return f"{error} (--out {out})" if is_disk_full(error) else str(error)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch on a GPU or the CPU, NumPy or DALI could not have the memory it asked for."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
-        text in str(error) for text in ("can't allocate memory", "bad_alloc", "out of memory")
-    )
-
-
-def memory_line(error: BaseException) -> str:
-    """Of the text of such an error the line that says how much was asked for, or where."""
-    return next((line.strip() for line in str(error).splitlines() if "alloc" in line), "")
-
-
-def print_result(result: dict, *, kept: Path) -> None:
-    """The last line of stdout; where that is closed or full, one line says where the result is."""
-    try:
-        print(json.dumps(result), flush=True)
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries again
-        refuse(f"stdout cannot be written ({error.strerror}): the result is in {kept}", code=1)
-
-
-def refuse(message: str, *, code: int = USAGE_ERROR) -> NoReturn:
-    """One line on stderr, then the exit code.
-
-    A stop by signal (130), which all ranks meet, is told once a host. One host of several may alone
-    have a mistake in its flags: rank 0 tells it, with the host, and all ranks end.
-    """
-    if code == USAGE_ERROR and os.environ.get("WORLD_SIZE", "1") != "1":
-        try:
-            with start("cpu", mistake=message):
-                pass
-        except (ValueError, OSError) as error:
-            refuse(str(error), code=1)
-    if code not in (USAGE_ERROR, 130) or os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"error: {message}", file=sys.stderr, flush=True)
-    if code == USAGE_ERROR:
-        end_torchrun()
-    raise SystemExit(code)

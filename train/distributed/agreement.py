@@ -17,7 +17,7 @@ from torch.distributed import Store
 
 from train.config import Config, flat
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 PACKAGES = ("torch", "triton", "numpy", "nvidia-dali-cuda120", "nvidia-dali-cuda130")
 REMEDIES = {
     "package": "install the same version on all hosts",
@@ -30,7 +30,7 @@ SHARED_MEMORY = 1 << 30
 --shm-size=1g."""
 
 
-def facts(
+def process_facts(
     config: Config | None, device: str, fault: str | None = None, mistake: str | None = None
 ) -> dict:
     """What this process runs. device: "cpu" or "cuda"; fault: why it cannot, if it cannot.

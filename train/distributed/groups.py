@@ -5,7 +5,7 @@ and an all-reduce of 2 KB would wait for DistributedDataParallel's 25 MB buckets
 run at a time: all ranks launch in one order (tests/test_order.py), which
 NCCL_LAUNCH_ORDER_IMPLICIT has NCCL keep on the device, or they could deadlock.
 A newcomer's mistake: leaving errors to NCCL. Its watchdog ends a process without a name;
-train/watch.py names the rank and ends all, so NCCL's own end comes later.
+train/distributed/watch.py names the rank and ends all, so NCCL's own end comes later.
 """
 
 import os
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from train.verdict import PATIENCE
+from train.distributed.verdict import PATIENCE
 
 TRACE = "nccl-trace-rank-"
 """torch's flight recorder in the run folder: `torchfrtrace FOLDER -p nccl-trace-rank-` reads it."""
@@ -50,7 +50,7 @@ def nccl_settings(timeout_s: float, out: str) -> dict[str, str]:
 
     Its watchdog waits 4 x WAIT_TIMEOUT_DUMP after an error or a time-out, then ends the process;
     its monitor ends one whose watchdog has shown no life for HEARTBEAT_TIMEOUT. Both stay, as the
-    last resort, at twice what train/watch.py takes for its longest verdict.
+    last resort, at twice what train/distributed/watch.py takes for its longest verdict.
     Sources: torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp, Watchdog::runLoop and
     HeartbeatMonitor::runLoop; FlightRecorder.hpp, FlightRecorder; NCCL 2.26's user guide, "Using
     multiple NCCL communicators concurrently".

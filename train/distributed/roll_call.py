@@ -20,7 +20,7 @@ from functools import partial
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from train.watch import TELL_S
+from train.distributed.watch import TELL_S
 
 APART_S = 5.0
 """Clocks may differ so much. torchrun drops a host whose clock is 15 s behind another's in silence:

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from train.distributed import World
-from train.groups import TRACE
+from train.distributed.groups import TRACE
 
 ALLOWED_S = 600.0
 LAST_S = 10.0  # to write both files at the end; then the process ends in any case

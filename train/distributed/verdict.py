@@ -1,6 +1,6 @@
 """Whose fault it is that a run of several ranks ends, from what rank 0 knows of each of them.
 
-train/watch.py collects the signs once a second, and ends the processes.
+train/distributed/watch.py collects the signs once a second, and ends the processes.
 A newcomer's mistake: blaming the rank that raised. It may only have noticed that another is gone.
 """
 
@@ -30,7 +30,8 @@ class Sign:
     late_s: float = 0.0
     """Seconds beyond what its step may take."""
     stacks: str = ""
-    """The file in which it writes down where it stands when it is late (train/stacks.py)."""
+    """The file in which it writes down where it stands when it is late
+    (train/distributed/stacks.py)."""
 
     @property
     def where(self) -> str:

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from train.verdict import DEAD_S, GRACE_S, Sign, Verdict, judge, stalled
+from train.distributed.verdict import DEAD_S, GRACE_S, Sign, Verdict, judge, stalled
 
 INTERVAL_S = 1.0
 LINGER_S = 5.0  # rank 0 keeps the store for the others to read the verdict
@@ -44,7 +44,7 @@ class Watch:
         self.on_end: Callable[[str], None] = lambda text: None
         """Told why when the process ends while its main thread waits for another rank."""
         self.stacks: Any = None
-        """Where this rank stands (train/stacks.py): in training."""
+        """Where this rank stands (train/distributed/stacks.py): in training."""
         self._beat = {"count": 0, "host": socket.gethostname(), "words": None}
         self._keys = [f"beat/{r}" for r in range(size)]
         self._seen: dict[str, tuple[bytes, float]]

@@ -13,10 +13,11 @@ from typing import Literal
 
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
-from train.cli import explain, flags, parse_config, refuse, with_brackets
 from train.config import Config, at_least
+from train.config.parser import explain, flags, parse_config, with_brackets
 from train.network.precision import Precision
-from train.run_folder import CONFIG
+from train.run.folder import CONFIG
+from train.run.program import refuse
 
 LISTS = ("--k", "--fast.lrs", "--linear.lrs")
 

@@ -15,11 +15,11 @@ from torch.nn import functional as F
 from kernels.normalize import normalize_views
 from pipeline.loader import eval_loader
 from train.config import Config
-from train.data import EvalSet, RunData
 from train.distributed import World, gather
-from train.knn import knn_top1
+from train.evaluation.knn import knn_top1
 from train.network.precision import DTYPES, autocast
 from train.network.resnet import ResNet
+from train.run.data import EvalSet, RunData
 
 TELL_S = 15  # seconds between two lines about a long evaluation
 

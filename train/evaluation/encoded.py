@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from train import distributed
-from train.checkpoint import Checkpoint
 from train.config import Config
-from train.data import EvalSet, RunData
 from train.distributed import World
-from train.embed import embed
-from train.evaluate_config import EvaluateConfig
-from train.knn import gather_rows, split_bank
-from train.metrics import Log
+from train.evaluation.config import EvaluateConfig
+from train.evaluation.embed import embed
+from train.evaluation.knn import gather_rows
 from train.network.resnet import ResNet
-from train.state import build_method, check_fits
+from train.run.checkpoint import Checkpoint
+from train.run.data import EvalSet, RunData, split_bank
+from train.run.metrics import Log
+from train.run.state import build_method, check_fits
 
 TOP = 5
 MANY_IMAGES = 2**40  # more than any queue of theirs holds

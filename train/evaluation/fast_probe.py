@@ -5,17 +5,17 @@ standard deviation (the features of SimSiam are of tiny scale: plain SGD crawls 
 learning rates train at once, from zero, with SGD of momentum 0.9, a cosine schedule and no weight
 decay, on nine tenths of the training images. The rest, at most 5,000, picks the learning rate; the
 test images are looked at once, by the classifier that was picked.
-A newcomer's mistake: comparing with the paper's figures. Theirs are of train/linear_probe.py, which
-trains on augmented images.
+A newcomer's mistake: comparing with the paper's figures. Theirs are of
+train/evaluation/linear_probe.py, which trains on augmented images.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from train.evaluate_config import FastProbeConfig
-from train.knn import split_bank
-from train.optim import lr_at
+from train.evaluation.config import FastProbeConfig
+from train.run.data import split_bank
+from train.run.optim import lr_at
 
 MOMENTUM = 0.9
 ROWS = 8192  # looked at together where nothing is learned

@@ -7,12 +7,10 @@ A newcomer's mistake: taking projector outputs, or augmented images for the bank
 Source: Wu et al., CVPR 2018 (InstDisc), as monitored in SimSiam section 4.1.
 """
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.keyed import Purpose, keyed_rng
 from train.distributed import World
 
 SIMILARITIES = 1 << 27  # held at once: 512 MiB of fp32
@@ -114,13 +112,3 @@ def gather_rows(world: World, x: Tensor) -> Tensor:
     padded = torch.cat([x, x.new_zeros(rows - len(x), *x.shape[1:])])
     parts = all_gather(world, padded)
     return torch.cat([part[:count] for part, count in zip(parts, counts.tolist(), strict=True)])
-
-
-def split_bank(labels: np.ndarray, *, seed: int, share: float = 0.1, most: int = 5000):
-    """(bank ids, query ids) of one labelled folder: a tenth, at most 5000, are the queries.
-
-    For a data set without a validation folder. The images were trained on without their labels.
-    """
-    order = keyed_rng(seed, Purpose.KNN_SPLIT).permutation(len(labels))
-    num_queries = min(most, max(1, int(share * len(labels))))
-    return np.sort(order[num_queries:]), np.sort(order[:num_queries])

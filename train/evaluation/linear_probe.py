@@ -25,15 +25,16 @@ from torch.nn import functional as F
 from pipeline.augment import AugmentConfig
 from pipeline.loader import view_loader
 from pipeline.order import SampleOrder
-from train import checkpoint, distributed
+from train import distributed
 from train.config import Config
-from train.data import EvalSet
 from train.distributed import World
-from train.embed import features_of
-from train.evaluate_config import LinearProbeConfig
-from train.lars import LARS
-from train.metrics import Log
-from train.optim import lr_at
+from train.evaluation.config import LinearProbeConfig
+from train.evaluation.embed import features_of
+from train.run import checkpoint
+from train.run.data import EvalSet
+from train.run.lars import LARS
+from train.run.metrics import Log
+from train.run.optim import lr_at
 
 CROP_SCALE = (0.08, 1.0)  # torchvision's RandomResizedCrop, as the official code has it
 TRUST, MOMENTUM = 0.001, 0.9
@@ -71,9 +72,9 @@ class LinearProbe:
 
     def __init__(
         self, config: LinearProbeConfig, *, features: int, classes: int, world: World, folder: Path,
-        about: dict,
+        facts: dict,
     ):  # fmt: skip
-        self.config, self.world, self.folder, self.about = config, world, folder, about
+        self.config, self.world, self.folder, self.facts = config, world, folder, facts
         self.heads = nn.ModuleList([Head(features, classes) for _ in config.lrs]).to(world.device)
         self.optimizer = build_lars(self.heads)
         self.epochs_done = 0
@@ -112,7 +113,7 @@ class LinearProbe:
         state, options = checkpoint.flatten_optimizer(self.optimizer, self.names)
         tensors = {"heads": dict(self.heads.state_dict()), "optimizer": state}
         values = {"optimizer": options}
-        checkpoint.save(self.folder, self.epochs_done, tensors, values, about=self.about)
+        checkpoint.save(self.folder, self.epochs_done, tensors, values, facts=self.facts)
 
     def restore(self, log: Log) -> None:
         """Go on from the newest checkpoint, if there is one. Raises: ValueError for another's."""
@@ -120,9 +121,9 @@ class LinearProbe:
         if found is None:
             return
         changed = [
-            f"{name} was {found.about.get(name)} and is {value}"
-            for name, value in self.about.items()
-            if found.about.get(name) != value
+            f"{name} was {found.facts.get(name)} and is {value}"
+            for name, value in self.facts.items()
+            if found.facts.get(name) != value
         ]
         if changed:
             raise ValueError(

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from train.methods.method import collapse_meter
+from train.run.report import COLLAPSED
 
 RANKME_IMAGES = 25600  # as in the paper; more change nothing (its appendix G)
 EPSILON = 1e-7
-COLLAPSED = 0.1  # of the meter: below it a run counts as collapsed
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
     <run>/checkpoints/step-00000120/
         model.safetensors, optimizer.safetensors, ...   one file for each name in `tensors`
         state.json      plain values
-        manifest.json   format version, step, size and SHA-256 of each file, `about`, own SHA-256
+        manifest.json   format version, step, size and SHA-256 of each file, `facts`, own SHA-256
 
 What a newcomer gets wrong: a folder that exists is not yet a checkpoint. safetensors and torch.load
 load a flipped bit without a word, so a checkpoint is valid only if every byte hashes to what the
@@ -50,13 +50,13 @@ class Checkpoint:
     step: int
     tensors: dict[str, Tensors]
     state: Plain
-    about: Plain
+    facts: Plain
 
 
 @torch.no_grad()
 def save(
     folder: Path, step: int, tensors: dict[str, Tensors], state: Plain, *,
-    about: Plain, keep: int = 2,
+    facts: Plain, keep: int = 2,
 ) -> Path:  # fmt: skip
     """Write the checkpoint of `step`, make it live by a rename, prune old ones; return its path.
 
@@ -65,7 +65,7 @@ def save(
     The newest `keep` valid checkpoints stay, and never fewer than 2: one may be damaged later.
     One writer at a time. Disk: keep + 1 checkpoints. Host memory: up to twice the checkpoint.
     Raises   CheckpointError when the disk is full or refuses; those before it are as they were.
-             ValueError when JSON would change a value of `state` or `about`.
+             ValueError when JSON would change a value of `state` or `facts`.
     """
     live, unfinished = folder / f"step-{step:08d}", folder / f".tmp-step-{step:08d}"
     num_bytes = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
@@ -81,7 +81,7 @@ def save(
             file = f"{name}.safetensors"
             copies = {k: torch.empty(t.shape, dtype=t.dtype).copy_(t) for k, t in group.items()}
             files[file] = _write(unfinished / file, safetensors.torch.save(copies))
-        manifest = {"version": FORMAT_VERSION, "step": step, "files": files, "about": about}
+        manifest = {"version": FORMAT_VERSION, "step": step, "files": files, "about": facts}
         manifest["sha256"] = hashlib.sha256(_encode(MANIFEST, manifest)).hexdigest()
         _write(unfinished / MANIFEST, _encode(MANIFEST, manifest))
         _sync(unfinished)

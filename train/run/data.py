@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.keyed import Purpose, keyed_rng
 from pipeline.sources.digits import write_digits
 from pipeline.sources.folder import split_root
 from pipeline.sources.reader import ImageReader
 from pipeline.sources.shards import ImageSource, ShardSet, open_source
 from train.config import DataConfig
 from train.distributed import World, from_main, gather
-from train.knn import split_bank
 
 DIGITS = "digits"
 
@@ -176,3 +176,13 @@ def _list(config: DataConfig, out: Path) -> tuple[ImageSource, ImageSource | Non
     if config.val is not None and (val is None or val.labels is None):
         raise ValueError(f"--data.val {config.val} has no class labels, which kNN needs")
     return train, val if val is not None and val.labels is not None else None
+
+
+def split_bank(labels: np.ndarray, *, seed: int, share: float = 0.1, most: int = 5000):
+    """(bank ids, query ids) of one labelled folder: a tenth, at most 5000, are the queries.
+
+    For a data set without a validation folder. The images were trained on without their labels.
+    """
+    order = keyed_rng(seed, Purpose.KNN_SPLIT).permutation(len(labels))
+    num_queries = min(most, max(1, int(share * len(labels))))
+    return np.sort(order[num_queries:]), np.sort(order[:num_queries])

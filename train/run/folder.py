@@ -26,8 +26,8 @@ import torch
 import yaml
 from filelock import FileLock, Timeout
 
-from train import checkpoint
-from train.metrics import append
+from train.run import checkpoint
+from train.run.metrics import append
 
 PACKAGES = ("torch", "triton", "numpy", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "apex",
             "tensorboard", "safetensors", "opencv-python-headless", "torchvision", "lightly",
@@ -154,7 +154,7 @@ def newest_checkpoint(run: Path, *, log: Callable[[str], None]) -> checkpoint.Ch
 
 def revision() -> str | None:
     """The commit of this code; None without git, as in a container."""
-    words = ["git", "-C", str(Path(__file__).parent.parent), "rev-parse", "HEAD"]
+    words = ["git", "-C", str(Path(__file__).parent.parent.parent), "rev-parse", "HEAD"]
     try:
         head = subprocess.run(words, capture_output=True, text=True, check=False)
     except FileNotFoundError:

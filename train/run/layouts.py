@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from train.checkpoint import Tensors
 from train.network.resnet import LAYERS
+from train.run.checkpoint import Tensors
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from train.config import OptimConfig
-from train.lars import LARS
+from train.run.lars import LARS
 
 BAD_STEPS_IN_A_ROW = 3
 MIN_SCALE = 2.0**-4

@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from train.methods import MethodSpec
-from train.metrics import read_metrics
-from train.spread import COLLAPSED
+from train.run.metrics import read_metrics
+
+COLLAPSED = 0.1  # of the meter in evaluation mode: below it a run counts as collapsed
 
 
 def collapse_threshold(batch_per_rank: int, *, ends_in_norm: bool = True) -> float:

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from train import checkpoint
 from train.config import Config, DataConfig, MethodConfig, flat
 from train.distributed import World
 from train.methods import Method, Scale
-from train.optim import GuardedStep
+from train.run import checkpoint
+from train.run.optim import GuardedStep
 
 # what may differ between two starts of one run: it changes neither the weights nor the batches
 FREE = {"out", "max_steps", "log_every", "checkpoint_every", "timeout_s", "device", "compile",
@@ -62,7 +62,7 @@ def build_method(
     return config.method.spec.build(config.model, scale)
 
 
-def about(config: Config, fingerprint: str, world: World) -> dict:
+def run_facts(config: Config, fingerprint: str, world: World) -> dict:
     """What a checkpoint must agree with to be continued."""
     return {"config": comparable(config), "data": fingerprint, "world": world.size}
 
@@ -94,7 +94,7 @@ def save(state: TrainState, folder: Path, facts: dict) -> Path:
         "knn": state.knn,
         "last": state.last,
     }
-    return checkpoint.save(folder, state.step, tensors, values, about=facts)
+    return checkpoint.save(folder, state.step, tensors, values, facts=facts)
 
 
 def check_same_run(found: dict, facts: dict, run: Path) -> None:
@@ -184,7 +184,7 @@ def start_from(model: Method, run: Path, *, log: Callable[[str], None]) -> None:
     try:
         check_fits(expected, weights)
     except ValueError as error:
-        theirs = found.about.get("config", {}).get("method.name", "another tool")
+        theirs = found.facts.get("config", {}).get("method.name", "another tool")
         raise ValueError(
             f"--init {run} (of {theirs}) has another network: {error}. Take its settings: "
             f"--config {run / 'config.yaml'}"

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from pipeline.required import is_old, least
-from train.cli import first_line
+from train.run.program import first_line
 
 MIN_DRIVER = {12: "525", 13: "580"}
 """First driver release for a CUDA major. Source: docs.nvidia.com/deploy/cuda-compatibility, and

@@ -7,9 +7,9 @@ ranges over seeds do not overlap; of two equal ones three seeds each part in one
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from train.metrics import read_metrics
-from train.study_runs import Run
-from train.variants import Outcome, Row, Study
+from train.run.metrics import read_metrics
+from train.studies.runs import Run
+from train.studies.variants import Outcome, Row, Study
 
 LABELS = {
     "train/loss": "loss",

@@ -22,13 +22,13 @@ from pathlib import Path
 import torch
 import yaml
 
-from train.cli import parse_config
 from train.config import Config
+from train.config.parser import parse_config
 from train.distributed import StopSignal, World
-from train.metrics import Log
-from train.variants import Row, left_out
+from train.run.metrics import Log
+from train.studies.variants import Row, left_out
 
-MAIN = Path(__file__).with_name("main.py")
+MAIN = Path(__file__).parent.parent / "main.py"
 POLL_S = 0.1
 ALONE = World(0, 1, 0, 1, torch.device("cpu"), None)
 AS_TORCHRUN = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}

@@ -148,7 +148,7 @@ def dimension(base: Config) -> Study:
 
 
 def batch_size(base: Config) -> Study:
-    """The paper's multiples of our batch; the learning rate follows it (train/config.py)."""
+    """The paper's multiples of our batch; the learning rate follows it (train/config/schema.py)."""
     measured: tuple[tuple[int, float, Outcome], ...] = (
         (64, 66.1, "worse"), (128, 67.3, "same"), (256, 68.1, "same"), (1024, 68.0, "same"),
         (2048, 67.9, "same"), (4096, 64.0, "worse"),

@@ -1,0 +1,81 @@
+"""What the programs share: read the flags, print the result, say what went wrong in one line."""
+
+import errno
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from train.config import Config
+from train.config.parser import parse_config
+from train.distributed import start
+from train.distributed.watch import end_torchrun
+
+USAGE_ERROR = 2
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, at most 200 characters, or the error's name."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an OSError says that there is no room: its text names no file."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def error_text(error: BaseException, out: Path) -> str:
+    """An error's text, with the folder that is full where that is what happened."""
+    return f"{error} (--out {out})" if is_disk_full(error) else str(error)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch on a GPU or the CPU, NumPy or DALI could not have the memory it asked for."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
+        text in str(error) for text in ("can't allocate memory", "bad_alloc", "out of memory")
+    )
+
+
+def memory_line(error: BaseException) -> str:
+    """Of the text of such an error the line that says how much was asked for, or where."""
+    return next((line.strip() for line in str(error).splitlines() if "alloc" in line), "")
+
+
+def print_result(result: dict, *, kept: Path) -> None:
+    """The last line of stdout; where that is closed or full, one line says where the result is."""
+    try:
+        print(json.dumps(result), flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries again
+        refuse(f"stdout cannot be written ({error.strerror}): the result is in {kept}", code=1)
+
+
+def refuse(message: str, *, code: int = USAGE_ERROR) -> NoReturn:
+    """One line on stderr, then the exit code.
+
+    A stop by signal (130), which all ranks meet, is told once a host. One host of several may alone
+    have a mistake in its flags: rank 0 tells it, with the host, and all ranks end.
+    """
+    if code == USAGE_ERROR and os.environ.get("WORLD_SIZE", "1") != "1":
+        try:
+            with start("cpu", mistake=message):
+                pass
+        except (ValueError, OSError) as error:
+            refuse(str(error), code=1)
+    if code not in (USAGE_ERROR, 130) or os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    if code == USAGE_ERROR:
+        end_torchrun()
+    raise SystemExit(code)
+
+
+def read_config(arguments: Sequence[str] | None = None) -> Config:
+    """The Config of a command line. Exits with 2 and one line for a mistake in it."""
+    try:
+        return parse_config(arguments)
+    except ValueError as error:
+        refuse(str(error))
