@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from pipeline.augment import AugmentConfig
-from pipeline.cores import usable_cores
 from pipeline.decode import DecodeOptions
+from pipeline.machine import usable_cores
 from pipeline.order import SampleOrder
 from pipeline.reading_process import reading_process
 from pipeline.runner import DaliLoader

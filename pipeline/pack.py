@@ -31,7 +31,7 @@ from PIL import Image, UnidentifiedImageError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pipeline.cores import usable_cores
+from pipeline.machine import usable_cores
 from pipeline.sources.folder import ImageFolder, list_images, named_path, printable, split_root
 from pipeline.sources.header import BadImage, image_size
 from pipeline.sources.index import (

@@ -34,9 +34,9 @@ from measure.turns import Repetition, Timing, seconds_of, take_turns
 from pipeline import graph
 from pipeline.augment import AugmentConfig, ViewDraws, draw_views, draws_in_graph
 from pipeline.color_blur import finish_views
-from pipeline.cores import usable_cores
 from pipeline.decode import DecodeOptions, capability_of, decode_arguments
 from pipeline.loader import num_threads, view_loader
+from pipeline.machine import usable_cores
 from pipeline.order import SampleOrder
 from pipeline.runner import DaliLoader
 from pipeline.sources.folder import ImageFolder
