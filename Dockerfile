@@ -22,7 +22,7 @@ ARG PIP_ARGS=
 WORKDIR /opt/twinturbo
 COPY requirements*.txt ./
 COPY deploy/install.py deploy/
-COPY pipeline/__init__.py pipeline/required.py pipeline/
+COPY pipeline/__init__.py pipeline/machine.py pipeline/
 RUN python3 deploy/install.py requirements.txt \
     && useradd --uid 10001 --no-create-home twinturbo && install -d -o twinturbo /runs
 COPY . .

@@ -23,7 +23,7 @@ from pathlib import Path
 from pip._vendor.packaging.requirements import Requirement
 from pip._vendor.packaging.utils import canonicalize_name
 
-from pipeline.required import is_old, least
+from pipeline.machine import is_old, least
 
 DALIS_OWN = re.compile(r"nvidia-(dali|nvimgcodec|nvjpeg|nvtiff|libnvcomp|nvcomp)")
 ENVIRONMENT = os.environ | {

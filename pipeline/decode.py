@@ -81,7 +81,7 @@ def decode_arguments(
     """
     from nvidia.dali import types
 
-    from pipeline.dali_wheel import refuse_old_dali
+    from pipeline.machine import refuse_old_dali
 
     refuse_old_dali()
     common = {"output_type": types.RGB, "adjust_orientation": False}

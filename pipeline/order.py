@@ -1,19 +1,46 @@
-"""Which sample stands where: a permutation per (seed, epoch), cut into global batches.
+"""Which samples a step trains on, and what of them is fed into DALI: bytes and draws of the views.
 
-We own the order, DALI owns the bytes. The position of a run is one integer, the global step; the
-global batches do not depend on the number of ranks.
-A newcomer's mistake: keeping state here. There is none but a cache of the last permutation.
+The order is a permutation per (seed, epoch), cut into global batches; the batches do not depend on
+the number of ranks, and a run's position is one integer, the global step. There is no state: a plan
+is sent to another process (reading_process.py), which imports neither torch nor DALI.
 """
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
 
 import numpy as np
 
-from pipeline.keyed import Purpose, keyed_rng
+from pipeline.augment import AugmentConfig, ViewDraws, draw_views, draws_in_graph
+from pipeline.sources.folder import Allocate
+from pipeline.sources.reader import ImageReader, Placed
+
+MAX_ATTEMPTS = 100
+
+
+class Purpose(IntEnum):
+    """Separate streams of random numbers."""
+
+    ORDER = 1
+    VIEWS = 2
+    REPLACEMENT = 3
+    KNN_SPLIT = 4
+
+
+def keyed_rng(seed: int, purpose: Purpose, index: int = 0, row: int = 0) -> np.random.Generator:
+    """The generator of one epoch's order, one step's views, one row's replacement; without state.
+
+    Shapes: seed and index below 2**56, row below 2**64, all >= 0.
+    """
+    # uint64: NumPy makes floats of the list [seed, 1 << 63] and loses the low bits
+    key = np.array([seed, (int(purpose) << 56) | index], dtype=np.uint64)
+    counter = np.array([0, 0, 0, row], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
 class SampleOrder:
-    """Global batches of sample ids; the last, incomplete batch of an epoch is left out.
-
-    What is left out (fewer than batch_size samples) is another random part in every epoch.
+    """Global batches of sample ids; fewer than batch_size samples, other ones in each epoch, are
+    left out at its end.
     """
 
     def __init__(self, num_samples: int, *, batch_size: int, seed: int):
@@ -45,6 +72,66 @@ class SampleOrder:
         return self.permutation(epoch)[start : start + self.batch_size]
 
     def replacement(self, step: int, row: int, attempt: int) -> int:
-        """A stand-in for a bad image: the same on every run, rank count and resume."""
+        """The sample in place of a bad image: the same on every run, rank count and resume."""
         rng = keyed_rng(self.seed, Purpose.REPLACEMENT, step, row)
         return int(rng.integers(self.num_samples, size=attempt + 1)[attempt])
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one step feeds into DALI: inputs by name, one entry a row."""
+
+    step: int
+    ids: np.ndarray
+    inputs: dict[str, list | np.ndarray]
+    finish: list[ViewDraws] | None = None
+    """Draws of the views whose colours and blur are done after DALI."""
+
+
+Prepare = Callable[[int], Work]
+
+
+@dataclass(frozen=True)
+class ViewPlan:
+    """How the Work of any step is made, for one rank's rows of the global batch."""
+
+    order: SampleOrder
+    views: Sequence[AugmentConfig]
+    rows: slice
+    colors: bool
+    """Whether colours and blur are DALI's, not done after it."""
+
+    def prepare(self, reader: ImageReader, step: int, allocate: Allocate | None = None) -> Work:
+        """Read the images of a step into memory from `allocate`, and draw their views.
+
+        Raises: ValueError where no good image is among the replacements of a bad one.
+        """
+        order, rows = self.order, self.rows
+        ids = order.global_batch(step)[rows].copy()
+        placed = reader.read_all(ids, allocate)
+        for row, image in enumerate(placed):
+            if image is None:
+                ids[row], placed[row] = _replace(reader, order, step, rows.start + row, allocate)
+        encoded, sizes = zip(*(image for image in placed if image is not None), strict=True)
+        rng = keyed_rng(order.seed, Purpose.VIEWS, step)
+        drawn = draw_views(self.views, rng, np.array(sizes), rows, order.batch_size)
+        draws = {
+            f"{name}_{number}": getattr(draw, name)
+            for number, (config, draw) in enumerate(zip(self.views, drawn, strict=True))
+            for name in draws_in_graph(config, colors=self.colors)
+        }
+        inputs = {"encoded": list(encoded), **draws}
+        return Work(step, ids, inputs, None if self.colors else drawn)
+
+
+def _replace(
+    reader: ImageReader, order: SampleOrder, step: int, row: int, allocate: Allocate | None
+) -> tuple[int, Placed]:
+    for attempt in range(MAX_ATTEMPTS):
+        index = order.replacement(step, row, attempt)
+        if (image := reader.read(index, allocate)) is not None:
+            return index, image
+    name, reason = next((reader.source.name(i), why) for i, why in reader.bad.items())
+    raise ValueError(
+        f"{MAX_ATTEMPTS} images drawn as replacements were bad too, for example {name}: {reason}"
+    )

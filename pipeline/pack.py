@@ -2,12 +2,12 @@
 
 DEST/images-000000.tar ... are WebDataset shards (members key.jpg and key.cls) in the folder's
 order, each with its index; `--data.root DEST` trains from them as from SRC. Of a SRC with train/
-and val/ both are packed. Every image is read, its header looked at and decoded by PIL, which finds
-more damage than DALI; what fails is left out, told and listed in DEST/left_out.jsonl. The same
-command goes on after a kill and makes the same bytes: it keeps every shard that is whole.
+and val/ both are packed. Every image is checked by its header and decoded by Pillow, which finds
+more damage than DALI; what fails is left out, reported and listed in DEST/left_out.jsonl. The same
+command continues after a kill and makes the same bytes: it keeps every shard that is whole.
 
-A newcomer's mistake: packing to save the cost of decoding. The images stay as they are; what is
-saved is a million opens on storage that is slow at them.
+The images stay encoded, so decoding costs the same; what is saved is a million opens on storage
+that is slow at them.
 """
 
 import os
@@ -31,24 +31,16 @@ from PIL import Image, UnidentifiedImageError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pipeline.cores import usable_cores
+from pipeline.machine import usable_cores
+from pipeline.sources import index as shard_index
 from pipeline.sources.folder import ImageFolder, list_images, named_path, printable, split_root
 from pipeline.sources.header import BadImage, image_size
-from pipeline.sources.index import (
-    Packed,
-    ShardIndex,
-    build_index,
-    index_path,
-    load_index,
-    read_index,
-    save_index,
-)
-from pipeline.sources.records import Contents
-from pipeline.sources.scan import TAR
+from pipeline.sources.index import Packed, ShardIndex
+from pipeline.sources.scan import TAR, Contents, Entry
 
 RENAMED = b"__renamed__"
 _BLOCK = 64  # images that are read and checked before they are written, in memory at once
-_MAX_NAME_BYTES = 100  # of the tar format; the extensions for longer ones DALI's reader refuses
+_MAX_NAME_BYTES = 100  # of the tar format; DALI's reader refuses the extensions for longer ones
 
 
 def pack(
@@ -61,7 +53,7 @@ def pack(
 ) -> list[ShardIndex]:
     """Write the shards of a folder that dest lacks; return the indices of all.
 
-    tell is given a line for each shard, moved the number of images done.
+    tell is called with a line for each shard, moved with the number of images done.
 
     Raises   ValueError when dest holds shards of other images or another size, cannot be written,
              or no image is good.
@@ -75,14 +67,13 @@ def pack(
     except Timeout:
         raise ValueError(f"{dest} is being packed by another process") from None
     except OSError as error:
-        raise ValueError(
-            f"{dest} cannot be written ({error.strerror}): name a folder that can"
-        ) from None
+        reason = f"{dest} cannot be written ({error.strerror})"
+        raise ValueError(f"{reason}: name a folder that can") from None
+    left_out: list[list[str]] = []
     with lock, ThreadPoolExecutor(usable_cores()) as pool:
         while position < len(folder):
             shard = dest / f"images-{len(indices):06d}.tar"
-            index = _finished(shard, folder, position, shard_bytes)
-            state = "was there"
+            index, state = _finished(shard, folder, position, shard_bytes), "was there"
             if index is None:
                 images = checked(folder, position, pool, moved)
                 index = _write_shard(shard, folder, position, shard_bytes, images)
@@ -91,12 +82,12 @@ def pack(
             indices.append(index)
             moved(position := index.packed.end)
             line = f"{shard.name}: {len(index.ends)} images, {state}"
-            if left_out := index.packed.left_out:
-                line += f", {len(left_out)} left out, such as {': '.join(left_out[0])}"
+            if new := index.packed.left_out:
+                line += f", {len(new)} left out, such as {': '.join(new[0])}"
+            left_out += new
             tell(line)
-    listed = [entry for index in indices if index.packed for entry in index.packed.left_out]
-    if listed:
-        lines = [json.dumps({"file": name, "reason": why}) + "\n" for name, why in listed]
+    if left_out:
+        lines = [json.dumps({"file": name, "reason": why}) + "\n" for name, why in left_out]
         (dest / "left_out.jsonl").write_text("".join(lines))
     return indices
 
@@ -105,27 +96,27 @@ def _finished(
     shard: Path, folder: ImageFolder, position: int, shard_bytes: int
 ) -> ShardIndex | None:
     """Return the index of a shard that is whole, None for one to be written."""
-    if not shard.exists():  # its index, if there is one, says nothing about anything
+    if not shard.exists():  # an index without its shard is of no use
         return None
-    if not os.path.exists(index_path(str(shard))):
-        raise ValueError(f"{shard} is there without an index: remove it, or choose another DEST")
+    if not os.path.exists(shard_index.index_path(str(shard))):
+        raise ValueError(f"{shard} exists without an index: remove it, or choose another DEST")
     try:
-        found = read_index(str(shard)).packed
-    except ValueError:  # cut by a power cut
+        packed = shard_index.read_index(str(shard)).packed
+    except ValueError:  # truncated by a power cut
         return None
-    if found is None or found.source != folder.fingerprint:
+    if packed is None or packed.source != folder.fingerprint:
         raise ValueError(
             f"{shard} holds other images than {folder.root} (files were added, removed or changed "
             "there): choose another DEST, or empty this one"
         )
-    if found.shard_bytes != shard_bytes:
+    if packed.shard_bytes != shard_bytes:
         raise ValueError(
-            f"{shard} was packed with --shard-mib {found.shard_bytes / 2**20:.12g}: use the same, "
+            f"{shard} was packed with --shard-mib {packed.shard_bytes / 2**20:.12g}: use the same, "
             "or another DEST"
         )
     try:
-        return load_index(str(shard)) if found.first == position else None
-    except (ValueError, OSError):  # no longer what it was
+        return shard_index.load_index(str(shard)) if packed.first == position else None
+    except (ValueError, OSError):  # changed since
         return None
 
 
@@ -146,31 +137,38 @@ def _write_shard(
                 for number, data in images:
                     if isinstance(data, str):
                         left_out.append([folder.name(number), data])
-                    elif contents.names and tar.offset + len(data) > shard_bytes:
+                    elif contents.images and tar.offset + len(data) > shard_bytes:
                         end = number
                         break
                     else:
-                        _add(tar, contents, keys, folder, number, data)
+                        contents.images.append(_add(tar, keys, folder, number, data))
             file.flush()
             os.fsync(file.fileno())
-        if not contents.names:
+        if not contents.images:
             raise ValueError(
                 f"None of the {len(left_out)} images of {folder.root} is good, such as "
                 f"{': '.join(left_out[0])}"
             )
-        packed = Packed(
-            source=folder.fingerprint, num_images=len(folder), shard_bytes=shard_bytes,
-            first=first, end=end, left_out=left_out,
-        )  # fmt: skip
         if left_out:
             contents.skipped["left out when packed"] = len(left_out)
+        packed = Packed(
+            source=folder.fingerprint,
+            num_images=len(folder),
+            shard_bytes=shard_bytes,
+            first=first,
+            end=end,
+            left_out=left_out,
+        )
         classes = folder.class_names
-        index = build_index(str(temporary), contents, class_names=classes, packed=packed)
-        save_index(str(shard), index)  # first: a shard without one would pass for another tool's
+        index = shard_index.build_index(
+            str(temporary), contents, class_names=classes, packed=packed
+        )
+        # before the shard: one without an index would pass for another tool's
+        shard_index.save_index(str(shard), index)
         os.replace(temporary, shard)
     except OSError as error:
         raise ValueError(
-            f"{shard} cannot be written ({error.strerror}): the same command goes on from there"
+            f"{shard} cannot be written ({error.strerror}): the same command continues there"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -178,13 +176,8 @@ def _write_shard(
 
 
 def _add(
-    tar: tarfile.TarFile,
-    contents: Contents,
-    keys: set[bytes],
-    folder: ImageFolder,
-    number: int,
-    data: bytes,
-) -> None:
+    tar: tarfile.TarFile, keys: set[bytes], folder: ImageFolder, number: int, data: bytes
+) -> Entry:
     """Append an image and its label; `keys` are those of the shard so far."""
     path, label = folder.paths[number], None
     key, dot, extension = path.rpartition(b".")
@@ -196,11 +189,11 @@ def _add(
     if folder.labels is not None:
         label = folder.class_names[folder.labels[number]]
         parts.append((key + b".cls", b"%d" % folder.labels[number]))
-    contents.add(path, label, size=len(data), offset=offset)
     for name, content in parts:
         info = tarfile.TarInfo(name.decode())  # no time and no owner: the same bytes every time
         info.size = len(content)
         tar.addfile(info, io.BytesIO(content))
+    return Entry(path, label, len(data), offset, len(data))
 
 
 def is_plain(path: bytes) -> bool:
@@ -232,31 +225,29 @@ def check(folder: ImageFolder, number: int) -> bytes | str:
         with Image.open(io.BytesIO(data)) as image:
             image.load()
     except BadImage as error:
-        if str(error).startswith(("missing", "unreadable")):  # says more of the disk than of it
+        if str(error).startswith(("missing", "unreadable")):  # a fault of the disk rather
             raise ValueError(
-                f"{folder.root}/{folder.name(number)}: {error}. Mend or remove it; the same "
-                "command goes on"
+                f"{folder.root}/{folder.name(number)}: {error}. Fix or remove it; the same "
+                "command continues"
             ) from None
         return str(error)
     except UnidentifiedImageError:  # its message holds an address
-        return "does not decode (PIL knows no such image)"
-    except Exception as error:  # PIL's decoders raise nearly anything; the reason is told
+        return "does not decode (PIL cannot identify it)"
+    except Exception as error:  # PIL's decoders raise nearly anything
         return f"does not decode ({error})"
     return data
 
 
 def pack_root(src: str, dest: Path, *, shard_bytes: int) -> dict:
-    """Pack SRC, or its train/ and its val/; what was made, for the last line of stdout."""
+    """Pack SRC, or its train/ and its val/; returns the last line of stdout."""
     train, val = split_root(src)
     roots = [train] if val is None else [train, val]
     folders = {dest if val is None else dest / os.path.basename(r): list_images(r) for r in roots}
     console = Console(stderr=True)
-    bar = Progress(
-        TextColumn("packing"), BarColumn(), MofNCompleteColumn(), TextColumn("ETA"),
-        TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal,
-    )  # fmt: skip
-    total = {"folder": str(dest), "images": 0, "shards": 0, "left_out": 0, "bytes": 0}
-    with bar:
+    columns = BarColumn(), MofNCompleteColumn(), TextColumn("ETA"), TimeRemainingColumn()
+    options = {"console": console, "transient": True, "disable": not console.is_terminal}
+    indices: list[ShardIndex] = []
+    with Progress(TextColumn("packing"), *columns, **options) as bar:
         for target, folder in folders.items():
             if target.resolve() == Path(folder.root).resolve():
                 raise ValueError(f"{target} holds the images: choose another DEST")
@@ -264,26 +255,29 @@ def pack_root(src: str, dest: Path, *, shard_bytes: int) -> dict:
             tell = partial(console.print, markup=False, highlight=False, soft_wrap=True)
             for kind, count in folder.skipped.items():
                 tell(f"left out under {folder.root}: {count} x {kind}")
-            for index in pack(
-                folder, target, shard_bytes=shard_bytes, tell=tell,
-                moved=lambda done, task=task: bar.update(task, completed=done),
-            ):  # fmt: skip
-                total["images"] += len(index.ends)
-                total["shards"] += 1
-                total["bytes"] += index.num_bytes
-                total["left_out"] += len(index.packed.left_out if index.packed else [])
-    return total
+
+            def moved(done: int, task=task) -> None:
+                bar.update(task, completed=done)
+
+            indices += pack(folder, target, shard_bytes=shard_bytes, tell=tell, moved=moved)
+    return {
+        "folder": str(dest),
+        "images": sum(len(index.ends) for index in indices),
+        "shards": len(indices),
+        "left_out": sum(len(index.packed.left_out) for index in indices if index.packed),
+        "bytes": sum(index.num_bytes for index in indices),
+    }
 
 
 def main() -> None:
-    """Read the flags, pack, print what was made as one JSON line."""
+    """Read the flags, pack, print the totals as one JSON line."""
     parser = argparse.ArgumentParser(description="Pack a folder of images into tar shards.")
     parser.add_argument("src", help="folder of images, or one with train/ and val/")
     parser.add_argument("dest", type=named_path, help="folder for the shards")
     parser.add_argument("--shard-mib", type=float, default=1024, help="size of a shard in MiB")
     arguments = parser.parse_args()
     Image.MAX_IMAGE_PIXELS = None  # image_size has the limit
-    warnings.filterwarnings("ignore", module="PIL")  # of metadata: what counts are the pixels
+    warnings.filterwarnings("ignore", module="PIL")  # about metadata
     try:
         size = arguments.shard_mib * 2**20
         if not 0 < size < float("inf"):

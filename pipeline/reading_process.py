@@ -25,8 +25,8 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.order import Prepare, ViewPlan, Work
 from pipeline.sources.reader import ImageReader
-from pipeline.work import Prepare, ViewPlan, Work
 
 ROOT = Path(__file__).resolve().parent.parent
 SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT}

@@ -27,7 +27,7 @@ from measure.results import result_path, save_json
 from measure.step_times import measure_end_to_end, measure_step, open_session, random_batch
 from measure.step_trace import collectives, timeline, trace_of
 from measure.turns import Timing, ratios
-from pipeline.cores import usable_cores
+from pipeline.machine import usable_cores
 from pipeline.sources.reader import ImageReader
 from predict.forecast import forecast
 from predict.limit import measure_limit, most_times

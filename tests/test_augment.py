@@ -23,7 +23,7 @@ from pipeline.augment import (
     draws_in_graph,
 )
 from pipeline.color_blur import finish_views
-from pipeline.keyed import Purpose, keyed_rng
+from pipeline.order import Purpose, keyed_rng
 
 LIMIT = 2.0
 KNOWN_DIFFERENCES = {"hue 0.1": 8.5, "hue -0.1": 8.5, "jitter chain": 6.0}

@@ -5,9 +5,9 @@ import os
 import pytest
 import torch
 
-from pipeline.cores import usable_cores
 from pipeline.decode import DecodeOptions
 from pipeline.loader import num_threads
+from pipeline.machine import usable_cores
 from train.distributed import devices
 
 CUDA = torch.device("cuda", 0)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import dali_wheel
+from pipeline import machine
 from train import doctor, main
 from train.distributed import rank_rates, startup
 from train.doctor import Finding
@@ -57,7 +57,7 @@ def test_driver_torch_and_dali_that_do_not_fit_are_told(
     monkeypatch.setattr(versions, "driver_cuda", lambda: driver_cuda)
     monkeypatch.setattr(versions, "has_nvidia_gpu", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", torch_cuda)
-    monkeypatch.setattr(dali_wheel, "dali_version", lambda: ("2.4.0", dali_major))
+    monkeypatch.setattr(machine, "dali_version", lambda: ("2.4.0", dali_major))
     for finding, says in ((versions.driver(), driver_says), (versions.dali(), dali_says)):
         assert (finding.ok is False) == (says is not None), finding
         assert says is None or says in finding.remedy

@@ -6,8 +6,8 @@ from sklearn.datasets import load_digits
 from torch.nn import functional as F
 
 from pipeline.augment import AugmentConfig
+from pipeline.loader import Batch
 from pipeline.order import SampleOrder
-from pipeline.runner import Batch
 from train.config import Config, DataConfig, ModelConfig, OptimConfig
 from train.distributed import World
 from train.evaluation.knn import nearest, vote

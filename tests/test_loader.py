@@ -15,10 +15,9 @@ from PIL import Image
 from pipeline import graph
 from pipeline.augment import AugmentConfig
 from pipeline.decode import DecodeOptions, decode_arguments, reserve
-from pipeline.loader import eval_loader, view_loader
+from pipeline.loader import DaliLoader, Ranks, eval_loader, view_loader
 from pipeline.order import SampleOrder
 from pipeline.pack import pack_root
-from pipeline.runner import DaliLoader
 from pipeline.sources import reader as reader_module
 from pipeline.sources.folder import READERS, list_images
 from pipeline.sources.header import image_size
@@ -47,8 +46,8 @@ def batches(
     reader = reader or ImageReader(list_images(str(folder)))
     order = SampleOrder(len(reader.source), batch_size=batch_size, seed=seed)
     loader = view_loader(
-        reader, order, steps, views=views, options=DecodeOptions(), device=CPU, rank=rank,
-        world=world,
+        reader, order, steps, views=views, options=DecodeOptions(), device=CPU,
+        ranks=Ranks(rank, world),
     )  # fmt: skip
     return list(loader)
 

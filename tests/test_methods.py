@@ -12,8 +12,8 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from pipeline.augment import AugmentConfig
+from pipeline.loader import Batch
 from pipeline.order import SampleOrder
-from pipeline.runner import Batch
 from test_sync_norm import free_port
 from test_train import result, run
 from train.config import Config, DataConfig, ModelConfig

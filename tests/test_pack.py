@@ -289,7 +289,7 @@ def test_what_cannot_be_packed_is_refused_in_one_line(tmp_path, photos, monkeypa
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "images-000000.tar").write_bytes(b"precious")
-    assert "is there without an index" in refusal(src, foreign)
+    assert "exists without an index" in refusal(src, foreign)
     assert content(foreign) == {"images-000000.tar": b"precious"}
     for path in other.rglob("*.*"):
         path.write_bytes(b"")
@@ -299,7 +299,7 @@ def test_what_cannot_be_packed_is_refused_in_one_line(tmp_path, photos, monkeypa
     listed = list_images(str(src))
     monkeypatch.setattr(pack, "list_images", lambda root: listed)
     (src / "china/02.JPEG").unlink()  # after it was listed
-    assert "china/02.JPEG: missing file. Mend or remove it" in refusal(src, tmp_path / "new")
+    assert "china/02.JPEG: missing file. Fix or remove it" in refusal(src, tmp_path / "new")
 
 
 def test_a_full_disk_is_told_and_the_same_command_goes_on(images, tmp_path, monkeypatch, capsys):

@@ -16,12 +16,11 @@ from PIL import Image
 from pipeline import reading_process as module
 from pipeline.augment import AugmentConfig
 from pipeline.decode import DecodeOptions
-from pipeline.loader import view_loader
-from pipeline.order import SampleOrder
+from pipeline.loader import Ranks, view_loader
+from pipeline.order import SampleOrder, ViewPlan, Work
 from pipeline.reading_process import _Child, reading_process
 from pipeline.sources.folder import list_images
 from pipeline.sources.reader import ImageReader
-from pipeline.work import ViewPlan, Work
 
 ROOT = Path(__file__).parent.parent
 SMALL = AugmentConfig(size=24)
@@ -71,7 +70,7 @@ def test_it_makes_the_batches_of_this_process_bit_for_bit(folder):
         order = SampleOrder(24, batch_size=8, seed=0)
         loader = view_loader(
             reader, order, range(2, 9), views=VIEWS, options=DecodeOptions(),
-            device=torch.device("cpu"), rank=1, world=2, in_process=in_process,
+            device=torch.device("cpu"), ranks=Ranks(1, 2), in_process=in_process,
         )  # fmt: skip
         found = list(loader)
         assert set(reader.bad) == {2}
@@ -156,7 +155,7 @@ from pipeline.order import SampleOrder
 from pipeline.sources.reader import ImageReader
 from pipeline.reading_process import _Child
 from pipeline.sources.folder import list_images
-from pipeline.work import ViewPlan
+from pipeline.order import ViewPlan
 
 plan = ViewPlan(SampleOrder(24, batch_size=8, seed=0), (AugmentConfig(),), slice(0, 8), True)
 child = _Child(ImageReader(list_images(sys.argv[1])), plan)

@@ -14,9 +14,8 @@ from nvidia.dali.pipeline import Pipeline
 from pipeline.sources import record_reader
 from pipeline.sources.header import BadImage
 from pipeline.sources.reader import ImageReader
-from pipeline.sources.record_reader import read_records
-from pipeline.sources.records import MAGIC_BYTES, check_record
-from pipeline.sources.scan import scan_shard
+from pipeline.sources.record_reader import check_record, read_records
+from pipeline.sources.scan import MAGIC_BYTES, scan_shard
 from pipeline.sources.shards import ShardSet, open_source
 
 
@@ -226,7 +225,7 @@ def test_a_shard_cut_anywhere_is_refused_unless_whole_records_are_left(tmp_path,
     for end in range(1, len(whole)):
         path.write_bytes(whole[:end])
         try:
-            lengths.append(len(scan_shard(str(path)).names))
+            lengths.append(len(scan_shard(str(path)).images))
         except ValueError as error:
             assert str(path) in str(error)
     assert lengths == [1, 2]
@@ -249,7 +248,7 @@ def test_damaged_records_raise_nothing_but_one_line_that_names_the_shard(tmp_pat
             assert str(path) in str(error) and str(error).isprintable()
             num_refused += 1
             continue
-        for offset, span in zip(found.offsets, found.spans, strict=True):
+        for *_, offset, span in found.images:
             assert 0 <= offset <= offset + span <= len(data)
             spans = np.frombuffer(data, np.uint8)[offset : offset + span]
             (image,) = read_records(found.kind, [spans])
@@ -406,5 +405,5 @@ def test_an_index_that_has_the_images_places_and_not_the_records_is_refused(tmp_
     data = index.read_bytes()
     assert data.count(b'\\"version\\": 2') == 1
     index.write_bytes(data.replace(b'\\"version\\": 2', b'\\"version\\": 1'))
-    with pytest.raises(ValueError, match="is of another version: remove it to have it made anew"):
+    with pytest.raises(ValueError, match="is of another version: remove it to have it made again"):
         open_source(str(path))

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import dali_wheel, hardware_decoder
+from pipeline import machine
 from pipeline.graph import DecodeOptions, decode_arguments
-from pipeline.required import is_old, least
+from pipeline.machine import is_old, least
 from train import main
 from train.run import versions
 
@@ -48,7 +48,7 @@ def test_training_with_an_older_torch_or_dali_is_refused_in_one_line(
     if package == "torch":
         monkeypatch.setattr(versions.torch, "__version__", version)
     else:
-        monkeypatch.setattr(dali_wheel, "dali_version", lambda: (version, 12))
+        monkeypatch.setattr(machine, "dali_version", lambda: (version, 12))
     monkeypatch.setattr(torch.version, "cuda", "13.3")
     out = tmp_path / "run"
     command = ["main.py", "--data.root=digits", "--device=cpu", f"--out={out}"]
@@ -64,7 +64,7 @@ def test_training_with_an_older_torch_or_dali_is_refused_in_one_line(
 
 
 def test_no_decoder_is_built_with_a_dali_that_lacks_its_arguments(monkeypatch):
-    monkeypatch.setattr(dali_wheel, "dali_version", lambda: ("2.2.0", 12))
+    monkeypatch.setattr(machine, "dali_version", lambda: ("2.2.0", 12))
     monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(ValueError, match=r"DALI 2.2.0 .*'nvidia-dali-cuda120>=2.3'"):
         decode_arguments(DecodeOptions(), capability=None, threads=1)
@@ -103,21 +103,21 @@ def test_the_doctor_says_which_hardware_decoders_nvjpeg_found(
         [compiler, "-xc", "-", "-shared", "-o", str(library)],
         input=STUB % {"status": status, "engines": engines}, text=True, check=True,
     )  # fmt: skip
-    monkeypatch.setattr(hardware_decoder, "nvjpeg_path", lambda: str(library))
-    monkeypatch.setattr(hardware_decoder, "NVCUVID", str(library))
+    monkeypatch.setattr(machine, "nvjpeg_path", lambda: str(library))
+    monkeypatch.setattr(machine, "NVCUVID", str(library))
     finding = versions.jpeg_decoders(CUDA)
     assert finding.ok is True and finding.found == says
     assert versions.jpeg_decoders(CPU).ok is None
 
 
 def test_a_container_without_the_video_driver_is_told_how_to_get_it(monkeypatch):
-    monkeypatch.setattr(hardware_decoder, "NVCUVID", "libno-such-driver.so.1")
+    monkeypatch.setattr(machine, "NVCUVID", "libno-such-driver.so.1")
     finding = versions.jpeg_decoders(CUDA)
     assert finding.ok is False and "libno-such-driver.so.1" in finding.found
     assert "NVIDIA_DRIVER_CAPABILITIES=compute,utility,video" in finding.remedy
 
 
 def test_nvjpeg_is_the_one_that_nvimagecodec_loads():
-    major = dali_wheel.dali_version()[1]
-    path = Path(hardware_decoder.nvjpeg_path())
+    major = machine.dali_version()[1]
+    path = Path(machine.nvjpeg_path())
     assert path.exists() and path.name == f"libnvjpeg.so.{major}"

@@ -7,8 +7,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from kernels.normalize import normalize_views
-from pipeline.loader import view_loader
-from pipeline.runner import Batch
+from pipeline.loader import Batch, Ranks, view_loader
 from train import distributed
 from train.distributed import StopSignal
 from train.distributed.stacks import ALLOWED_S
@@ -38,9 +37,7 @@ def train(session: Session) -> str:
         views=config.views,
         options=config.dali,
         device=world.device,
-        rank=world.rank,
-        world=world.size,
-        local_world=world.local_size,
+        ranks=Ranks(world.rank, world.size, world.local_size),
     )
     window = Window(session)
     session.log.start_bar(session.last_step, current.step)

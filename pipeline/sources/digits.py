@@ -1,7 +1,7 @@
 """The embedded data set: 1,797 real handwritten digits from scikit-learn, written as JPEG files.
 
-So that the first run needs no download and still takes the whole road from JPEG bytes.
-A newcomer's mistake: taking its kNN figures for more than a sign of life. It is 8x8 pixels.
+The first run needs no download and still starts from JPEG bytes. At 8x8 pixels its kNN figures show
+no more than that training works.
 
 Source: sklearn.datasets.load_digits (UCI optical recognition of handwritten digits, test part).
 """
@@ -18,7 +18,7 @@ TEST_SHARE = 5  # every fifth image is held out
 
 
 def write_digits(folder: Path) -> Path:
-    """Write <folder>/{train,val}/<digit>/<number>.jpg unless they are there; returns the folder.
+    """Write <folder>/{train,val}/<digit>/<number>.jpg unless it exists; returns the folder.
 
     Raises: OSError if the folder cannot be written.
     """
@@ -27,11 +27,10 @@ def write_digits(folder: Path) -> Path:
     from PIL import Image
     from sklearn.datasets import load_digits
 
-    data: Any = load_digits()  # a Bunch, whose fields are known at run time only
+    data: Any = load_digits()  # a Bunch: its fields are set at run time
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     for number, (image, label) in enumerate(zip(data.images, data.target, strict=True)):
-        part = "val" if number % TEST_SHARE == 0 else "train"
-        place = temporary / part / str(label)
+        place = temporary / ("train" if number % TEST_SHARE else "val") / str(label)
         place.mkdir(parents=True, exist_ok=True)
         pixels = np.minimum(image * 16, 255).astype(np.uint8)
         picture = Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BICUBIC)

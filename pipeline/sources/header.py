@@ -1,44 +1,29 @@
-"""Height and width of an encoded image from its bytes, and a refusal of what DALI would choke on.
+"""Height and width of an encoded image from its bytes, and refusal of what DALI would fail on.
 
-Stands between pipeline/sources/folder.py (the bytes of one file) and the DALI decoder. There one
-bad file raises for its whole batch, often without saying which file it was; so each file is looked
-at here first. Only headers are read, nothing is decoded.
+One image that DALI cannot decode fails its whole batch, so each file is checked before. Only
+headers are read: damage inside the pixels shows in a full decode alone. DALI decodes most of it to
+garbage or gray without an error; where it raises, pipeline/loader.py finds and replaces the image.
 
-What a newcomer gets wrong: a good header is no proof of a good image. Only a full decode shows
-damage inside the scan or the tables of a JPEG, inside the pixels of WebP, BMP and TIFF, in the
-second page of a TIFF, or a JPEG cut short to which something put an end marker. DALI decodes most
-of these to garbage or grey without a word and raises for the rest.
-
-The checks follow the parsers that DALI 2.4 runs before its decoders (nvImageCodec,
-src/parsers/*.cpp at 36b4ee8); tests/test_header.py runs DALI on every case.
+The JPEG checks follow the parser that DALI 2.4 runs before its decoder (nvImageCodec,
+src/parsers/jpeg.cpp at 36b4ee8); tests/test_header.py runs DALI on every case.
 """
 
+import io
 import struct
+import warnings
 import zlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import numpy as np
 
-# JPEG markers that may stand between start of image and start of scan: tables, APPn, comment.
-# libjpeg or DALI's parser fail on all others; SOF is handled apart.
+# Allowed between start of image and start of scan beside SOF: tables, APPn, comment.
 _JPEG_SEGMENTS = frozenset((0xC4, 0xDB, 0xDC, 0xDD, *range(0xE0, 0xF0), 0xFE))
 _JPEG_SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-_JPEG_MAX_SIDE = 65500  # libjpeg's own limit, below the 65535 that the header can say
-
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_PNG_MAX_SIDE = 1_000_000  # libpng's limit
+_JPEG_MAX_SIDE = 65500  # libjpeg's own limit, below the 65535 that the header can hold
 _PNG_CRITICAL = {b"IHDR", b"PLTE", b"IDAT", b"IEND"}
-# Bit depths allowed per PNG colour type: grey, RGB, palette, grey + alpha, RGBA.
-_PNG_DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
-
-# (compression, bits per pixel) of BMP: plain, RLE8 and bit fields.
-_BMP_KINDS = {(0, 1), (0, 4), (0, 8), (0, 24), (0, 32), (1, 8), (3, 16), (3, 32)}
-
-_TIFF_DTYPES = {1: "u1", 3: "u2", 4: "u4", 7: "u1", 13: "u4", 16: "u8", 18: "u8"}
-_TIFF_WIDTH, _TIFF_HEIGHT, _TIFF_DEPTH, _TIFF_PHOTOMETRIC, _TIFF_SAMPLES = 256, 257, 258, 262, 277
-_TIFF_STRIPS, _TIFF_TILES = (273, 279), (324, 325)  # offsets, byte counts
-_TIFF_TAGS = {_TIFF_WIDTH, _TIFF_HEIGHT, _TIFF_DEPTH, _TIFF_PHOTOMETRIC, _TIFF_SAMPLES}
-_TIFF_TAGS |= {*_TIFF_STRIPS, *_TIFF_TILES, 320, 347}  # and the palette and the JPEG tables
-
+_TIFF_PARTS = ((273, 279), (324, 325))  # tags: offsets and byte counts of strips, of tiles
 _OTHER_STARTS = (
     (b"GIF8", "unsupported image format (GIF)"),
     (b"\x00\x00\x00\x0cjP", "unsupported image format (JPEG 2000)"),
@@ -59,11 +44,10 @@ class BadImage(ValueError):
 
 
 def image_size(data: np.ndarray | bytes, *, max_pixels: int = 1 << 27) -> tuple[int, int]:
-    """Return (height, width) of an encoded JPEG, PNG, WebP, BMP or TIFF, told by its content.
+    """Return (height, width) of an encoded JPEG, PNG, WebP, BMP or TIFF, identified by content.
 
-    As stored: the EXIF orientation is not applied, as in torchvision's ImageFolder (DALI decodes
-    with adjust_orientation=False). 3 us for a 100 kB JPEG and 94 us for a 370 kB PNG, nearly all
-    of it the checksum (Python 3.11, a 2-core VM, best of 7 x 2000; PIL's open: 20 and 11 us).
+    As stored: the EXIF orientation is not applied, as in torchvision's ImageFolder and by DALI with
+    adjust_orientation=False. 3 us for a JPEG of 100 kB (Python 3.11, 2-core VM, best of 7 x 2000).
 
     Shapes   data: (N,) uint8, contiguous.
     Raises   BadImage, and nothing else whatever the bytes.
@@ -72,28 +56,31 @@ def image_size(data: np.ndarray | bytes, *, max_pixels: int = 1 << 27) -> tuple[
         raise BadImage("empty file")
     view = memoryview(data) if isinstance(data, bytes) else data.data
     assert view.format == "B" and view.ndim == 1 and view.contiguous
-    signature = bytes(view[:12])
-    if signature[:2] == b"\xff\xd8":
-        kind, read_size = "JPEG", _jpeg_size
-    elif signature[:8] == _PNG_SIGNATURE:
-        kind, read_size = "PNG", _png_size
-    elif signature[:4] == b"RIFF" and signature[8:] == b"WEBP":
-        kind, read_size = "WebP", _webp_size
-    elif signature[:2] == b"BM":
-        kind, read_size = "BMP", _bmp_size
-    elif signature[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-        kind, read_size = "TIFF", _tiff_size
-    else:
-        raise BadImage(_unknown_reason(bytes(view[:512]), len(view)))
+    kind, read_size = _reader_of(view)
     try:
         height, width = read_size(view)
-    except (IndexError, struct.error):  # all reads are bounds checked: the file ends too early
+    except (IndexError, struct.error):
         raise BadImage(f"truncated {kind}: ends inside its header") from None
     if height < 1 or width < 1:
         raise BadImage(f"corrupt {kind}: image of {width}x{height} pixels")
     if height * width > max_pixels:
         raise BadImage(f"image of {width}x{height} pixels exceeds the limit of {max_pixels}")
     return height, width
+
+
+def _reader_of(view: memoryview) -> tuple[str, Callable[[memoryview], tuple[int, int]]]:
+    start = bytes(view[:12])
+    if start[:2] == b"\xff\xd8":
+        return "JPEG", _jpeg_size
+    if start[:8] == b"\x89PNG\r\n\x1a\n":
+        return "PNG", _png_size
+    if start[:4] == b"RIFF" and start[8:] == b"WEBP":
+        return "WebP", partial(_pillow_size, "WebP")
+    if start[:2] == b"BM":
+        return "BMP", partial(_pillow_size, "BMP")
+    if start[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        return "TIFF", partial(_pillow_size, "TIFF")
+    raise BadImage(_unknown_reason(bytes(view[:512]), len(view)))
 
 
 def _jpeg_size(view: memoryview) -> tuple[int, int]:
@@ -120,9 +107,8 @@ def _jpeg_size(view: memoryview) -> tuple[int, int]:
         position += 2 + length
     if size is None:
         raise BadImage("corrupt JPEG: scan without frame header")
-    # Nearly all files end in the marker; the search is for those with bytes behind it. It starts
-    # at the scan, for an EXIF thumbnail has an end marker of its own, and not at a fixed share of
-    # the file, for a phone's "motion photo" has a video behind it that is larger than the image.
+    # The search is for files with bytes behind the marker, such as a phone's video. It starts at
+    # the scan because an EXIF thumbnail has an end marker too.
     if view[-2:] != b"\xff\xd9" and bytes(view[position:]).rfind(b"\xff\xd9") < 0:
         raise BadImage("truncated JPEG: no end-of-image marker")
     return size
@@ -130,8 +116,8 @@ def _jpeg_size(view: memoryview) -> tuple[int, int]:
 
 def _jpeg_frame_size(view: memoryview, position: int, length: int) -> tuple[int, int]:
     marker = view[position + 1]
-    # SOF9 is real but rare, and DALI decodes it; a damaged Huffman file marked so decodes to
-    # garbage in silence, hence refused. The other types DALI cannot decode.
+    # DALI decodes SOF9 (arithmetic coding, rare), but also a damaged Huffman file marked so, to
+    # garbage without an error. It cannot decode the other types.
     if marker > 0xC2:
         raise BadImage(f"unsupported JPEG: type SOF{marker - 0xC0}, only SOF0, SOF1, SOF2 are read")
     precision, height, width, num_components = struct.unpack_from(">BHHB", view, position + 4)
@@ -145,139 +131,54 @@ def _jpeg_frame_size(view: memoryview, position: int, length: int) -> tuple[int,
 
 
 def _png_size(view: memoryview) -> tuple[int, int]:
-    length, name, width, height, depth, color, *methods = struct.unpack_from(">I4sII5B", view, 8)
-    if name != b"IHDR" or length != 13:
-        raise BadImage("corrupt PNG: does not start with IHDR")
-    if depth not in _PNG_DEPTHS.get(color, ()) or methods[:2] != [0, 0] or methods[2] > 1:
-        raise BadImage(f"corrupt PNG: {depth} bits of colour type {color}")
-    if max(height, width) > _PNG_MAX_SIDE:
-        raise BadImage(f"unsupported PNG: {width}x{height} pixels, a side over {_PNG_MAX_SIDE}")
-    seen = set()
-    position = 8
+    seen: set[bytes] = set()
+    position, name = 8, b""
     while name != b"IEND":
         length, name = struct.unpack_from(">I4s", view, position)
         end = position + 12 + length
         if end > len(view):
             raise BadImage("truncated PNG: no IEND chunk")
-        # A capital first letter marks a chunk without which there is no image; libpng fails on
-        # those it does not know and on a wrong checksum, which costs 0.25 us a kB to find out.
+        (checksum,) = struct.unpack_from(">I", view, end - 4)
+        # libpng fails for an unknown chunk or a wrong checksum if the first letter is a capital;
+        # Pillow refuses a wrong checksum of a comment too, which DALI skips
         if name[0] < 0x60:
             if name not in _PNG_CRITICAL:
                 raise BadImage(f"corrupt PNG: chunk named {name.hex(' ')}")
-            checksum = struct.unpack_from(">I", view, end - 4)[0]
-            if name != b"IEND" and zlib.crc32(view[position + 4 : end - 4]) != checksum:
+            if zlib.crc32(view[position + 4 : end - 4]) != checksum:
                 raise BadImage(f"corrupt PNG: checksum of {name.decode()}")
         seen.add(name)
         position = end
-    if b"IDAT" not in seen or (color == 3 and b"PLTE" not in seen):
-        raise BadImage("corrupt PNG: no image data or no palette")
+    if not {b"IHDR", b"IDAT"} <= seen:
+        raise BadImage("corrupt PNG: no header or no image data")
+    width, height = struct.unpack_from(">II", view, 16)
     return height, width
 
 
-def _webp_size(view: memoryview) -> tuple[int, int]:
-    riff_end = 8 + struct.unpack_from("<I", view, 4)[0]
-    if riff_end > len(view):
-        raise BadImage(f"truncated WebP: {len(view)} of {riff_end} bytes")
-    size = None
-    position = 12
-    while position + 8 <= riff_end:
-        name, length = struct.unpack_from("<4sI", view, position)
-        start = position + 8
-        if start + length > riff_end:
-            raise BadImage("corrupt WebP: a chunk larger than the file")
-        if name == b"VP8X" and size is None:
-            size = 1 + _uint24(view, start + 7), 1 + _uint24(view, start + 4)
-        elif name == b"VP8 ":
-            sync, width, height = struct.unpack_from("<3sHH", view, start + 3)
-            if sync != b"\x9d\x01\x2a":
-                raise BadImage("corrupt WebP: no VP8 key frame")
-            return size or (height & 0x3FFF, width & 0x3FFF)
-        elif name == b"VP8L":
-            mark, bits = struct.unpack_from("<BI", view, start)
-            if mark != 0x2F:
-                raise BadImage("corrupt WebP: no VP8L signature")
-            return size or (1 + (bits >> 14 & 0x3FFF), 1 + (bits & 0x3FFF))
-        elif name == b"ANMF" and size is not None:  # animation: DALI decodes the first frame
-            return size
-        position = start + length + length % 2
-    raise BadImage("corrupt WebP: no image chunk")
+def _pillow_size(kind: str, view: memoryview) -> tuple[int, int]:
+    """By Pillow's plugin of the format, since Image.open has another limit of pixels."""
+    from PIL import BmpImagePlugin, Image, TiffImagePlugin, WebPImagePlugin  # slow to import
 
-
-def _uint24(view: memoryview, position: int) -> int:
-    return int.from_bytes(view[position : position + 3], "little")
-
-
-def _bmp_size(view: memoryview) -> tuple[int, int]:
-    pixels_start, header_length = struct.unpack_from("<II", view, 10)
-    if header_length == 12:
-        width, height, _, depth = struct.unpack_from("<4H", view, 18)
-        compression = 0
-    elif header_length >= 40:
-        width, height, _, depth, compression = struct.unpack_from("<iiHHI", view, 18)
-    else:
-        raise BadImage(f"corrupt BMP: header of {header_length} bytes")
-    if (compression, depth) not in _BMP_KINDS:
-        raise BadImage(f"unsupported BMP: compression {compression} of {depth} bits per pixel")
-    height = abs(height)  # negative: rows from the top down
-    # The size field at byte 2 is not used: writers leave it 0 or wrong and DALI does not read it.
-    row_length = (width * depth + 31) // 32 * 4
-    num_bytes = 0 if compression == 1 else row_length * height
-    end = max(pixels_start + num_bytes, 14 + header_length)
+    Image.MAX_IMAGE_PIXELS = None  # max_pixels is the limit
+    warnings.filterwarnings("ignore", module="PIL")  # about metadata
+    end = 0
+    try:
+        if kind == "WebP":
+            width, height = WebPImagePlugin.WebPImageFile(io.BytesIO(view)).size
+        elif kind == "BMP":
+            image = BmpImagePlugin.BmpImageFile(io.BytesIO(view))
+            width, height = image.size
+            tile: Any = image.tile[0]  # codec, box, offset, (mode, bytes a row, direction)
+            end = tile[2] + tile[3][1] * height if tile[0] == "raw" else 0
+        else:
+            tags = TiffImagePlugin.TiffImageFile(io.BytesIO(view)).tag_v2
+            width, height = tags[256], tags[257]  # Pillow's size has the EXIF orientation applied
+            offsets, counts = (tags.get(tag, ()) for tag in _TIFF_PARTS[324 in tags])
+            end = max(map(sum, zip(offsets, counts, strict=False)), default=0)
+    except Exception as error:  # nearly anything, whatever the bytes
+        raise BadImage(f"corrupt or truncated {kind}: {error!r:.60}") from None
     if end > len(view):
-        raise BadImage(f"truncated BMP: {len(view)} of {end} bytes")
+        raise BadImage(f"truncated {kind}: {len(view)} of {end} bytes")
     return height, width
-
-
-def _tiff_size(view: memoryview) -> tuple[int, int]:
-    tags = _tiff_tags(view)
-    if any(tags.get(tag, np.empty(0)).size < 1 for tag in (_TIFF_WIDTH, _TIFF_HEIGHT, _TIFF_DEPTH)):
-        # DALI wants BitsPerSample too, which the standard lets a bilevel image leave out.
-        raise BadImage("unsupported TIFF: no ImageWidth, ImageLength or BitsPerSample")
-    if _TIFF_SAMPLES not in tags and tags.get(_TIFF_PHOTOMETRIC, np.array([2]))[0] not in (0, 1, 3):
-        raise BadImage("unsupported TIFF: no SamplesPerPixel")
-    offsets_tag, counts_tag = _TIFF_TILES if _TIFF_TILES[0] in tags else _TIFF_STRIPS
-    offsets = tags.get(offsets_tag, np.empty(0))
-    if offsets.size < 1:
-        raise BadImage("corrupt TIFF: neither strips nor tiles")
-    counts = tags.get(counts_tag, np.zeros_like(offsets))
-    # In Python's integers, for a 64-bit sum of the two may wrap around.
-    ends = [int(o) + int(c) for o, c in zip(offsets, counts, strict=False)]
-    if max(ends, default=0) > len(view):
-        raise BadImage(f"truncated TIFF: {len(view)} of {max(ends)} bytes")
-    return int(tags[_TIFF_HEIGHT][0]), int(tags[_TIFF_WIDTH][0])
-
-
-def _tiff_tags(view: memoryview) -> dict[int, np.ndarray]:
-    """Values of the tags in _TIFF_TAGS of the first image, of classic TIFF and BigTIFF."""
-    order = "<" if view[0] == 0x49 else ">"
-    if 43 in (view[2], view[3]):
-        start_at, start_code, count_code, entry_code, inline = 8, "Q", "Q", "HHQ", 8
-    else:
-        start_at, start_code, count_code, entry_code, inline = 4, "I", "H", "HHI", 4
-    start = struct.unpack_from(order + start_code, view, start_at)[0]
-    if start >= len(view):
-        raise BadImage(f"truncated TIFF: its directory is at byte {start} of {len(view)}")
-    count = struct.unpack_from(order + count_code, view, start)[0]
-    position = start + struct.calcsize(order + count_code)
-    value_at = struct.calcsize(order + entry_code)
-    # Behind the entries stands the offset of the next directory; libtiff insists on it.
-    if position + count * (value_at + inline) + inline > len(view):
-        raise BadImage(f"truncated TIFF: directory of {count} entries")
-    tags = {}
-    for entry in range(position, position + count * (value_at + inline), value_at + inline):
-        tag, code, num_values = struct.unpack_from(order + entry_code, view, entry)
-        if tag not in _TIFF_TAGS:
-            continue
-        if code not in _TIFF_DTYPES:
-            raise BadImage(f"corrupt TIFF: tag {tag} of type {code}")
-        dtype = np.dtype(order + _TIFF_DTYPES[code])
-        value_start = entry + value_at
-        if num_values * dtype.itemsize > inline:
-            value_start = struct.unpack_from(order + start_code, view, value_start)[0]
-        if value_start + num_values * dtype.itemsize > len(view):
-            raise BadImage(f"truncated TIFF: values of tag {tag} lie behind its end")
-        tags[tag] = np.frombuffer(view, dtype, num_values, value_start)
-    return tags
 
 
 def _unknown_reason(head: bytes, num_bytes: int) -> str:

@@ -1,13 +1,9 @@
-"""A set of shards as a list of images: the twin of pipeline/sources/folder.py's ImageFolder.
+"""A set of shards as a list of images, like the ImageFolder of pipeline/sources/folder.py.
 
-First in the data's way, in a folder's place: index -> ShardSet -> one read of a shard's bytes ->
-(pipeline/sources/record_reader.py, for TFRecord and RecordIO) -> pipeline/sources/header.py ->
-DALI. Order, resume and the replacement of bad images are those of a folder, for a sample is a
-number and its bytes are one read away.
-
-A folder packed by pipeline/pack.py has the folder's order and, if no image was left out, its
-fingerprint: a run begun on the folder goes on from the shards bit for bit, and the other way round.
-What a newcomer gets wrong: shuffling shards. The order is the seed's, over all images of the set.
+Order, resume and the replacement of bad images are those of a folder: a sample is a number, and its
+bytes are one read away; the seed's order is over all images of the set. A folder packed by
+pipeline/pack.py has the folder's order and, if no image was left out, its fingerprint: a run begun
+on the folder continues on the shards bit for bit, and the reverse.
 """
 
 import glob
@@ -39,41 +35,35 @@ from pipeline.sources.folder import (
 )
 from pipeline.sources.header import BadImage
 from pipeline.sources.index import SUFFIX, ShardIndex, index_path, open_index, sorted_classes
-from pipeline.sources.records import RECORDIO, TFRECORD
+from pipeline.sources.scan import TAR
 
-# Compressed ones too: scan_shard names what they are.
+# Compressed ones too, which scan_shard refuses by name.
 _SHARD = re.compile(
     r".*(\.(tar|tgz|tfrec(ords?)?|rec)|-\d{5}-of-\d{5})(\.(gz|zst|xz|bz2))?", re.IGNORECASE
 )
 Place = tuple[int, int, int]
 """The number of a shard, an offset in it, and how many bytes to read there."""
 _MAX_DESCRIPTORS = 1 << 16
-_SPARE_DESCRIPTORS = 256  # for everything that is no shard
+_SPARE_DESCRIPTORS = 256  # for everything else
 _INDEXERS = 16  # threads that make indices: they mostly wait for the disk
 
 
 @dataclass(frozen=True, eq=False)
 class ShardSet:
-    """The images of some shards, as ImageFolder has those of a folder.
-
-    Arrays alone, so that it opens fast and is sent to the other ranks as it is.
-    """
+    """The images of some shards; arrays alone, so that it opens fast and pickles as it is."""
 
     root: str
-    """What was asked for: a folder or a glob."""
+    """The folder or the glob that was asked for."""
     shards: list[str]
     """Absolute paths, sorted bytewise."""
     kind: str
     starts: np.ndarray
     """(shards + 1,) int64: the number of each shard's first image."""
     listing: np.ndarray
-    """uint8: name NUL size of each image, joined by NUL."""
     ends: np.ndarray
-    """(N,) int64: where in the listing its entry ends."""
     offsets: np.ndarray
-    """(N,) int64: where in its shard an image, or the record around it, begins."""
     spans: np.ndarray
-    """(N,) int64: how many bytes to read there."""
+    """As in ShardIndex, of all shards."""
     labels: np.ndarray | None
     """(N,) int64, indices into class_names. None unless every image has one and two differ."""
     class_names: list[str]
@@ -104,42 +94,39 @@ class ShardSet:
 
         Raises   BadImage when the shard cannot be read there.
         """
-        found: Stamped | BadImage = self._read_span(self._places([index])[0], new_bytes)
-        if self.kind in (TFRECORD, RECORDIO):
-            (found,) = self._images_of([found])
-        if isinstance(found, BadImage):
-            raise found
-        return found[0]
+        image: Stamped | BadImage = self._read_span(self._places([index])[0], new_bytes)
+        if self.kind != TAR:
+            (image,) = self._images_of([image])
+        if isinstance(image, BadImage):
+            raise image
+        return image[0]
 
     def read_many(
         self, indices: Sequence[int], pool: Executor, allocate: Allocate | None = None
     ) -> list[Stamped | BadImage]:
         """Return what `read` returns or raises for each index, in order, with the shard's stamp.
 
-        A call reads the records of TFRecord and RecordIO together: many calls of one are slow.
+        A call reads the records of TFRecord and RecordIO together: many calls for one are slow.
         """
-        is_record = self.kind in (TFRECORD, RECORDIO)
-        allocate = new_bytes if is_record or allocate is None else allocate
-        found = attempt_all(
-            lambda place: self._read_span(place, allocate), self._places(indices), pool
-        )
-        return self._images_of(found, pool) if is_record else found
+        memory = allocate if allocate and self.kind == TAR else new_bytes
+        places = self._places(indices)
+        results = attempt_all(lambda place: self._read_span(place, memory), places, pool)
+        return results if self.kind == TAR else self._images_of(results, pool)
 
     def _images_of(
-        self, found: list[Stamped | BadImage], pool: Executor | None = None
+        self, records: list[Stamped | BadImage], pool: Executor | None = None
     ) -> list[Stamped | BadImage]:
-        from pipeline.sources.record_reader import read_records  # DALI, which no other kind needs
+        from pipeline.sources.record_reader import read_records  # imports DALI
 
-        records = [one if isinstance(one, BadImage) else one[0] for one in found]
-        images = read_records(self.kind, records, pool)
-        stamps = [0 if isinstance(one, BadImage) else one[1] for one in found]
+        pairs = [(record, 0) if isinstance(record, BadImage) else record for record in records]
+        images = read_records(self.kind, [data for data, _ in pairs], pool)
         return [
             image if isinstance(image, BadImage) else (image, stamp)
-            for image, stamp in zip(images, stamps, strict=True)
+            for image, (_, stamp) in zip(images, pairs, strict=True)
         ]
 
     def _places(self, indices: Sequence[int]) -> list[Place]:
-        """Where the bytes of the images are. For all at once: one at a time takes 5 us each."""
+        """Where the bytes of the images are; separate calls take 5 us each."""
         shards = np.searchsorted(self.starts, indices, side="right") - 1
         parts = shards, self.offsets[indices], self.spans[indices]
         return list(zip(*(part.tolist() for part in parts), strict=True))
@@ -207,7 +194,7 @@ def find_shards(root: str) -> list[str]:
     """
     if os.path.isdir(root):
         return _shards_of_folder(os.path.abspath(root))
-    names = [name for name in glob.glob(root) if os.path.isfile(name)]
+    names = (name for name in glob.glob(root) if os.path.isfile(name))
     shards = sorted(os.path.abspath(name) for name in names if not name.endswith(SUFFIX))
     if not shards and glob.has_magic(root):
         raise ValueError(f"No shards match {root}. Is the glob quoted, and its folder right?")
@@ -235,7 +222,7 @@ def _shards_of_folder(folder: str) -> list[str]:
             f"{lost[0]} is missing, though its index is there: restore the shard, or remove "
             f"{index_path(lost[0])} to go without it"
         )
-    # by what is no number: TFDS keeps cifar10-train and cifar10-test in one folder
+    # numbers aside: TFDS keeps cifar10-train and cifar10-test in one folder
     sets = sorted({re.sub(r"\d+", "*", os.path.basename(shard)) for shard in shards})
     if len(sets) > 1:
         raise ValueError(
@@ -252,17 +239,13 @@ def open_shards(root: str, shards: list[str]) -> ShardSet:
         plural = "s" * (num_new != 1)
         print(f"making the index of {num_new} shard{plural} of {root}, once", file=sys.stderr)
     with ThreadPoolExecutor(_INDEXERS, thread_name_prefix="shard index") as pool:
-        opened = track(
-            pool.map(open_index, shards), "opening shards", len(shards), console=console,
-            transient=True, disable=not (console.is_terminal and num_new),
-        )  # fmt: skip
+        opened, hidden = pool.map(open_index, shards), not (console.is_terminal and num_new)
+        bar = {"console": console, "transient": True, "disable": hidden}
+        opened = track(opened, "opening shards", len(shards), **bar)
         indices, reasons = zip(*opened, strict=True)
     if lost := [reason for reason in reasons if reason is not None]:
-        print(
-            f"warning: {len(lost)} indices could not be written beside the shards of {root} "
-            f"({lost[0]}): they are made again at each start",
-            file=sys.stderr,
-        )
+        refused = f"{len(lost)} indices could not be written beside the shards of {root}"
+        print(f"warning: {refused} ({lost[0]}): they are made again at each start", file=sys.stderr)
     for shard, index in zip(shards, indices, strict=True):
         if index.kind != indices[0].kind:
             raise ValueError(
@@ -294,7 +277,7 @@ def _check_complete(root: str, shards: list[str], indices: tuple[ShardIndex, ...
     if position < whole.num_images:
         raise ValueError(
             f"{root} holds {position} of {whole.num_images} images: packing has not finished, the "
-            "same command goes on"
+            "same command continues it"
         )
 
 
@@ -302,30 +285,25 @@ def _joined(root: str, shards: list[str], indices: tuple[ShardIndex, ...]) -> Sh
     skipped = sum((Counter(index.skipped) for index in indices), Counter())
     filled = [index for index in indices if len(index.ends)]
     if not filled:
-        what = ", ".join(f"{count} x {kind}" for kind, count in skipped.most_common(3))
-        raise ValueError(f"No images in {len(shards)} shards of {root}: found {what or 'nothing'}")
-    digest = hashlib.sha256()
-    listings, ends, position = [], [], 0
-    for number, index in enumerate(filled):
-        separator = np.zeros(int(number + 1 < len(filled)), np.uint8)
-        listing = np.append(index.listing, separator)
-        digest.update(listing.data)
-        listings.append(listing)
-        ends.append(index.ends + position)
-        position += listing.size
+        kinds = ", ".join(f"{count} x {kind}" for kind, count in skipped.most_common(3))
+        raise ValueError(f"No images in {len(shards)} shards of {root}: found {kinds or 'nothing'}")
+    nul = np.zeros(1, np.uint8)
+    listing = np.concatenate([part for index in filled for part in (index.listing, nul)])[:-1]
+    positions = np.cumsum([0, *(index.listing.size + 1 for index in filled)])
+    ends = [index.ends + at for index, at in zip(filled, positions[:-1], strict=True)]
     labels, class_names = _labels(filled)
     return ShardSet(
         root=root,
         shards=shards,
         kind=indices[0].kind,
         starts=np.cumsum([0, *(len(index.ends) for index in indices)]),
-        listing=np.concatenate(listings),
+        listing=listing,
         ends=np.concatenate(ends),
         offsets=np.concatenate([index.offsets for index in filled]),
         spans=np.concatenate([index.spans for index in filled]),
         labels=labels,
         class_names=class_names,
-        fingerprint=digest.hexdigest(),
+        fingerprint=hashlib.sha256(listing.data).hexdigest(),
         skipped=dict(skipped),
     )
 

@@ -33,10 +33,10 @@ from measure.harness import with_batch
 from measure.loader_times import endless_order
 from pipeline.augment import draws_in_graph
 from pipeline.graph import NDIM, encoded_input
+from pipeline.loader import DaliLoader
+from pipeline.order import ViewPlan
 from pipeline.reading_process import reading_process
-from pipeline.runner import DaliLoader
 from pipeline.sources.reader import ImageReader
-from pipeline.work import ViewPlan
 from train.config import Config
 from train.distributed import World
 

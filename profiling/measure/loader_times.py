@@ -34,11 +34,10 @@ from measure.turns import Repetition, Timing, seconds_of, take_turns
 from pipeline import graph
 from pipeline.augment import AugmentConfig, ViewDraws, draw_views, draws_in_graph
 from pipeline.color_blur import finish_views
-from pipeline.cores import usable_cores
 from pipeline.decode import DecodeOptions, capability_of, decode_arguments
-from pipeline.loader import num_threads, view_loader
+from pipeline.loader import DaliLoader, Ranks, num_threads, view_loader
+from pipeline.machine import usable_cores
 from pipeline.order import SampleOrder
-from pipeline.runner import DaliLoader
 from pipeline.sources.folder import ImageFolder
 from pipeline.sources.reader import ImageReader
 from train.config import Config
@@ -65,7 +64,7 @@ def open_loader(
     """This rank's loader of training over `steps`."""
     return view_loader(
         reader, order, steps, views=config.views, options=config.dali, device=world.device,
-        rank=world.rank, world=world.size, local_world=world.local_size,
+        ranks=Ranks(world.rank, world.size, world.local_size),
     )  # fmt: skip
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from kernels.normalize import normalize_views
 from measure.peers import missing, peer_step
 from measure.turns import Repetition, Timing, seconds_of, take_turns
+from pipeline.loader import Batch
 from pipeline.order import SampleOrder
-from pipeline.runner import Batch
 from pipeline.sources.reader import ImageReader
 from train.config import Config
 from train.distributed import World

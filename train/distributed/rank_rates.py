@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from pipeline.augment import AugmentConfig
 from pipeline.decode import DecodeOptions
-from pipeline.loader import view_loader
+from pipeline.loader import Ranks, view_loader
 from pipeline.order import SampleOrder
 from pipeline.sources.folder import list_images
 from pipeline.sources.reader import ImageReader
@@ -57,7 +57,7 @@ def decode_rate(world: World, seconds: float) -> float:
             view_loader(
                 reader, SampleOrder(PHOTOS, batch_size=BATCH, seed=0), range(1 << 30),
                 views=[AugmentConfig()] * 2, options=DecodeOptions(), device=world.device,
-                local_world=world.local_size,
+                ranks=Ranks(local_size=world.local_size),
             )
         )  # fmt: skip
         for _ in range(FILL):

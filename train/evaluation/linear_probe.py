@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.augment import AugmentConfig
-from pipeline.loader import view_loader
+from pipeline.loader import Ranks, view_loader
 from pipeline.order import SampleOrder
 from train import distributed
 from train.config import Config
@@ -250,8 +250,8 @@ def augmented_features(
     )
     loader = view_loader(
         images.reader, order, range(start, start + passes),
-        views=[view], options=config.dali, device=world.device, rank=world.rank, world=world.size,
-        local_world=world.local_size,
+        views=[view], options=config.dali, device=world.device,
+        ranks=Ranks(world.rank, world.size, world.local_size),
     )  # fmt: skip
     for batch in loader:
         yield features_of(backbone, batch.images, config), labels[batch.ids].to(world.device)

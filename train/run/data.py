@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.keyed import Purpose, keyed_rng
+from pipeline.order import Purpose, keyed_rng
 from pipeline.sources.digits import write_digits
 from pipeline.sources.folder import split_root
 from pipeline.sources.reader import ImageReader

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import torch
 
-from pipeline.required import is_old, least
+from pipeline import machine
+from pipeline.machine import is_old, least
 from train.run.program import first_line
 
 MIN_DRIVER = {12: "525", 13: "580"}
@@ -90,9 +91,7 @@ def refuse_misfits(device: str) -> None:
     """
     if (found := torch_build()).ok is False:
         raise ValueError(f"torch {found.found}: {found.remedy}")
-    from pipeline.dali_wheel import refuse_old_dali
-
-    refuse_old_dali()
+    machine.refuse_old_dali()
     if device != "cpu" and driver_cuda() is not None and not (found := driver()).ok:
         raise ValueError(f"the driver {found.found}: {found.remedy}, or use --device cpu")
 
@@ -100,14 +99,13 @@ def refuse_misfits(device: str) -> None:
 def dali() -> Finding:
     """DALI's wheel, cuda120 or cuda130, of torch's CUDA and no newer than the driver's."""
     try:
-        from pipeline import dali_wheel
+        version, major = machine.dali_version()
     except (ImportError, OSError) as error:  # OSError: a shared library is missing
         return Finding("DALI", False, first_line(error), "pip install nvidia-dali-cuda130, or 120")
-    version, major = dali_wheel.dali_version()
     wheel, built = f"nvidia-dali-cuda{major}0 {version}", torch.version.cuda
     if is_old("DALI", version):
         found = f"{wheel} is older than {least('DALI')}"
-        return Finding("DALI", False, found, dali_wheel.upgrade())
+        return Finding("DALI", False, found, machine.dali_upgrade())
     supported = driver_cuda()
     if supported is None or built is None:
         return Finding("DALI", True, wheel)
@@ -131,9 +129,7 @@ def jpeg_decoders(device: torch.device) -> Finding:
     if device.type == "cpu":
         return Finding(name, None, "no CUDA device: libjpeg-turbo decodes")
     try:
-        from pipeline.hardware_decoder import hardware_decoders
-
-        found = hardware_decoders()
+        found = machine.hardware_decoders()
     except (ImportError, OSError) as error:
         return Finding(
             name, False, f"none are found: {first_line(error)}",
