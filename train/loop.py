@@ -11,7 +11,7 @@ from pipeline.loader import view_loader
 from pipeline.runner import Batch
 from train import distributed
 from train.distributed import StopSignal
-from train.distributed.stacks import ALLOWED_S
+from train.distributed.world import ALLOWED_S
 from train.evaluation.embed import EvaluationStopped, knn_accuracy
 from train.network.precision import DTYPES, autocast
 from train.run.optim import set_lr
