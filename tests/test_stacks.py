@@ -111,7 +111,7 @@ def test_of_several_silent_ranks_the_one_silent_longest_is_named():
     noticed = RankStatus(0, 0.5, "node0", 7, error="NCCL error", is_lost=True)
     dead = RankStatus(3, DEAD_S + 9, "node3", 7)
     ended_by_nccl = [RankStatus(rank, DEAD_S + 1, f"node{rank}", 7) for rank in (1, 2)]
-    assert "rank 3 on host node3 ended" in failure(noticed, *ended_by_nccl, dead, broken_s=14)
+    assert "rank 3 on host node3 exited" in failure(noticed, *ended_by_nccl, dead, broken_s=14)
 
 
 def test_ranks_whose_main_threads_all_wait_for_cuda_are_ended_after_ten_times_as_long():

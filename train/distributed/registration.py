@@ -174,20 +174,17 @@ def is_free_port(host: str, port: int) -> bool:
         addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except socket.gaierror:  # wait_for_port reports it: the name of a host may be known later
         return False
-    for family, kind, protocol, _, address in addresses:
-        with socket.socket(family, kind, protocol) as trial:
-            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                trial.bind(address)
-            except OSError as error:
-                if error.errno == errno.EADDRNOTAVAIL:  # another host's
-                    continue
-                name = f"port {port} of host {socket.gethostname()}"
-                raise ValueError(
-                    f"{name} cannot be opened ({error.strerror}): stop the program that uses it, "
-                    f"or {OTHER_PORT}"
-                ) from error
+    for family, _, _, _, address in addresses:
+        try:
+            socket.create_server(address, family=family).close()
             return True
+        except OSError as error:
+            if error.errno != errno.EADDRNOTAVAIL:  # that: another host's
+                raise ValueError(
+                    f"port {port} of host {socket.gethostname()} cannot be opened "
+                    f"({os.strerror(error.errno or 0)}): stop the program that uses it, or "
+                    f"{OTHER_PORT}"
+                ) from error
     return False
 
 

@@ -38,21 +38,14 @@ class RankStatus:
     """What rank 0 knows of a rank."""
 
     rank: int
-    silent_s: float
-    """Seconds since its last heartbeat, or since the start if it has not joined."""
-    host: str = ""
-    """Empty: it has not joined."""
+    silent_s: float  # since its last heartbeat, or since the start if it has not joined
+    host: str = ""  # empty: it has not joined
     progress: int = 0
-    error: str | None = None
-    """Why it has failed."""
-    is_lost: bool = False
-    """The error is a broken connection: a consequence of another rank's failure."""
-    is_final: bool = False
-    """The error would be the same after a restart."""
-    late_s: float = 0.0
-    """Seconds beyond what its step may take."""
-    stacks: str = ""
-    """The file it writes its stacks to when it is late (Stacks in train/distributed/world.py)."""
+    error: str | None = None  # why it has failed
+    is_lost: bool = False  # the error is a broken connection: another rank's failure caused it
+    is_final: bool = False  # the error would be the same after a restart
+    late_s: float = 0.0  # beyond what its step may take
+    stacks: str = ""  # the file of its stacks (Stacks in train/distributed/world.py)
 
     @property
     def stacks_hint(self) -> str:

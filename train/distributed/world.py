@@ -183,6 +183,7 @@ class Stacks:
         self.path, self.timeout_s = folder / f"stacks-rank-{rank}.txt", timeout_s
         self.trace = folder / f"{TRACE}{rank}"
         self._file = self.path.open("a")
+        self._header = self._file.tell()
         host, now = socket.gethostname(), time.strftime("%Y-%m-%d %H:%M:%S")
         self._file.write(f"rank {rank} on host {host}, process {os.getpid()}, from {now}\n")
         self._file.flush()
@@ -225,15 +226,13 @@ class Stacks:
         self._closing.set()
         if self._thread.ident is not None:
             self._thread.join()
-        is_empty = os.fstat(self._file.fileno()).st_size == self._header_end
-        self._file.close()
-        if is_empty:
-            lines = self.path.read_text().splitlines(keepends=True)[:-1]
-            self.path.write_text("".join(lines))
-            if not lines:
+        if os.fstat(self._file.fileno()).st_size == self._header_end:
+            self._file.truncate(self._header)
+            if self._header == 0:
                 self.path.unlink()
             if self._temporary is not None and not any(self._temporary.iterdir()):
                 self._temporary.rmdir()
+        self._file.close()
 
     def _warn(self) -> None:
         was_late = False
