@@ -1,12 +1,11 @@
-"""Install in an image what the program needs and its base lacks; exchange nothing but DALI.
+"""Install in an image what the program needs and its base lacks; replace nothing but DALI.
 
-For the Dockerfile: python3 deploy/install.py requirements.txt; PIP_ARGS has more for pip.
-Over a base without torch pip resolves the files as elsewhere. Over one with torch, NVIDIA's, pip
-resolves nothing: what is there stays, in whatever version; what is missing is installed without its
-requirements, then those of them that are missing. DALI is exchanged, with its own libraries, where
-it is too old or of another CUDA than torch's.
-A newcomer's mistake: keeping NVIDIA's constraint file (PIP_CONSTRAINT). It pins the DALI that has
-to go. Here the versions before and after are compared instead.
+For the Dockerfile: python3 deploy/install.py requirements.txt; PIP_ARGS adds arguments for pip.
+Over a base without torch pip resolves the files as usual. Over one with torch, NVIDIA's, pip
+resolves nothing: installed packages stay, in whatever version; missing ones are installed without
+their requirements, then the missing ones of those. DALI and its own libraries are replaced if it is
+too old or of another CUDA than torch's. NVIDIA's constraint file (PIP_CONSTRAINT) is ignored: it
+pins the DALI to replace. The versions before and after are compared instead.
 """
 
 import os
@@ -26,25 +25,23 @@ from pip._vendor.packaging.utils import canonicalize_name
 from pipeline.machine import is_old, least
 
 DALIS_OWN = re.compile(r"nvidia-(dali|nvimgcodec|nvjpeg|nvtiff|libnvcomp|nvcomp)")
-ENVIRONMENT = os.environ | {
-    "PIP_BREAK_SYSTEM_PACKAGES": "1", "PIP_CONSTRAINT": "", "PIP_NO_CACHE_DIR": "1",
-    "PIP_DISABLE_PIP_VERSION_CHECK": "1",
-}  # fmt: skip
+ENVIRONMENT = os.environ | {"PIP_CONSTRAINT": "", "PIP_BREAK_SYSTEM_PACKAGES": "1"}
+ENVIRONMENT |= {"PIP_NO_CACHE_DIR": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
 
 
 def installed() -> dict[str, str]:
     """All versions by name; of two of one name the first in sys.path, which Python imports."""
-    found: dict[str, str] = {}
-    for one in distributions():
-        found.setdefault(canonicalize_name(one.metadata["Name"]), one.version)
-    return found
+    versions: dict[str, str] = {}
+    for package in distributions():
+        versions.setdefault(canonicalize_name(package.metadata["Name"]), package.version)
+    return versions
 
 
 def pip(*arguments: str) -> None:
-    """Run pip; where it fails it has said why."""
+    """Run pip; exit with its code where it fails."""
     words = [sys.executable, "-m", "pip", *arguments]
-    if done := subprocess.run(words, env=ENVIRONMENT, check=False).returncode:
-        sys.exit(done)
+    if code := subprocess.run(words, env=ENVIRONMENT, check=False).returncode:
+        sys.exit(code)
 
 
 def pip_install(requirements: list[Requirement], *flags: str) -> None:
@@ -54,20 +51,14 @@ def pip_install(requirements: list[Requirement], *flags: str) -> None:
     pip("install", *os.environ.get("PIP_ARGS", "").split(), *flags, *map(str, requirements))
 
 
-def read(file: str) -> list[Requirement]:
-    """The lines of a requirements file."""
-    lines = Path(file).read_text().splitlines()
-    return [Requirement(line) for line in lines if line and not line.startswith("#")]
-
-
 def lacks(have: dict[str, str], requirement: Requirement) -> bool:
-    """Whether it has to be installed: any version will do, but of DALI's own libraries.
+    """Whether it has to be installed: any version will do, except of DALI's own libraries.
 
     So will any OpenCV: NVIDIA's is named opencv, and all share the folder cv2.
     """
     version = have.get(name := canonicalize_name(requirement.name))
     if name.startswith("opencv-"):
-        return not any(one.startswith("opencv") for one in have)
+        return not any(package.startswith("opencv") for package in have)
     if version is None or not DALIS_OWN.match(name):
         return version is None
     return not requirement.specifier.contains(version, prereleases=True)
@@ -75,71 +66,68 @@ def lacks(have: dict[str, str], requirement: Requirement) -> bool:
 
 def needs(requirement: Requirement) -> list[Requirement]:
     """What an installed package requires, with the extras that are asked for."""
-    lines = distribution(requirement.name).requires or []
+    extras = ("", *requirement.extras)
     return [
-        one
-        for one in map(Requirement, lines)
-        if one.marker is None
-        or any(one.marker.evaluate({"extra": extra}) for extra in ("", *requirement.extras))
+        need
+        for need in map(Requirement, distribution(requirement.name).requires or [])
+        if need.marker is None or any(need.marker.evaluate({"extra": extra}) for extra in extras)
     ]
 
 
 def complete(wanted: list[Requirement]) -> None:
-    """Install what is missing of them, then what is missing of its requirements, and so on."""
+    """Install the missing ones, then the missing ones of their requirements, and so on."""
     while wanted:
         have = installed()
         missing = {r.name: r for r in wanted if lacks(have, r)}
         if missing:
             pip_install(list(missing.values()), "--no-deps")
-        wanted = [one for r in wanted if r.name in missing or r.extras for one in needs(r)]
+        wanted = [need for r in wanted if r.name in missing or r.extras for need in needs(r)]
 
 
-def exchange_dali(pinned: Requirement) -> None:
+def replace_dali(pinned: Requirement) -> None:
     """Have one DALI, of torch's CUDA and not too old."""
     code = "import torch; print(torch.version.cuda or '')"
     cuda = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     major = cuda.stdout.strip().split(".")[0]
     name = f"nvidia-dali-cuda{major}0" if major else pinned.name
-    found = {one: v for one, v in installed().items() if one.startswith("nvidia-dali-")}
-    if list(found) == [name] and not is_old("DALI", found[name]):
+    present = {n: v for n, v in installed().items() if n.startswith("nvidia-dali-")}
+    if list(present) == [name] and not is_old("DALI", present[name]):
         return
-    if found:
-        print(f"DALI is exchanged: {found} for {name}{pinned.specifier}")
-        pip("uninstall", "--yes", *found)
+    if present:
+        print(f"DALI is replaced: {present} by {name}{pinned.specifier}")
+        pip("uninstall", "--yes", *present)
     complete([Requirement(f"{name}{pinned.specifier}")])
 
 
 def main(files: list[str]) -> None:
-    """Install what the files ask for, tell what stays as it is, refuse what else has changed."""
-    brought = installed()
-    wanted = [one for file in files for one in read(file)]
-    dali = next((one for one in wanted if one.name.startswith("nvidia-dali-")), None)
-    wanted = [one for one in wanted if one is not dali]
-    if "torch" not in brought:
-        pip_install([one for one in wanted if lacks(brought, one)])
-    elif is_old("torch", brought["torch"]):
-        sys.exit(f"error: the base's torch {brought['torch']} is older than {least('torch')}: "
-                 "take a newer --build-arg BASE_IMAGE")  # fmt: skip
+    """Install what the files ask for, list what stays as it is, refuse other changes."""
+    base = installed()
+    lines = [line for file in files for line in Path(file).read_text().splitlines()]
+    wanted = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    dali = [r for r in wanted if r.name.startswith("nvidia-dali-")]
+    wanted = [r for r in wanted if r not in dali]
+    if "torch" not in base:
+        pip_install([r for r in wanted if lacks(base, r)])
+    elif is_old("torch", base["torch"]):
+        old = f"the base's torch {base['torch']} is older than {least('torch')}"
+        sys.exit(f"error: {old}: take a newer --build-arg BASE_IMAGE")
     else:
-        for one in wanted:
-            version = brought.get(canonicalize_name(one.name))
-            if version and not one.specifier.contains(version, prereleases=True):
-                print(
-                    f"stays as the base has it: {one.name} {version}, {one.specifier} is asked for"
-                )
+        for r in wanted:
+            version = base.get(canonicalize_name(r.name))
+            if version and not r.specifier.contains(version, prereleases=True):
+                print(f"stays as the base has it: {r.name} {version}, {r.specifier} is asked for")
         complete(wanted)
-    if dali is not None:
-        exchange_dali(dali)
+    for pinned in dali:
+        replace_dali(pinned)
     now = installed()
+    # setuptools: Debian's stays, beside the newer one of torch
     changed = [
         f"{name} {version} -> {now.get(name, 'none')}"
-        for name, version in sorted(brought.items())
-        if now.get(name) != version
-        and not DALIS_OWN.match(name)
-        and name != "setuptools"  # Debian's stays where it is, beside the newer one of torch
+        for name, version in sorted(base.items())
+        if now.get(name) != version and not DALIS_OWN.match(name) and name != "setuptools"
     ]
     if changed:
-        sys.exit(f"error: packages of the base were exchanged: {', '.join(changed)}")
+        sys.exit(f"error: packages of the base were replaced: {', '.join(changed)}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Train on several nodes of a SLURM cluster:
 #     OUT=/shared/runs/a sbatch deploy/slurm.sh --config configs/imagenet.yaml --data.root /data/imagenet
-# The arguments go to train/main.py. The job requeues itself until the run has finished: the same
-# command continues the run in $OUT. Lines to change are marked CHANGE. PYTHON names another Python
-# than .venv/bin/python; RANKS_PER_NODE=2 rehearses on nodes without GPUs.
+# The arguments go to train/main.py. The job requeues itself until the run has finished, each time
+# continuing the run in $OUT. Lines to change are marked CHANGE. PYTHON: another Python than
+# .venv/bin/python; RANKS_PER_NODE=2 rehearses on nodes without GPUs.
 #
 #SBATCH --job-name=twinturbo
 #SBATCH --nodes=4                   # CHANGE
@@ -11,13 +11,13 @@
 #SBATCH --cpus-per-task=64          # CHANGE: all cores of a node; its ranks share them to decode
 #SBATCH --mem=0                     # all memory of a node
 #SBATCH --time=24:00:00             # CHANGE: at most what the partition allows, not what a run takes
-#SBATCH --ntasks-per-node=1         # one launcher a node: it starts a process for each GPU
+#SBATCH --ntasks-per-node=1         # one launcher a node: it starts a process per GPU
 #SBATCH --requeue                   # a node that fails requeues the job, too
 #SBATCH --open-mode=append          # one log over all requeues
 #SBATCH --output=slurm-%j.log
-# CHANGE: seconds before the time limit at which the ranks are told to save and stop: three times
-# what "checkpoint" lines in log.txt take, at least 60. SLURM may be a minute early. Preemption tells
-# the ranks itself, and kills them after the partition's GraceTime: ask for one that long.
+# CHANGE: seconds before the time limit at which the ranks get the signal to save and stop: three
+# times what "checkpoint" lines in log.txt take, at least 60. SLURM may be a minute early. Preemption
+# signals the ranks itself and kills them after the partition's GraceTime: ask for one that long.
 #SBATCH --signal=B:USR1@180
 set -euo pipefail
 
@@ -28,27 +28,27 @@ cd "${SLURM_SUBMIT_DIR:-.}" # CHANGE: where the repository is
 #     --container-mounts=/data:/data:ro,/shared/runs:/shared/runs
 python=${PYTHON:-.venv/bin/python}
 
-# NCCL raises its soft limit to the hard one too late for the sockets of many ranks
+# NCCL raises the soft limit too late for the sockets of many ranks
 # (github.com/goodfire-ai/spd, pull request 957).
 ulimit -n "$(ulimit -Hn)"
-# No NCCL_ variable is set: its defaults are right unless the host has a network that ranks must not
-# use. Then name the right ones, for gloo too:
+# No NCCL_ variable is set: the defaults are right unless the host has a network that ranks must not
+# use. Then name the right one, for gloo too:
 #     export NCCL_SOCKET_IFNAME=eth0 GLOO_SOCKET_IFNAME=eth0
 # Source: docs.nvidia.com/deeplearning/nccl/user-guide/docs/env.html and
 # docs.pytorch.org/docs/stable/distributed.html, common environment variables.
 
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-port=$((20000 + SLURM_JOB_ID % 10000)) # two jobs of one user on a node need not meet
+port=$((20000 + SLURM_JOB_ID % 10000)) # so that two jobs on a node do not meet
 mkdir -p "$OUT"
 touch "$OUT/.slurm-start"
 
-# To the tasks, not to this script, and not through srun: one that gets SIGTERM sends its tasks
-# SIGKILL (SLURM, src/srun/signals.c, _forward_signal).
+# Not through srun: on SIGTERM it sends its tasks SIGKILL (SLURM, src/srun/signals.c,
+# _forward_signal).
 trap 'scancel --signal=TERM "$SLURM_JOB_ID"' USR1 TERM
 
-# Each rank's own log: $OUT/logs/HOST/JOB_.../attempt_N/RANK_ON_HOST/{stdout,stderr}.log; all of
-# them, each line with its rank, in slurm-JOB.log.
-# --kill-on-bad-exit=0 --wait=0: one launcher that ends must not end those that wait for it.
+# Each rank's log: $OUT/logs/HOST/JOB_.../attempt_N/RANK_ON_HOST/{stdout,stderr}.log; all of them,
+# each line with its rank: slurm-JOB.log.
+# --kill-on-bad-exit=0 --wait=0: a launcher that exits must not end those that wait for it.
 # --cpus-per-task: srun does not take it from sbatch (SLURM 22.05 and newer).
 # shellcheck disable=SC2016 # the hosts expand what is in single quotes
 srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=0 --wait=0 bash -c '
@@ -65,8 +65,8 @@ while kill -0 "$step" 2>/dev/null; do # a signal ended wait, not the step
     wait "$step" || code=$?
 done
 
-# torchrun exits with 1 after a clean stop too: status.json tells. One that is older than this start
-# is the last start's, and says nothing about one that failed before it could write.
+# torchrun exits with 1 after a clean stop too: status.json says which it was, unless it is older
+# than this start, which then failed before it could write.
 if [[ $OUT/status.json -nt $OUT/.slurm-start ]] && grep -q '"state": "preempted"' "$OUT/status.json"; then
     echo "stopped and saved: requeueing job $SLURM_JOB_ID" >&2
     scontrol requeue "$SLURM_JOB_ID" # ends this script

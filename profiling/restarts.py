@@ -1,11 +1,11 @@
 """Whether every restart works: `python profiling/restarts.py --save restarts`.
 
 Trains the embedded digits on two hosts (profiling/stand_ins/cluster.py, needs root) twice:
-undisturbed, and with a rank killed (kill -9) again and again, on one host and the other in turn, at
-a moment that a seed draws. train/launch.py restarts it from the last checkpoint. Counts the
-restarts and the lines that name the rank and its host, measures the seconds from a kill to the next
-step, and compares weights, statistics and momentum bit for bit.
-A newcomer's mistake: one kill that went well. With torchrun's defaults some restarts do.
+undisturbed, and with a rank killed (kill -9) repeatedly, alternating between the hosts, at a moment
+that a seed draws. train/launch.py restarts it from the last checkpoint. Counts the restarts and the
+lines that name the rank and its host, measures the seconds from a kill to the next step, and
+compares weights, statistics and momentum bit for bit. With torchrun's defaults some restarts work,
+so a single kill shows nothing.
 """
 
 import os
@@ -20,7 +20,6 @@ import json
 import random
 import signal
 import statistics
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -28,104 +27,72 @@ from pathlib import Path
 import torch
 
 from measure.results import check_save, save_json
-from stand_ins.cluster import Cluster, why_not
+from stand_ins.cluster import Cluster, Job, why_not
 from train.run.folder import environment
 from train.run.program import refuse
 
-ROOT = Path(__file__).parent.parent
-LIMIT_S = 300
-FLAGS = [
-    "--data.root=digits", "--model.arch=resnet18", "--model.stem=cifar", "--model.width=8",
-    "--model.projector_dim=32", "--model.projector_hidden=32", "--model.predictor_hidden=8",
-    "--augment.size=16", "--eval.size=16", "--eval.resize=16", "--eval.every_epochs=1000",
-    "--data.batch_size=32", "--epochs=4", "--precision=fp32", "--log_every=1",
-    "--checkpoint_every=2", "--device=cpu",
-]  # fmt: skip
+MODEL = ["--model.arch=resnet18", "--model.stem=cifar", "--model.width=8"]
+MODEL += ["--model.projector_dim=32", "--model.projector_hidden=32", "--model.predictor_hidden=8"]
+FLAGS = [*MODEL, "--augment.size=16", "--eval.size=16", "--eval.resize=16"]
+FLAGS += ["--data.root=digits", "--data.batch_size=32", "--epochs=4", "--eval.every_epochs=1000"]
+FLAGS += ["--precision=fp32", "--log_every=1", "--checkpoint_every=2", "--device=cpu"]
 STEPS = 20
 """For each kill, so that none comes after the end: 200 of the 224 steps for ten."""
 DELAY_S = 0.2
 """After the first step of an attempt a rank is killed within this time: in a step or a save."""
 
 
-class Run:
-    """One training on both hosts of a cluster."""
+def start(cluster: Cluster, folder: Path, *, steps: int, max_restarts: int) -> Job:
+    """One training on both hosts."""
+    command = [sys.executable, "train/launch.py", "--nnodes=2", "--nproc-per-node=1"]
+    command += ["--rdzv-endpoint=node0:29500", f"--max-restarts={max_restarts}", "train/main.py"]
+    command += [*FLAGS, f"--max_steps={steps}", f"--out={folder / 'run'}"]
+    return Job(cluster, folder, command, num_hosts=2)
 
-    def __init__(self, cluster: Cluster, folder: Path, *, steps: int, max_restarts: int):
-        folder.mkdir()
-        self.cluster, self.out = cluster, folder / "run"
-        self.logs = [folder / f"{name}.log" for name in cluster.names]
-        command = [
-            sys.executable, "train/launch.py", "--nnodes=2", "--nproc-per-node=1",
-            "--rdzv-endpoint=node0:29500", f"--max-restarts={max_restarts}", "train/main.py",
-            *FLAGS, f"--max_steps={steps}", f"--out={self.out}",
-        ]  # fmt: skip
-        quiet = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-        self.launchers = [
-            cluster.start(host, command, log=log, cwd=ROOT, env=quiet)
-            for host, log in enumerate(self.logs)
-        ]
 
-    def has_stepped(self, attempt: int) -> bool:
-        """Whether the attempt (0: the first) has done a step; rank 0 says where each begins."""
-        attempts = self.logs[0].read_text().split(" steps an epoch, ")[1:]
+def wait_for_step(job: Job, attempt: int) -> None:
+    """Until the attempt (0: the first) has done a step; rank 0 logs where each begins."""
+
+    def has_stepped() -> bool:
+        attempts = job.logs[0].read_text().split(" steps an epoch, ")[1:]
         return len(attempts) > attempt and "  loss " in attempts[attempt]
 
-    def wait_for_step(self, attempt: int) -> None:
-        """Until has_stepped. Raises: RuntimeError with the output when it will not."""
-        limit = time.monotonic() + LIMIT_S
-        while not self.has_stepped(attempt):
-            has_ended = any(launcher.poll() is not None for launcher in self.launchers)
-            if has_ended or time.monotonic() > limit:
-                raise RuntimeError(f"restart {attempt} failed:\n{self.output()}")
-            time.sleep(0.02)
+    job.wait_for(has_stepped, f"restart {attempt}")
 
-    def lines(self, host: int) -> int:
-        """How many lines named the host's rank as the one that is gone."""
-        lines = (line for line in self.output().splitlines() if line.startswith("error: "))
-        return sum(f"rank {host} on host {self.cluster.names[host]}" in line for line in lines)
 
-    def kill(self, host: int) -> None:
-        """Kill the host's rank."""
-        (rank,) = set(self.cluster.processes(host)) - {self.launchers[host].pid}
-        os.kill(rank, signal.SIGKILL)
-
-    def end(self) -> dict[str, str]:
-        """SHA-256 of the newest checkpoint's tensors. Raises: RuntimeError if the run failed."""
-        try:
-            codes = [launcher.wait(LIMIT_S) for launcher in self.launchers]
-        except subprocess.TimeoutExpired:
-            codes = None
-        if codes != [0, 0]:
-            raise RuntimeError(f"exit codes {codes}:\n{self.output()}")
-        newest = max((self.out / "checkpoints").glob("step-*"))
-        files = json.loads((newest / "manifest.json").read_text())["files"]
-        return {n: facts["sha256"] for n, facts in files.items() if n.endswith(".safetensors")}
-
-    def output(self) -> str:
-        """All hosts' logs."""
-        return "\n".join(f"== {log.stem}\n{log.read_text()}" for log in self.logs)
+def digests(job: Job) -> dict[str, str]:
+    """SHA-256 of the newest checkpoint's tensors, once the job has succeeded."""
+    job.succeed()
+    newest = max((job.out / "checkpoints").glob("step-*"))
+    files = json.loads((newest / "manifest.json").read_text())["files"]
+    return {n: facts["sha256"] for n, facts in files.items() if n.endswith(".safetensors")}
 
 
 def measure(kills: int, seed: int, folder: Path) -> dict:
-    """Kill so many ranks; what came of it."""
+    """Kill this many ranks; the restarts that worked."""
     draw, seconds, steps = random.Random(seed), [], STEPS * kills
     with Cluster(2) as cluster:
-        undisturbed = Run(cluster, folder / "undisturbed", steps=steps, max_restarts=0).end()
-        run = Run(cluster, folder / "killed", steps=steps, max_restarts=kills)
-        run.wait_for_step(0)
+        undisturbed = digests(start(cluster, folder / "undisturbed", steps=steps, max_restarts=0))
+        job = start(cluster, folder / "killed", steps=steps, max_restarts=kills)
+        wait_for_step(job, 0)
         for number in range(kills):
             time.sleep(draw.uniform(0, DELAY_S))
-            run.kill(number % 2)
+            (rank,) = job.ranks(number % 2)
+            os.kill(rank, signal.SIGKILL)
             begin = time.monotonic()
-            run.wait_for_step(number + 1)
+            wait_for_step(job, number + 1)
             seconds.append(round(time.monotonic() - begin, 2))
             print(f"restart {number + 1} of {kills}: {seconds[-1]} s to the next step", flush=True)
-        disturbed, named = run.end(), run.lines(0) + run.lines(1)
+        same_bits = digests(job) == undisturbed
+        names = [f"rank {rank} on host {name}" for rank, name in enumerate(cluster.names)]
     return {
-        "n": kills, "restarts": len(seconds), "named": named,
-        "same_bits": disturbed == undisturbed,
-        "seconds_p50": round(statistics.median(seconds), 2), "seconds": seconds,
-    }  # fmt: skip
+        "n": kills,
+        "restarts": len(seconds),
+        "named": sum(name in line for name in names for line in job.lines()),
+        "same_bits": same_bits,
+        "seconds_p50": round(statistics.median(seconds), 2),
+        "seconds": seconds,
+    }
 
 
 def main() -> None:
@@ -140,16 +107,16 @@ def main() -> None:
     try:
         check_save(arguments.save)
         if not 1 <= arguments.kills <= 11:
-            raise ValueError(f"--kills must lie in 1 .. 11, got {arguments.kills}")
+            raise ValueError(f"--kills must be 1 to 11, got {arguments.kills}")
         with tempfile.TemporaryDirectory(prefix="restarts-") as folder:
-            found = measure(arguments.kills, arguments.seed, Path(folder))
+            result = measure(arguments.kills, arguments.seed, Path(folder))
     except (RuntimeError, ValueError) as error:
         refuse(str(error), code=1)
-    found["environment"] = environment(2, torch.device("cpu"))
+    result["environment"] = environment(2, torch.device("cpu"))
     if arguments.save:
-        found["files"] = [save_json(arguments.save, found)]
-    print(json.dumps(found))
-    sys.exit(not (found["same_bits"] and found["named"] == arguments.kills))
+        result["files"] = [save_json(arguments.save, result)]
+    print(json.dumps(result))
+    sys.exit(not (result["same_bits"] and result["named"] == arguments.kills))
 
 
 if __name__ == "__main__":

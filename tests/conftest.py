@@ -24,7 +24,7 @@ os.environ["PYTHONFAULTHANDLER"] = "1"  # for the processes that tests start: te
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from launched import LAUNCH, Launched, weights
+from launched import LAUNCH, launched, weights
 from limits import limited
 from measure.peers import import_torchvision
 from stand_ins.cluster import Cluster, why_not
@@ -146,8 +146,7 @@ def two(clusters) -> Cluster:
 @pytest.fixture(scope="module")
 def undisturbed(two, tiny_images, tmp_path_factory) -> dict:
     """The weights of a run on two hosts that nothing happened to."""
-    run = Launched(
-        two, tmp_path_factory.mktemp("undisturbed"), LAUNCH, f"--data.root={tiny_images}", nodes=2
-    )
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run = launched(two, folder, LAUNCH, f"--data.root={tiny_images}", nodes=2)
     assert run.succeed()["steps"] == 12
     return weights(run.out)

@@ -40,7 +40,7 @@ def test_every_source_file_and_flag_counts_but_out():
         ("package", "torch", "same version"), ("device", "the device", "driver"),
     ],
 )  # fmt: skip
-def test_what_one_host_has_otherwise_is_named_with_host_and_remedy(kind, name, remedy):
+def test_what_differs_on_one_host_is_named_with_host_and_remedy(kind, name, remedy):
     odd = {**four()[0][kind], name: "odd"}
     line = disagreement(four(**{kind: odd}))
     assert line is not None and f"{name} is odd on host node2" in line and remedy in line
@@ -60,7 +60,9 @@ def test_a_host_that_cannot_run_says_why():
 
 def test_a_mistake_in_flags_names_its_host_unless_all_made_it_or_a_file_explains_it():
     assert disagreement(four(mistake="--x is unknown")) == "host node2: --x is unknown"
-    assert disagreement([one | {"mistake": "--x is unknown"} for one in four()]) == "--x is unknown"
+    assert (
+        disagreement([rank | {"mistake": "--x is unknown"} for rank in four()]) == "--x is unknown"
+    )
     odd = {**four()[0]["file"], "train/config/schema.py": "odd"}
     line = disagreement(four(mistake="--x is unknown", file=odd, flag={}, device={}))
     assert line is not None and line.startswith("train/config/schema.py is odd on host node2")

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from launched import ENVIRONMENT, TINY
-from stand_ins.cluster import Cluster
+from launched import TINY
+from stand_ins.cluster import ENVIRONMENT, Cluster
 from test_deploy import ROOT, SLURM
 
 pytestmark = pytest.mark.cluster

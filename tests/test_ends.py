@@ -16,8 +16,8 @@ import torch
 from train import session
 from train.config import DataConfig
 from train.distributed import StopSignal, World, startup, stop_at_once
-from train.distributed.signals import STOP_SIGNALS
 from train.distributed.startup import open_store, read_ranks
+from train.distributed.world import STOP_SIGNALS
 from train.finish import finite
 from train.run import state
 from train.run.data import open_data
@@ -128,9 +128,9 @@ def test_outside_of_training_sigterm_is_an_interrupt_of_rank_0_alone():
 @pytest.mark.parametrize(
     ("variables", "part"),
     [
-        ({"RANK": "1"}, "do not go together"),
-        ({"LOCAL_WORLD_SIZE": "0"}, "do not go together"),
-        ({"WORLD_SIZE": "-1"}, "do not go together"),
+        ({"RANK": "1"}, "contradict each other"),
+        ({"LOCAL_WORLD_SIZE": "0"}, "contradict each other"),
+        ({"WORLD_SIZE": "-1"}, "contradict each other"),
         ({"RANK": "x"}, "no whole numbers"),
         ({"WORLD_SIZE": ""}, "no whole numbers"),
         (
@@ -155,7 +155,10 @@ def test_outside_of_training_sigterm_is_an_interrupt_of_rank_0_alone():
             },
             "MASTER_PORT is '65536', no port",
         ),
-        ({"WORLD_SIZE": "2"}, "RANK, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT are"),
+        (
+            {"WORLD_SIZE": "2"},
+            "RANK, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT are unset",
+        ),
     ],
 )
 def test_a_part_of_torchruns_environment_is_refused(variables, part, monkeypatch):
@@ -169,8 +172,8 @@ def test_a_part_of_torchruns_environment_is_refused(variables, part, monkeypatch
         read_ranks()
 
 
-def test_a_port_that_is_taken_and_a_rank_0_that_nobody_started_are_told(monkeypatch, capfd):
-    monkeypatch.setattr(startup, "TELL_S", 0.1)
+def test_a_port_that_is_taken_and_a_rank_0_that_nobody_started_are_reported(monkeypatch, capfd):
+    monkeypatch.setattr(startup, "WARN_S", 0.1)
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     with socket.socket(socket.AF_INET6) as other:
         other.bind(("::", 0))
@@ -179,9 +182,10 @@ def test_a_port_that_is_taken_and_a_rank_0_that_nobody_started_are_told(monkeypa
         monkeypatch.setenv("MASTER_PORT", str(port))
         with pytest.raises(ConnectionError, match=f"rank 1 .* reach rank 0 at localhost:{port}"):
             open_store(1, 2, timedelta(seconds=1))
-        assert f"finds no rank 0 at localhost:{port}: start it" in capfd.readouterr().err
+        line = f"cannot reach rank 0 at localhost:{port}: start it"
+        assert line in capfd.readouterr().err
         other.listen()
-        with pytest.raises(ConnectionError, match=f"rank 0 .* cannot have port {port}: end what"):
+        with pytest.raises(ConnectionError, match=f"rank 0 .* cannot open port {port}: stop"):
             open_store(0, 2, timedelta(seconds=1))
 
 

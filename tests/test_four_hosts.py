@@ -17,21 +17,20 @@ import pytest
 
 from launched import (
     BATCH,
-    ENVIRONMENT,
     IMAGES,
     LAUNCH,
-    LIMIT_S,
-    ROOT,
     TINY,
     TORCHRUN,
-    Launched,
+    launched,
     losses,
+    notes,
     weights,
-)  # fmt: skip
+)
 from pipeline.order import SampleOrder
-from stand_ins.cluster import Cluster
+from stand_ins.cluster import ENVIRONMENT, LIMIT_S, ROOT, Cluster, Job
 
 pytestmark = pytest.mark.cluster
+SOON = "--rdzv-conf=join_timeout=35"
 SIX = ["--max_steps=6"]  # later the rounding of 2 against 8 rows has grown through ReLU's kinks
 
 
@@ -54,11 +53,11 @@ def alone(tiny_images, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def together(four, tiny_images, tmp_path_factory) -> Launched:
+def together(four, tiny_images, tmp_path_factory) -> Job:
     """The same run on four hosts by plain torchrun; the last one's /dev/shm holds 1 MB."""
     small = ["unshare", "--mount", "sh", "-c",
              'mount -t tmpfs -o size=1m none /dev/shm && exec "$@"', "sh"]  # fmt: skip
-    run = Launched(
+    run = launched(
         four, tmp_path_factory.mktemp("together"), TORCHRUN, f"--data.root={tiny_images}", *SIX,
         nodes=4, changes={3: {"before": small}},
     )  # fmt: skip
@@ -81,7 +80,7 @@ def test_losses_and_weights_equal_those_of_one_process(together, alone):
 
 
 def test_all_ranks_end_with_the_same_weights(together):
-    digests = {together.notes(rank)[-1]["weights"] for rank in range(4)}
+    digests = {notes(together, rank)[-1]["weights"] for rank in range(4)}
     assert len(digests) == 1
 
 
@@ -89,7 +88,7 @@ def test_samples_are_disjoint_over_ranks_and_complete(together):
     order = SampleOrder(IMAGES, batch_size=BATCH, seed=0)
     seen = []
     for step in range(6):
-        parts = [together.notes(rank)[step]["ids"] for rank in range(4)]
+        parts = [notes(together, rank)[step]["ids"] for rank in range(4)]
         assert [len(part) for part in parts] == [2, 2, 2, 2]
         assert sum(parts, []) == order.global_batch(step).tolist()
         seen += sum(parts, [])
@@ -105,9 +104,9 @@ def test_the_learning_rate_follows_the_global_batch(together):
 
 
 def test_only_rank_0_writes_into_the_run_folder(together):
-    assert any("metrics.jsonl" in path for path in together.notes(0)[-1]["written"])
+    assert any("metrics.jsonl" in path for path in notes(together, 0)[-1]["written"])
     for rank in (1, 2, 3):
-        written = together.notes(rank)[-1]["written"]
+        written = notes(together, rank)[-1]["written"]
         assert [path for path in written if f"stacks-rank-{rank}.txt" not in path] == []
 
 
@@ -118,27 +117,27 @@ def test_a_small_shm_is_warned_of_with_its_host(together):
 
 def test_four_ranks_then_two_then_four_keep_the_order_of_samples(four, tiny_images, tmp_path):
     for nodes, last in ((4, 3), (2, 8), (4, 12)):  # 6 steps an epoch: both changes within one
-        run = Launched(
+        run = launched(
             four, tmp_path, TORCHRUN, f"--data.root={tiny_images}", f"--max_steps={last}",
             nodes=nodes,
         )  # fmt: skip
         run.succeed()
     order = SampleOrder(IMAGES, batch_size=BATCH, seed=0)
-    notes = [[note for note in run.notes(rank) if "ids" in note] for rank in range(4)]
+    steps = [[note for note in notes(run, rank) if "ids" in note] for rank in range(4)]
     for step in range(12):
-        parts = [note["ids"] for part in notes for note in part if note["step"] == step]
+        parts = [note["ids"] for part in steps for note in part if note["step"] == step]
         assert len(parts) == (2 if 3 <= step < 8 else 4)
         assert sum(parts, []) == order.global_batch(step).tolist(), step
 
 
 def test_the_harness_measures_four_hosts(four, tmp_path):
-    run = Launched(
+    run = launched(
         four, tmp_path, LAUNCH, "--what=[step,ranks]", "--peers=false", "--repeats=1",
         program="profiling/throughput.py", nodes=4,
     )  # fmt: skip
-    found = run.succeed()
-    ranks = found["ranks"]
-    assert found["environment"]["world"] == 4 and len(ranks["images_per_s"]) == 4
+    result = run.succeed()
+    ranks = result["ranks"]
+    assert result["environment"]["world"] == 4 and len(ranks["images_per_s"]) == 4
     assert ranks["total_images_per_s"] == pytest.approx(sum(ranks["images_per_s"]))
     assert ranks["scaling_efficiency"] > 0 and ranks["collectives_per_step"]
 
@@ -174,7 +173,7 @@ def test_a_host_that_differs_is_named_in_one_line_and_not_restarted(
             ("other images", "china/00.jpg is missing there", "copy them again"),
         ),
     }[what]
-    run = Launched(
+    run = launched(
         four, tmp_path, LAUNCH, f"--data.root={tiny_images}", nodes=2, changes={1: change()}
     )
     assert 0 not in run.end()
@@ -185,52 +184,49 @@ def test_a_host_that_differs_is_named_in_one_line_and_not_restarted(
     assert run.left() == [] and "Traceback" not in run.output()
 
 
-def missing(hosts: Cluster, folder: Path) -> Launched:
-    return Launched(hosts, folder, LAUNCH, nodes=4, missing=1, conf="join_timeout=35")
+def missing(hosts: Cluster, folder: Path) -> Job:
+    return launched(hosts, folder, [*LAUNCH, SOON], nodes=4, missing=1)
 
 
-def taken(hosts: Cluster, folder: Path) -> Launched:
+def taken(hosts: Cluster, folder: Path) -> Job:
     server = hosts.start(0, [sys.executable, "-m", "http.server", "29500"], log=folder / "http")
     while b"Serving" not in (folder / "http").read_bytes():
         assert server.poll() is None
         time.sleep(0.1)
-    return Launched(hosts, folder, LAUNCH, nodes=2)
+    return launched(hosts, folder, LAUNCH, nodes=2)
 
 
-def address(hosts: Cluster, folder: Path) -> Launched:
-    return Launched(
-        hosts, folder, LAUNCH, nodes=2, endpoint="10.77.0.99:29500", conf="join_timeout=35"
-    )
+def address(hosts: Cluster, folder: Path) -> Job:
+    launcher = [*LAUNCH, "--rdzv-endpoint=10.77.0.99:29500", SOON]
+    return launched(hosts, folder, launcher, nodes=2)
 
 
-def clock(hosts: Cluster, folder: Path) -> Launched:
+def clock(hosts: Cluster, folder: Path) -> Job:
     late = folder / "late.py"
     late.write_text(
         "import runpy, sys, time\nnow = time.time\ntime.time = lambda: now() - 60\n"
         "sys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
     before = ["sh", "-c", f'python=$1; shift; exec "$python" {late} "$@"', "sh"]
-    return Launched(hosts, folder, LAUNCH, nodes=2, changes={1: {"before": before}})
+    return launched(hosts, folder, LAUNCH, nodes=2, changes={1: {"before": before}})
 
 
 CASES = {
-    missing: [("3 of 4 hosts have come: ", "--rdzv-endpoint node0:29500")] * 3,
+    missing: [("3 of 4 hosts have registered: ", "--rdzv-endpoint node0:29500")] * 3,
     taken: [
         ("port 29500 of host node0", "another port with --rdzv-endpoint"),
         ("host node1", "node0:29500 is not a rendezvous", "--rdzv-endpoint"),
     ],
-    address: [
-        (f"host node{n} finds nobody at 10.77.0.99:29500", "--rdzv-endpoint") for n in (0, 1)
-    ],
+    address: [(f"host node{n} cannot reach 10.77.0.99:29500", "--rdzv-endpoint") for n in (0, 1)],
     clock: [("the clock of host node1 is 60 s behind", "synchronise")] * 2,
 }
 
 
 @pytest.fixture(scope="module")
 def refusals(clusters, tmp_path_factory) -> dict:
-    """What came of each case: they mostly wait, all at the same time."""
+    """The job of each case: they mostly wait, all at the same time."""
 
-    def refused(case) -> Launched:
+    def refused(case) -> Job:
         run = case(clusters(4), tmp_path_factory.mktemp(case.__name__))
         assert set(run.end()) == {1}
         return run
@@ -240,14 +236,14 @@ def refusals(clusters, tmp_path_factory) -> dict:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
-def test_hosts_that_do_not_meet_are_told_why_once_each(refusals, case):
+def test_hosts_that_do_not_meet_report_why_once_each(refusals, case):
     run = refusals[case]
     lines = run.lines()
     assert len(lines) == len(CASES[case]), run.output()
     for line, parts in zip(lines, CASES[case], strict=True):
         for part in parts:
             assert part in line
-    assert run.left() == [] or case is taken  # the other program goes on
+    assert run.left() == [] or case is taken  # the other program continues
     assert "Traceback" not in run.output()
 
 

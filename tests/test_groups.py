@@ -1,4 +1,4 @@
-"""The process groups of a run; NCCL ends no process before the watch has spoken."""
+"""The process groups of a run; NCCL ends no process before the watch has named the rank."""
 
 import os
 from datetime import timedelta
@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from train.distributed import groups
-from train.distributed.groups import nccl_settings, open_groups
-from train.distributed.verdict import GRACE_S, PATIENCE
+from train.distributed import startup
+from train.distributed.startup import nccl_settings, open_groups
+from train.distributed.watch import GRACE_S, MAX_TIMEOUTS
 
 T = 60.0
 
@@ -28,7 +28,7 @@ def opened(monkeypatch) -> list[tuple[str, dict]]:
         asked.append((backend, options))
         return f"group {len(asked) - 1}"
 
-    monkeypatch.setattr(groups.os, "environ", dict(os.environ))
+    monkeypatch.setattr(startup.os, "environ", dict(os.environ))
     monkeypatch.setattr(dist, "init_process_group", init)
     monkeypatch.setattr(dist, "new_group", new)
     options = SimpleNamespace(Options=lambda: SimpleNamespace(is_high_priority_stream=False))
@@ -37,9 +37,8 @@ def opened(monkeypatch) -> list[tuple[str, dict]]:
 
 
 def open_on(device: str, out: str = "") -> tuple:
-    return open_groups(
-        dist.HashStore(), rank=0, size=2, device=torch.device(device), timeout_s=T, out=out
-    )
+    common = {"store": dist.HashStore(), "rank": 0, "world_size": 2}
+    return open_groups(common, device=torch.device(device), timeout_s=T, out=out)
 
 
 def test_batch_norms_sums_have_a_communicator_of_high_priority(opened):
@@ -56,19 +55,19 @@ def test_gloo_has_a_group_for_the_sums_too(opened):
     assert [backend for backend, _ in opened] == ["gloo", None] and sums == "group 1"
 
 
-def test_nccl_ends_a_process_later_than_the_longest_verdict(opened):
+def test_nccl_ends_a_process_later_than_the_latest_failure(opened):
     open_on("cuda:0")
-    longest_s = (PATIENCE + 1) * T + GRACE_S  # a rank that lives and hangs
-    after_error_s = 4 * int(groups.os.environ["TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC"]) / 1000
+    longest_s = (MAX_TIMEOUTS + 1) * T + GRACE_S  # a rank that is alive and hangs
+    after_error_s = 4 * int(startup.os.environ["TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC"]) / 1000
     assert after_error_s > longest_s
-    assert int(groups.os.environ["TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"]) > longest_s
-    assert opened[0][1]["timeout"] > opened[2][1]["timeout"] == timedelta(seconds=PATIENCE * T)
+    assert int(startup.os.environ["TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"]) > longest_s
+    assert opened[0][1]["timeout"] > opened[2][1]["timeout"] == timedelta(seconds=MAX_TIMEOUTS * T)
 
 
 def test_what_the_user_set_for_nccl_stays(opened):
-    groups.os.environ["TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"] = "7"
+    startup.os.environ["TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"] = "7"
     open_on("cuda:0")
-    assert groups.os.environ["TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"] == "7"
+    assert startup.os.environ["TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"] == "7"
 
 
 def test_the_flight_recorder_is_on_and_dumps_into_the_run_folder():

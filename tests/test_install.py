@@ -96,7 +96,7 @@ def base(tmp_path_factory):
 WANTED = ("torch==2.13.0", "numpy==2.4.6", "nvidia-dali-cuda120==2.4.0", "jsonargparse[signatures]")
 
 
-def test_over_nvidias_torch_dali_alone_is_exchanged_and_what_is_missing_added(base):
+def test_over_nvidias_torch_dali_alone_is_replaced_and_what_is_missing_added(base):
     base.has(
         torch=NVIDIAS, numpy="1.26.4", nvidia_dali_cuda130="1.53.0",
         nvidia_nvimgcodec_cu13="0.7.0", nvidia_nvjpeg="1.0",
@@ -125,12 +125,12 @@ def test_a_base_with_an_older_torch_is_refused_in_one_line(base):
     assert "BASE_IMAGE" in line and "jsonargparse" not in now
 
 
-def test_over_a_base_without_torch_pip_resolves_and_an_exchanged_package_is_refused(base):
+def test_over_a_base_without_torch_pip_resolves_and_an_replaced_package_is_refused(base):
     base.has(numpy="1.26.4")
     code, said, now = base.install(*WANTED)
     assert now["torch"] == "2.13.0" and now["nvidia_dali_cuda130"] == "2.4.0"
     assert code == 1 and said.splitlines()[-1] == (
-        "error: packages of the base were exchanged: numpy 1.26.4 -> 2.4.6"
+        "error: packages of the base were replaced: numpy 1.26.4 -> 2.4.6"
     )
 
 

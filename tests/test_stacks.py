@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from launched import TINY
-from train.distributed.verdict import DEAD_S, PATIENCE, Sign, judge
+from test_watch import failure
+from train.distributed.watch import DEAD_S, MAX_TIMEOUTS, RankStatus
 
 ROOT = Path(__file__).parent.parent
 HANGS = {
@@ -20,7 +21,7 @@ HANGS = {
 }
 ALONE = """
 import ctypes, pathlib, sys
-from train.distributed.stacks import Stacks
+from train.distributed.world import Stacks
 stacks = Stacks(pathlib.Path(sys.argv[1]), rank=3, timeout_s=0.5)
 stacks.allow()
 def stands_here():
@@ -64,7 +65,7 @@ def flags(out: Path, images: Path) -> list[str]:
             "--model.width=8"]  # fmt: skip
 
 
-def test_a_slow_step_of_one_process_is_told_with_the_file_and_the_run_ends_well(
+def test_a_slow_step_of_one_process_is_reported_with_its_file_and_the_run_ends_well(
     tmp_path, tiny_images
 ):
     program = tmp_path / "slow.py"
@@ -75,7 +76,7 @@ def test_a_slow_step_of_one_process_is_told_with_the_file_and_the_run_ends_well(
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if "--timeout_s" in line]
-    path = Path(re.search(r"where it stands is in (\S+)$", line).group(1))
+    path = Path(re.search(r"its stacks are in (\S+)$", line).group(1))
     assert path == tmp_path / "run/stacks-rank-0.txt" and "stands_here" in path.read_text()
 
 
@@ -90,10 +91,12 @@ def test_the_line_that_names_a_hanging_rank_names_its_stacks(tmp_path, tiny_imag
     assert done.returncode == 1
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     path = tmp_path / "run/stacks-rank-1.txt"
-    assert f"rank 1 on host {os.uname().nodename} has given no sign of life" in line
-    assert line.endswith(f"where it stands is in {path} there")
+    assert f"rank 1 on host {os.uname().nodename} has had no heartbeat" in line
+    assert line.endswith(f"its stacks are in {path} on its host")
     assert "stands_here" in path.read_text()
-    assert "At the end:" in (tmp_path / "run/stacks-rank-0.txt").read_text()  # who waited, too
+    assert (
+        "At the end:" in (tmp_path / "run/stacks-rank-0.txt").read_text()
+    )  # the waiting rank's too
 
 
 def test_a_run_in_time_leaves_no_stacks(tmp_path):
@@ -104,30 +107,26 @@ def test_a_run_in_time_leaves_no_stacks(tmp_path):
     assert done.returncode == 0 and not list(tmp_path.iterdir())  # the folder in $TMPDIR neither
 
 
-def signs(*changed: Sign) -> list[Sign]:
-    well = {rank: Sign(rank, silent_s=0.5, host=f"node{rank}", progress=7) for rank in range(4)}
-    return list((well | {sign.rank: sign for sign in changed}).values())
-
-
-def verdict(*changed: Sign, broken_s: float | None = None) -> str:
-    found = judge(signs(*changed), timeout_s=60, broken_s=broken_s)
-    return "" if found is None else found.text
-
-
 def test_of_several_silent_ranks_the_one_silent_longest_is_named():
-    noticed = Sign(0, 0.5, "node0", 7, words="NCCL error", is_lost=True)
-    dead = Sign(3, DEAD_S + 9, "node3", 7)
-    ended_by_nccl = [Sign(rank, DEAD_S + 1, f"node{rank}", 7) for rank in (1, 2)]
-    assert "rank 3 on host node3 ended" in verdict(noticed, *ended_by_nccl, dead, broken_s=14)
+    noticed = RankStatus(0, 0.5, "node0", 7, error="NCCL error", is_lost=True)
+    dead = RankStatus(3, DEAD_S + 9, "node3", 7)
+    ended_by_nccl = [RankStatus(rank, DEAD_S + 1, f"node{rank}", 7) for rank in (1, 2)]
+    assert "rank 3 on host node3 exited" in failure(noticed, *ended_by_nccl, dead, broken_s=14)
 
 
 def test_ranks_whose_main_threads_all_wait_for_cuda_are_ended_after_ten_times_as_long():
-    waiting = [Sign(r, 0.5, f"node{r}", 8, late_s=601, stacks=f"run/{r}") for r in (0, 2, 3)]
-    behind = Sign(1, 0.5, "node1", 7, late_s=601, stacks="run/1")
-    text = verdict(behind, *waiting)
-    assert text.startswith("rank 1 on host node1 lives but keeps the others waiting: 601 s beyond")
-    assert text.endswith("where it stands is in run/1 there")
-    in_time = [Sign(r, 0.5, f"node{r}", 8, late_s=60 * PATIENCE, stacks="x") for r in range(4)]
-    assert verdict(*in_time) == ""
-    together = [Sign(r, 0.5, f"node{r}", 8, late_s=601 + r, stacks=f"run/{r}") for r in range(4)]
-    assert verdict(*together).endswith("where it stands is in run/3 there")
+    waiting = [RankStatus(r, 0.5, f"node{r}", 8, late_s=601, stacks=f"run/{r}") for r in (0, 2, 3)]
+    behind = RankStatus(1, 0.5, "node1", 7, late_s=601, stacks="run/1")
+    text = failure(behind, *waiting)
+    assert text.startswith(
+        "rank 1 on host node1 is alive but keeps the others waiting: 601 s beyond"
+    )
+    assert text.endswith("its stacks are in run/1 on its host")
+    in_time = [
+        RankStatus(r, 0.5, f"node{r}", 8, late_s=60 * MAX_TIMEOUTS, stacks="x") for r in range(4)
+    ]
+    assert failure(*in_time) == ""
+    together = [
+        RankStatus(r, 0.5, f"node{r}", 8, late_s=601 + r, stacks=f"run/{r}") for r in range(4)
+    ]
+    assert failure(*together).endswith("its stacks are in run/3 on its host")

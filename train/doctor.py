@@ -1,9 +1,8 @@
 """Look at this machine before a run: `python train/doctor.py`, or under torchrun for all ranks.
 
-A line for each check, green or with the remedy; exit code 1 if one fails. Driver, torch's CUDA and
-DALI's wheel must fit one another (train/run/versions.py): train/main.py asks for that too.
-A newcomer's mistake: running it on the login node. Start it as the training will be started: the
-same torchrun line, container and limits, with train/doctor.py instead of train/main.py.
+A line for each check, green or with the remedy; exit code 1 if one fails. Start it as the training
+will be started, not on the login node: the same torchrun line, container and limits, with
+train/doctor.py in place of train/main.py.
 """
 
 import os
@@ -44,31 +43,28 @@ def cuda(device: torch.device) -> Finding:
     if driver_cuda() is None:
         return Finding("CUDA", None, f"{version}, no driver")
     if torch.version.cuda is None:
-        return Finding(
-            "CUDA", False, f"{version} is a CPU build beside a driver",
-            "pip install a CUDA build of torch",
-        )  # fmt: skip
+        found = f"{version} is a CPU build beside a driver"
+        return Finding("CUDA", False, found, "pip install a CUDA build of torch")
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return Finding("CUDA", None, f"{version}, CUDA_VISIBLE_DEVICES hides the GPUs")
     try:
         torch.cuda.init()
         if device.type == "cpu":
-            return Finding("CUDA", None, f"{version} finds GPUs, --device cpu was asked for")
+            return Finding("CUDA", None, f"{version} has GPUs, but --device cpu is given")
         assert (torch.ones(1, device=device) + 1).item() == 2
     except (RuntimeError, AssertionError) as error:
-        return Finding(
-            "CUDA", False, f"{version}: {first_line(error)}",
+        remedy = (
             "compare nvidia-smi and CUDA_VISIBLE_DEVICES; a GPU that torch was not built for needs "
-            "another torch",
-        )  # fmt: skip
+            "another torch"
+        )
+        return Finding("CUDA", False, f"{version}: {first_line(error)}", remedy)
     name, nccl_version = torch.cuda.get_device_name(device), ".".join(map(str, nccl.version()))
-    return Finding(
-        "CUDA", True, f"{version}, CUDA {torch.version.cuda}, NCCL {nccl_version}, {name}"
-    )
+    found = f"{version}, CUDA {torch.version.cuda}, NCCL {nccl_version}, {name}"
+    return Finding("CUDA", True, found)
 
 
 def dali_memory(device: torch.device) -> Finding:
-    """What DALI's pipelines hold on a GPU beside torch, with the default --dali flags."""
+    """The memory of DALI's pipelines on a GPU beside torch's, with the default --dali flags."""
     if device.type == "cpu":
         return Finding("DALI memory", None, "no CUDA device: nothing is reserved")
     try:
@@ -84,31 +80,28 @@ def dali_memory(device: torch.device) -> Finding:
 def triton(device: torch.device) -> Finding:
     """A Triton that compiles a kernel of ours, and the kernel computes what PyTorch does."""
     if device.type == "cpu":
-        return Finding("triton", None, "no CUDA device: PyTorch's own operations run")
+        return Finding("triton", None, "no CUDA device: PyTorch's operations run")
     if not HAS_TRITON:
         return Finding("triton", False, "not installed", "install the one that torch requires")
     return compiles_and_agrees(device)
 
 
 def compiles_and_agrees(device: torch.device) -> Finding:
-    """Run the normalising kernel against PyTorch's operations on `device`."""
+    """Run the normalising kernel and PyTorch's operations on `device`, and compare."""
     import triton as installed
 
     from kernels.normalize import normalize_views
     from train.config.schema import IMAGENET_MEAN, IMAGENET_STD
 
     images = torch.arange(2 * 8 * 8 * 3, dtype=torch.uint8, device=device).view(2, 8, 8, 3)
+    values = (images, IMAGENET_MEAN, IMAGENET_STD, torch.float32)
     try:
-        ours, plain = (
-            normalize_views(images, IMAGENET_MEAN, IMAGENET_STD, torch.float32, kernels=kernels)
-            for kernels in ("triton", "plain")
-        )
+        ours, plain = (normalize_views(*values, kernels=name) for name in ("triton", "plain"))
         torch.testing.assert_close(ours, plain)
     except Exception as error:  # compiler, linker, loader and file system each have their own
-        return Finding(
-            "triton", False, f"{installed.__version__}: {first_line(error)}",
-            "install a C compiler (gcc), and set TRITON_CACHE_DIR to a folder that can be written",
-        )  # fmt: skip
+        found = f"{installed.__version__}: {first_line(error)}"
+        remedy = "install a C compiler (gcc), and set TRITON_CACHE_DIR to a writable folder"
+        return Finding("triton", False, found, remedy)
     return Finding("triton", True, f"{installed.__version__} compiled and ran a kernel")
 
 
@@ -120,10 +113,8 @@ def apex() -> Finding:
     if reason is not None:
         return Finding("apex", False, reason, "pip uninstall apex")
     if importlib.util.find_spec("amp_C") is None:
-        return Finding(
-            "apex", False, "NVIDIA's, built without its CUDA extensions",
-            "build it with APEX_CPP_EXT=1 APEX_CUDA_EXT=1, or uninstall it",
-        )  # fmt: skip
+        remedy = "build it with APEX_CPP_EXT=1 APEX_CUDA_EXT=1, or uninstall it"
+        return Finding("apex", False, "NVIDIA's, built without its CUDA extensions", remedy)
     return Finding("apex", True, "NVIDIA's, for --optim.implementation apex")
 
 
@@ -136,11 +127,11 @@ def shared_memory(device: torch.device, folder: str = "/dev/shm") -> Finding:
         return Finding("shared memory", True, f"{found}, none needed without NCCL")
     if free >= SHARED_MEMORY:
         return Finding("shared memory", True, found)
-    return Finding(
-        "shared memory", False, f"{found}, NCCL wants {SHARED_MEMORY >> 20}",
+    remedy = (
         "docker run --shm-size 8g; Kubernetes: an emptyDir of medium Memory; else remove what "
-        f"other programs left in {folder}",
-    )  # fmt: skip
+        f"other programs left in {folder}"
+    )
+    return Finding("shared memory", False, f"{found}, NCCL needs {SHARED_MEMORY >> 20}", remedy)
 
 
 def open_files(ranks: int) -> Finding:
@@ -152,29 +143,26 @@ def open_files(ranks: int) -> Finding:
     remedy = f"ulimit -n {min(65536, most)} before the start"
     if most < needed:
         remedy = f"raise the hard limit of {most}, in /etc/security/limits.conf or LimitNOFILE="
-    return Finding(
-        "open files", False, f"limit {limit}, {needed} are wanted for {ranks} ranks",
-        f"{remedy}; docker run --ulimit nofile=65536",
-    )  # fmt: skip
+    remedy += "; docker run --ulimit nofile=65536"
+    return Finding("open files", False, f"limit {limit}, {ranks} ranks need {needed}", remedy)
 
 
 def examine(device: torch.device, ranks: int) -> list[Finding]:
-    """What one rank can say without the others."""
-    return [
-        driver(), torch_build(), cuda(device), dali(), dali_memory(device), jpeg_decoders(device),
-        triton(device), apex(), shared_memory(device), open_files(ranks),
-    ]  # fmt: skip
+    """The checks that one rank makes without the others."""
+    fit = [driver(), torch_build(), cuda(device), dali(), dali_memory(device)]
+    rest = [jpeg_decoders(device), triton(device), apex(), shared_memory(device), open_files(ranks)]
+    return fit + rest
 
 
 def report(checks: list[list[Finding]], hosts: list[str]) -> list[dict]:
-    """Print a line for each check, or for each thing that hosts found differently; all as dicts.
+    """Print a line for each check, one for each result where hosts differ; all as dicts.
 
     checks: of each rank, in the same order. hosts: of each rank.
     """
     console, rows = Console(stderr=True, soft_wrap=True, highlight=False), []
-    for found in zip(*checks, strict=True):
-        for finding in dict.fromkeys(found):
-            where = {host for host, other in zip(hosts, found, strict=True) if other == finding}
+    for of_ranks in zip(*checks, strict=True):
+        for finding in dict.fromkeys(of_ranks):
+            where = {host for host, other in zip(hosts, of_ranks, strict=True) if other == finding}
             word, style = STYLE[finding.ok]
             line = Text.assemble((f"{word:8}", style), f"{finding.name:14}")
             if where != set(hosts):
@@ -188,7 +176,7 @@ def report(checks: list[list[Finding]], hosts: list[str]) -> list[dict]:
 
 
 def main() -> None:
-    """Run the checks on every rank and the two tests over all of them; rank 0 prints."""
+    """Run the checks on every rank and the two measurements over all of them; rank 0 prints."""
     parser = argparse.ArgumentParser(description="Check a machine, or under torchrun a cluster.")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--seconds", type=float, default=5.0, help="of all-reduce and decoding")
@@ -197,26 +185,26 @@ def main() -> None:
         refuse(f"--seconds must be above 0 and at most 600, got {arguments.seconds}")
     try:
         with distributed.start(arguments.device) as world:
-            ok = consult(world, arguments.seconds)
+            ok = check_ranks(world, arguments.seconds)
     except (ValueError, RuntimeError, ConnectionError) as error:
-        # no rank hears the others: each speaks for itself
+        # ranks do not reach each other: each reports its own
         own = [*examine(torch.device("cpu"), 1), Finding("ranks", False, first_line(error))]
         print(json.dumps({"ok": False, "checks": report([own], [socket.gethostname()])}))
         ok = False
     sys.exit(not ok)
 
 
-def consult(world: World, seconds: float) -> bool:
-    """Examine, measure, print; whether no check of any rank failed."""
+def check_ranks(world: World, seconds: float) -> bool:
+    """Examine, measure, print; whether every check of every rank passed or does not apply."""
     checks = gather(world, examine(world.device, world.size))
     hosts, rates = gather(world, socket.gethostname()), []
     if any(finding.ok is False for found in checks for finding in found if finding.name == "DALI"):
-        judged = [Finding("decode", None, "not tried: see DALI above")]
+        judged = [Finding("decode", None, "not measured: see DALI above")]
     else:
         from train.distributed import rank_rates  # imports DALI
 
         rates = rank_rates.measure(world, seconds)
-        judged = [Finding(*one) for one in rank_rates.judge(rates, hosts)]
+        judged = [Finding(*result) for result in rank_rates.judge(rates, hosts)]
     checks = [[*found, *judged] for found in checks]
     ok = all(finding.ok is not False for found in checks for finding in found)
     if world.is_main:

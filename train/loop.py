@@ -10,7 +10,7 @@ from kernels.normalize import normalize_views
 from pipeline.loader import Batch, Ranks, view_loader
 from train import distributed
 from train.distributed import StopSignal
-from train.distributed.stacks import ALLOWED_S
+from train.distributed.world import ALLOWED_S
 from train.evaluation.embed import EvaluationStopped, knn_accuracy
 from train.network.precision import DTYPES, autocast
 from train.run.optim import set_lr

@@ -27,8 +27,8 @@ from pipeline.order import SampleOrder
 from train import distributed
 from train.config import Config
 from train.distributed import World, from_main
-from train.distributed.stacks import watched
 from train.distributed.watch import may_restart
+from train.distributed.world import watched
 from train.finish import finish
 from train.loop import train
 from train.run import checkpoint, state, versions

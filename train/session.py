@@ -11,7 +11,7 @@ from torch import nn
 from pipeline.order import SampleOrder
 from train.config import Config
 from train.distributed import World
-from train.distributed.stacks import Stacks
+from train.distributed.world import Stacks
 from train.run import state
 from train.run.data import RunData
 from train.run.folder import RunFolder

@@ -1,4 +1,4 @@
-"""What stands in for machines that are not there: hosts made of network namespaces, an H200.
+"""Stands in for missing machines: hosts made of network namespaces, an H200.
 
 Imports nothing else of the project.
 """

@@ -1,9 +1,8 @@
-"""A pretended H200: enough of one for torch.compile to plan for it on a machine without a GPU.
+"""A fake H200: enough of one for torch.compile to plan for it on a machine without a GPU.
 
 Used by compiled.py and collectives.py; nothing is ever executed on it. Patches private functions of
-torch (checked with 2.13 and triton 3.9).
-A newcomer's mistake: tracing before `triton_for_h200`. Without a driver torch cannot read a Triton
-kernel, takes every argument for mutated, and clones it in silence.
+torch (checked with 2.13 and triton 3.9). Call `triton_for_h200` before any trace: without a driver
+torch cannot read a Triton kernel, takes every argument for mutated, and silently clones it.
 """
 
 import contextlib
@@ -41,48 +40,42 @@ class Driver:
     get_device_interface = staticmethod(lambda: torch.cuda)
 
 
+def _constant(value: Any) -> Callable:
+    return lambda *_, **__: value
+
+
 @contextlib.contextmanager
 def pretend_h200() -> Iterator[None]:
-    """torch believes in one H200, as far as compiling for it asks."""
+    """Within it torch sees one H200, as far as compiling for it asks."""
     import torch._inductor.fx_passes.reinplace as reinplace
     import torch._inductor.scheduler as scheduler
     import torch._inductor.utils as utils
     from torch._dynamo.device_interface import CudaInterface
 
-    saved, gone = [], object()
+    saved, missing = [], object()
 
     def put(owner: Any, name: str, value: Any) -> None:
-        before = owner.__code__ if name == "__code__" else owner.__dict__.get(name, gone)
+        before = owner.__code__ if name == "__code__" else owner.__dict__.get(name, missing)
         saved.append((owner, name, before))
         setattr(owner, name, value)
 
-    def constant(value: Any) -> Callable:
-        return lambda *_, **__: value
-
-    same: dict[str, Any] = {
-        "get_device_properties": H200(), "current_device": 0, "device_count": 1,
-        "is_bf16_supported": True, "synchronize": None, "is_available": True,
-    }  # fmt: skip
-    of_cuda = {
-        "get_device_capability": (9, 0), "get_device_name": H200.name, "_lazy_init": None,
-        "get_rng_state": torch.zeros(16, dtype=torch.uint8), "set_rng_state": None,
-        "is_initialized": False, "_exchange_device": 0, "_maybe_exchange_device": 0,
-        "set_device": None,
-    }  # fmt: skip
-    of_interface = {
-        "get_compute_capability": 90,
-        "is_triton_capable": True,
-        "raise_if_triton_unavailable": None,
-    }
-    for name, value in (same | of_cuda).items():
-        put(torch.cuda, name, constant(value))
-    for name, value in (same | of_interface).items():
-        put(CudaInterface, name, staticmethod(constant(value)))
-    put(CudaInterface.Worker, "get_device_properties", staticmethod(constant(H200())))
-    put(CudaInterface.Worker, "current_device", staticmethod(constant(0)))
+    both: dict[str, Any] = {"get_device_properties": H200(), "current_device": 0, "device_count": 1}
+    both |= {"is_bf16_supported": True, "synchronize": None, "is_available": True}
+    of_cuda = {"get_device_capability": (9, 0), "get_device_name": H200.name, "_lazy_init": None}
+    of_cuda |= {"get_rng_state": torch.zeros(16, dtype=torch.uint8), "set_rng_state": None}
+    of_cuda |= {"is_initialized": False, "_exchange_device": 0, "_maybe_exchange_device": 0}
+    of_cuda |= {"set_device": None}
+    of_interface = {"get_compute_capability": 90, "is_triton_capable": True}
+    of_interface |= {"raise_if_triton_unavailable": None}
+    for name, value in (both | of_cuda).items():
+        put(torch.cuda, name, _constant(value))
+    for name, value in (both | of_interface).items():
+        put(CudaInterface, name, staticmethod(_constant(value)))
+    for name in ("get_device_properties", "current_device"):
+        put(CudaInterface.Worker, name, staticmethod(_constant(both[name])))
     for module in (utils, scheduler):
         if hasattr(module, "has_triton"):
-            put(module, "has_triton", constant(True))
+            put(module, "has_triton", _constant(True))
     # copy_ between fake CUDA tensors needs a CUDA build; this calls it only to check shapes
     replacement = (lambda inp, src, view_ops: inp).__code__
     put(reinplace._inplace_generalized_scatter, "__code__", replacement)
@@ -97,7 +90,7 @@ def pretend_h200() -> Iterator[None]:
         yield
     finally:
         for owner, name, value in reversed(saved):
-            delattr(owner, name) if value is gone else setattr(owner, name, value)
+            delattr(owner, name) if value is missing else setattr(owner, name, value)
 
 
 def trace(module: nn.Module, inputs: list[Tensor]) -> dict[str, tuple]:
@@ -120,17 +113,16 @@ def trace(module: nn.Module, inputs: list[Tensor]) -> dict[str, tuple]:
 
         return compiler
 
+    options: dict[str, Any] = {"partition_fn": min_cut_rematerialization_partition}
+    options |= {"fw_compiler": keep("forward"), "bw_compiler": keep("backward")}
+    options |= {"keep_inference_input_mutations": True, "decompositions": select_decomp_table()}
     strict = dynamo_utils.assert_no_fake_params_or_buffers
     dynamo_utils.assert_no_fake_params_or_buffers = lambda _: None
     try:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         with_fake_parameters(module, mode)
         with mode:
-            out = aot_module(
-                module, fw_compiler=keep("forward"), bw_compiler=keep("backward"),
-                partition_fn=min_cut_rematerialization_partition,
-                keep_inference_input_mutations=True, decompositions=select_decomp_table(),
-            )(*(_fake(x) for x in inputs))  # fmt: skip
+            out = aot_module(module, **options)(*(_fake(x) for x in inputs))
             out.backward(torch.empty_like(out))
     finally:
         dynamo_utils.assert_no_fake_params_or_buffers = strict
@@ -140,40 +132,37 @@ def trace(module: nn.Module, inputs: list[Tensor]) -> dict[str, tuple]:
 def triton_for_h200() -> None:
     """Let Triton compile for an H200, for the rest of this process.
 
-    torch reads each kernel's code at every call to see what it writes; once for each kernel and
-    types is enough here, and takes half of the time of a trace.
+    torch reads each kernel's code at every call to see what it writes. That is cached for each
+    kernel and types, which halves the time of a trace.
     """
     import torch._higher_order_ops.triton_kernel_wrap as wrap
     import triton
 
-    triton.runtime.driver.set_active(Driver())  # type: ignore[arg-type] - what torch asks of one is there
+    triton.runtime.driver.set_active(Driver())  # type: ignore[arg-type] - it has what torch asks for
     name = "identify_accessed_tensors"
-    read = getattr(wrap, name, None)  # named otherwise before 2.13: then only slower
+    read = getattr(wrap, name, None)  # before 2.13 it has another name: then only slower
     if read is None:
         return
     known: dict[str, Any] = {}
 
-    def remembered(kernel: Any, kwargs: dict, *rest: Any) -> Any:
+    def cached(kernel: Any, kwargs: dict, *rest: Any) -> Any:
         kinds = {k: v.dtype if isinstance(v, Tensor) else v for k, v in kwargs.items()}
         key = f"{id(kernel)} {kinds} {rest}"
         if key not in known:
             known[key] = read(kernel, kwargs, *rest)
         return known[key]
 
-    setattr(wrap, name, remembered)
+    setattr(wrap, name, cached)
 
 
 def with_fake_parameters(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
     """The module with parameters and buffers that have shape, strides and dtype, and no memory."""
-
     with mode:
         for part in module.modules():
-            for name, value in list(part._parameters.items()):
-                if value is not None:
-                    part._parameters[name] = nn.Parameter(_fake(value))
-            for name, value in list(part._buffers.items()):
-                if value is not None:
-                    part._buffers[name] = _fake(value)
+            for name, value in part.named_parameters(recurse=False):
+                part._parameters[name] = nn.Parameter(_fake(value))
+            for name, value in part.named_buffers(recurse=False):
+                part._buffers[name] = _fake(value)
     return module
 
 

@@ -1,13 +1,20 @@
-"""The processes of a run: which one this is, how they start, agree, stop, and who is gone.
+"""The processes of a run: which one this is, how they start, agree, stop, and which one failed.
 
-World is this process among them; every collective outside the model is here. Imports config/,
-methods/ and network/.
+World is this process among them; every collective outside the model is in this folder. Imports
+config/, methods/ and network/.
 """
 
 from train.distributed.devices import resolve_device, take_device
-from train.distributed.signals import StopSignal, stop_at_once
 from train.distributed.startup import start
-from train.distributed.world import World, from_main, gather, mean, own_buffers
+from train.distributed.world import (
+    StopSignal,
+    World,
+    from_main,
+    gather,
+    mean,
+    own_buffers,
+    stop_at_once,
+)
 
 __all__ = [
     "StopSignal",

@@ -39,8 +39,8 @@ def take_high_priority() -> None:
     """Put all of this process's work on one stream that the device prefers to DALI's.
 
     DALI's streams have priority 0, the lowest, and its flag for another has no effect (DALI 2.4,
-    Pipeline.default_cuda_stream_priority). One stream from the start, model and DDP included:
-    nothing needs to wait for the default stream. NCCL's streams are of the highest priority then,
+    Pipeline.default_cuda_stream_priority). The stream is current from the start, for model and DDP
+    too: nothing needs to wait for the default stream. NCCL's streams then get the highest priority,
     or the step would starve the gradients' all-reduce (initNCCLComm of ProcessGroupNCCL.cpp).
     """
     torch.cuda.set_stream(torch.cuda.Stream(priority=-1))
@@ -48,15 +48,14 @@ def take_high_priority() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Have the C library keep what is freed for the next step, as PyTorch does on a GPU.
+    """Have glibc keep freed memory for the next step, as PyTorch does on a GPU.
 
-    A step frees its activations and asks for them again; glibc hands large ones back to the kernel,
-    which clears each page once more. Nothing is done where the library is not glibc. Figures in
-    profiling/LOG.md.
+    A step frees its activations and allocates them again; by default glibc returns large blocks to
+    the kernel, which clears each page once more. Figures in profiling/LOG.md.
     Source: https://man7.org/linux/man-pages/man3/mallopt.3.html
     """
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
+    if hasattr(libc, "mallopt"):  # not in other C libraries
         libc.mallopt(M_TRIM_THRESHOLD, -1)
         libc.mallopt(M_MMAP_MAX, 0)
 

@@ -1,9 +1,8 @@
 """How fast each rank decodes, sends to the next rank, and takes part in an all-reduce.
 
-For train/doctor.py. A collective goes at the pace of its slowest link, so its own time cannot say
-whose fault that is: each rank also sends to the next one, a pair at a time.
-A newcomer's mistake: comparing links within a machine with those between machines. A link is judged
-among its kind.
+For train/doctor.py. A collective runs at the pace of its slowest link and cannot show which one
+that is: each rank also sends to the next one, a pair at a time. Links within a machine are compared
+with each other, and so are those between machines.
 """
 
 import statistics
@@ -48,18 +47,15 @@ def measure(world: World, seconds: float) -> list[dict[str, float]]:
 
 
 def decode_rate(world: World, seconds: float) -> float:
-    """Images/s of the training's loader at 224 pixels, all ranks at work."""
+    """Images/s of the training's loader at 224 pixels while all ranks decode."""
     with tempfile.TemporaryDirectory(prefix="doctor-") as folder:
         write_photos(Path(folder))
         reader = ImageReader(list_images(folder))
         gather(world, None)  # all have written theirs
-        batches = iter(
-            view_loader(
-                reader, SampleOrder(PHOTOS, batch_size=BATCH, seed=0), range(1 << 30),
-                views=[AugmentConfig()] * 2, options=DecodeOptions(), device=world.device,
-                ranks=Ranks(local_size=world.local_size),
-            )
-        )  # fmt: skip
+        order = SampleOrder(PHOTOS, batch_size=BATCH, seed=0)
+        options = {"options": DecodeOptions(), "device": world.device}
+        options |= {"views": [AugmentConfig()] * 2, "ranks": Ranks(local_size=world.local_size)}
+        batches = iter(view_loader(reader, order, range(1 << 30), **options))
         for _ in range(FILL):
             next(batches)
         synchronize(world)
@@ -130,52 +126,50 @@ def synchronize(world: World) -> None:
         torch.cuda.synchronize(world.device)
 
 
-Judgement = tuple[str, bool | None, str, str]
-"""The check, whether it passed, what was found, the remedy."""
+Result = tuple[str, bool | None, str, str]
+"""A check's name, whether it passed (None: not run), what was measured, the remedy."""
 
 
-def judge(rates: list[dict[str, float]], hosts: list[str]) -> list[Judgement]:
+def judge(rates: list[dict[str, float]], hosts: list[str]) -> list[Result]:
     """Of the all-reduce and of decoding. hosts: of each rank."""
     names = [f"rank {rank} on {host}" for rank, host in enumerate(hosts)]
     return [judge_links(rates, hosts, names), judge_decoding(rates, names)]
 
 
-def judge_decoding(rates: list[dict[str, float]], names: list[str]) -> Judgement:
+def judge_decoding(rates: list[dict[str, float]], names: list[str]) -> Result:
     """Whether a rank decodes much slower than the others."""
     speeds = [rate["decode_images_per_s"] for rate in rates]
     slowest = int(np.argmin(speeds))
-    found = f"{sum(speeds):.0f} images/s"
+    measured = f"{sum(speeds):.0f} images/s"
     if len(rates) > 1:
-        found += f" over {len(rates)} ranks, slowest {names[slowest]}: {speeds[slowest]:.0f}"
+        measured += f" over {len(rates)} ranks, slowest {names[slowest]}: {speeds[slowest]:.0f}"
     if speeds[slowest] >= SLOW * statistics.median_high(speeds):
-        return "decode", True, found, ""
-    remedy = "see that no other program runs there and that its ranks have as many cores as others"
-    return "decode", False, found, remedy
+        return "decode", True, measured, ""
+    remedy = "stop other programs on its host, and give its ranks as many cores as the others have"
+    return "decode", False, measured, remedy
 
 
-def judge_links(rates: list[dict[str, float]], hosts: list[str], names: list[str]) -> Judgement:
+def judge_links(rates: list[dict[str, float]], hosts: list[str], names: list[str]) -> Result:
     """Whether a rank's link to the next one is much slower than others of its kind."""
     if len(rates) == 1:
         return "all-reduce", None, "one rank: start it with torchrun", ""
     speeds = [rate["link_gb_per_s"] for rate in rates]
-    to = [(rank + 1) % len(rates) for rank in range(len(rates))]
-    is_near = [hosts[rank] == hosts[to[rank]] for rank in range(len(rates))]
+    is_near = [host == after for host, after in zip(hosts, hosts[1:] + hosts[:1], strict=True)]
+    links = list(zip(names, speeds, is_near, strict=True))
     slow = [
-        names[rank]
-        for rank, near in enumerate(is_near)
-        if speeds[rank]
-        < SLOW
-        * statistics.median_high(s for s, n in zip(speeds, is_near, strict=True) if n == near)
+        name
+        for name, speed, near in links
+        if speed < SLOW * statistics.median_high(s for _, s, kind in links if kind == near)
     ]
     slowest, reduced = int(np.argmin(speeds)), min(rate["all_reduce_gb_per_s"] for rate in rates)
-    found = (
+    measured = (
         f"{reduced:.2f} GB/s over {len(rates)} ranks, slowest link {names[slowest]} to "
-        f"{names[to[slowest]]}: {speeds[slowest]:.2f} GB/s"
+        f"{names[(slowest + 1) % len(names)]}: {speeds[slowest]:.2f} GB/s"
     )
     if not slow:
-        return "all-reduce", True, found, ""
-    return (
-        "all-reduce", False, found,
+        return "all-reduce", True, measured, ""
+    remedy = (
         f"{', '.join(slow)} sent at less than half of the others' speed: "
-        "look at its network card, cable and switch port, and in NCCL_DEBUG=INFO at the transport",
-    )  # fmt: skip
+        "look at its network card, cable and switch port, and in NCCL_DEBUG=INFO at the transport"
+    )
+    return "all-reduce", False, measured, remedy

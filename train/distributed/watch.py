@@ -1,12 +1,10 @@
-"""Which rank a run has lost: signs of life, and one line that names the rank and its host.
+"""Heartbeats: which rank a run has lost, and one line that names the rank and its host.
 
-Each rank writes a beat into the store once a second. Rank 0 reads them all and gives the verdict,
-which ends the others in silence; they read rank 0's, where the store is. Not over the process
-group: a collective with a stopped rank hangs, and NCCL's time-out ends a process without saying
-whose fault it was. A rank that is stopped, killed or cut off has no beat; one that failed says so
-in its last ones; one that hangs beats on and falls behind.
-A newcomer's mistake: looking for a cost in the step. This is a thread of its own that touches
-nothing of the training, and one process alone has none.
+Each rank writes a heartbeat into the store once a second. Rank 0 reads all of them and writes the
+failure, on which all ranks exit; the others read rank 0's heartbeat, for the store is on its host.
+Not over the process group: a collective with a stopped rank hangs, and NCCL's time-out ends a
+process without saying which rank failed. The rank that raised is often not the cause: it may only
+have noticed that another exited. One process alone has no Watch, and the step pays nothing for it.
 """
 
 import contextlib
@@ -19,17 +17,105 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
-from train.distributed.verdict import DEAD_S, GRACE_S, Sign, Verdict, judge, stalled
-
 INTERVAL_S = 1.0
-LINGER_S = 5.0  # rank 0 keeps the store for the others to read the verdict
-TELL_S = 30.0  # who has not come by then is named
-MISTAKES = (ValueError, FloatingPointError)  # starting again would end the same way
+DEAD_S = 4.0  # after a connection broke, a rank without a heartbeat for this long broke it
+GRACE_S = 12.0  # after a connection broke, if every rank still has heartbeats: report only that
+LINGER_S = 5.0  # rank 0 keeps the store this long for the others to read the failure
+WARN_S = 30.0  # a rank or host that has not joined by then is named
+MAX_TIMEOUTS = 10
+"""A rank that is alive may take this many timeout_s to join, or to answer."""
+FINAL_ERRORS = (ValueError, FloatingPointError)  # a restart would end the same way
+
+
+@dataclass(frozen=True)
+class RankStatus:
+    """What rank 0 knows of a rank."""
+
+    rank: int
+    silent_s: float  # since its last heartbeat, or since the start if it has not joined
+    host: str = ""  # empty: it has not joined
+    progress: int = 0
+    error: str | None = None  # why it has failed
+    is_lost: bool = False  # the error is a broken connection: another rank's failure caused it
+    is_final: bool = False  # the error would be the same after a restart
+    late_s: float = 0.0  # beyond what its step may take
+    stacks: str = ""  # the file of its stacks (Stacks in train/distributed/world.py)
+
+    @property
+    def stacks_hint(self) -> str:
+        """The end of a line: where its stacks are; empty before training."""
+        return f"; its stacks are in {self.stacks} on its host" if self.stacks else ""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"rank {self.rank} on host {self.host}" if self.host else f"rank {self.rank}"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why the run ends; is_reported: rank 0 has printed it."""
+
+    text: str
+    is_final: bool = False
+    is_reported: bool = False
+
+
+def diagnose(
+    ranks: list[RankStatus], *, timeout_s: float, broken_s: float | None
+) -> Failure | None:
+    """Which rank failed and how; None while none has. ranks: all, in order.
+
+    broken_s: seconds since the first rank lost a connection, None while none has.
+    """
+    for rank in ranks:
+        if rank.error is not None and not rank.is_lost:
+            text = rank.error if rank.rank == 0 else f"{rank.name}: {rank.error}"
+            return Failure(text, rank.is_final)
+    for rank in ranks:
+        if not rank.host and rank.silent_s > MAX_TIMEOUTS * timeout_s:
+            text = f"{rank.name} has not joined within {rank.silent_s:.0f} s"
+            return Failure(f"{text}: the output on its host says why")
+    joined = [rank for rank in ranks if rank.host]
+    silent = max(joined, key=lambda rank: rank.silent_s)
+    if silent.silent_s > timeout_s:
+        return Failure(
+            f"{silent.name} has had no heartbeat for {silent.silent_s:.0f} s (--timeout_s): it was "
+            f"stopped, or its host or the link to it is down{silent.stacks_hint}"
+        )
+    late_s = max(rank.late_s for rank in joined)
+    if late_s > MAX_TIMEOUTS * timeout_s:  # a main thread that waits for CUDA raises no time-out
+        return Failure(stalled(joined, f"{late_s:.0f} s beyond a step's --timeout_s"))
+    if broken_s is None:
+        return None
+    dead = [rank for rank in joined if rank.silent_s > DEAD_S and rank.error is None]
+    if dead:  # the first: NCCL or gloo may have ended others because of it
+        first = max(dead, key=lambda rank: rank.silent_s)
+        return Failure(
+            f"{first.name} exited without an error: killed, probably by the OOM killer (dmesg on "
+            f"{first.host})"
+        )
+    if broken_s < GRACE_S:
+        return None
+    why = next(rank.error for rank in joined if rank.error is not None)
+    if len({rank.progress for rank in joined}) > 1:
+        return Failure(stalled(joined, why))
+    return Failure(f"a connection between ranks broke: {why}")
+
+
+def stalled(joined: list[RankStatus], why: str) -> str:
+    """One line for the rank that is behind, or that all wait in the same step."""
+    slow = min(joined, key=lambda rank: rank.progress)
+    if slow.progress < max(rank.progress for rank in joined):
+        return f"{slow.name} is alive but keeps the others waiting: {why}{slow.stacks_hint}"
+    latest = max(joined, key=lambda rank: rank.late_s)
+    return f"all ranks are alive and wait in one step, {latest.name} too: {why}{latest.stacks_hint}"
 
 
 class Watch:
@@ -42,36 +128,36 @@ class Watch:
         self.progress = 0
         """Counted up by the training loop, on all ranks alike."""
         self.on_end: Callable[[str], None] = lambda text: None
-        """Told why when the process ends while its main thread waits for another rank."""
+        """Called with the reason when this process exits while its main thread waits."""
         self.stacks: Any = None
-        """Where this rank stands (train/distributed/stacks.py): in training."""
-        self._beat = {"count": 0, "host": socket.gethostname(), "words": None}
-        self._keys = [f"beat/{r}" for r in range(size)]
+        """This rank's Stacks, during training."""
+        self._heartbeat: dict[str, Any] = {"count": 0, "host": socket.gethostname(), "error": None}
+        self._keys = [f"heartbeat/{r}" for r in range(size)]
         self._seen: dict[str, tuple[bytes, float]]
         self._seen = dict.fromkeys(self._keys, (b"", time.monotonic()))
         self._looked = time.monotonic()
         self._broken: float | None = None
-        self._has_told, self._has_warned = False, False
-        self._verdict: Verdict | None = None
+        self._warned_missing, self._was_late = False, False
+        self._failure: Failure | None = None
         self._is_ending = False
-        self._closing, self._judged = threading.Event(), threading.Event()
-        # a connection of its own: a call that waits blocks all others on the same one
+        self._closing, self._is_known = threading.Event(), threading.Event()
+        # its own connection: a call that waits blocks all others on the same one
         self._store = store.clone()  # type: ignore[attr-defined] - missing in torch's stub
         self._store.set_timeout(timedelta(seconds=timeout_s))
         if rank == 0:
-            self._store.multi_set([*self._keys, "verdict"], [""] * (size + 1))
+            self._store.multi_set([*self._keys, "failure"], [""] * (size + 1))
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """End the thread; then ranks may leave in any order."""
+        """Stop the thread; then ranks may exit in any order."""
         self._closing.set()
         self._thread.join()
 
-    def last_words(self, error: Exception) -> BaseException:
-        """What to raise in place of `error`, once it is known whose fault it was.
+    def reason_for(self, error: Exception) -> BaseException:
+        """What to raise in place of `error`, once it is known which rank failed.
 
-        A rank for which rank 0 has spoken leaves in silence, by SystemExit.
+        SystemExit, without a message, on a rank whose failure rank 0 has reported.
         """
         if not self._thread.is_alive():
             return error
@@ -79,157 +165,161 @@ class Watch:
             # torchrun restarts at once and may not cut this short: it kills after 30 s
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         is_lost = is_lost_connection(error)
-        words = (str(error) or repr(error)).strip().splitlines()[0]
         self._is_ending = True
-        self._beat |= {
-            "words": words, "is_lost": is_lost, "is_final": isinstance(error, MISTAKES)
-        }  # fmt: skip
-        self._judged.wait(self.timeout_s + GRACE_S + LINGER_S)
-        verdict = self._verdict
-        if verdict is None:
+        self._heartbeat |= {
+            "error": (str(error) or repr(error)).strip().splitlines()[0],
+            "is_lost": is_lost,
+            "is_final": isinstance(error, FINAL_ERRORS),
+        }
+        self._is_known.wait(self.timeout_s + GRACE_S + LINGER_S)
+        failure = self._failure
+        if failure is None:
             return error
         if is_lost:
-            is_quiet = verdict.is_spoken or self.local_rank != 0
-            return SystemExit(1) if is_quiet else ConnectionError(verdict.text)
-        is_said = verdict.is_spoken and isinstance(error, (*MISTAKES, OSError))
-        return SystemExit(1) if is_said else error
+            is_silent = failure.is_reported or self.local_rank != 0
+            return SystemExit(1) if is_silent else ConnectionError(failure.text)
+        is_reported = failure.is_reported and isinstance(error, (*FINAL_ERRORS, OSError))
+        return SystemExit(1) if is_reported else error
 
     def _run(self) -> None:
-        answers: queue.SimpleQueue[Verdict | None] = queue.SimpleQueue()
-        threading.Thread(
-            target=self._talk, args=(answers,), name="watch-store", daemon=True
-        ).start()
-        verdict, unanswered_s = None, 0.0
-        while verdict is None:
+        answers: queue.SimpleQueue[Failure | None] = queue.SimpleQueue()
+        exchange = threading.Thread(
+            target=self._exchange, args=(answers,), name="watch-store", daemon=True
+        )
+        exchange.start()
+        failure, unanswered_s = None, 0.0
+        while failure is None:
             try:
-                verdict, unanswered_s = answers.get(timeout=INTERVAL_S), 0.0
+                failure, unanswered_s = answers.get(timeout=INTERVAL_S), 0.0
             except queue.Empty:
                 unanswered_s += INTERVAL_S  # not by the clock: this process may have been stopped
                 if unanswered_s > self.timeout_s:
-                    verdict = self._without_store(None)
+                    failure = self._store_failure(None)
             if self._closing.is_set():
                 return
-        self._verdict = verdict
+        self._failure = failure
         if self.rank == 0:
-            self._tell_others(verdict)
+            self._send(failure)
         is_main_waiting = not self._is_ending  # for a rank that will not answer
         if is_main_waiting:
-            if not verdict.is_spoken and self.local_rank == 0:
-                # one write: print's line break is another, and hosts may share a log
-                print(f"error: {verdict.text}\n", end="", file=sys.stderr, flush=True)
-            self.on_end(verdict.text)
+            if not failure.is_reported and self.local_rank == 0:
+                report(f"error: {failure.text}")
+            self.on_end(failure.text)
             if (stacks := self.stacks) is not None:
                 stacks.dump()
-        if verdict.is_final:
+        if failure.is_final:
             end_torchrun()
-        if verdict.is_spoken:
+        if failure.is_reported:
             with contextlib.suppress(dist.DistError):  # rank 0 has waited long enough
                 self._store.add("left", 1)
-        self._judged.set()
+        self._is_known.set()
         if is_main_waiting:
             os._exit(1)
 
-    def _talk(self, answers: queue.SimpleQueue) -> None:
-        """Beat and look once a second, what is found into `answers`.
+    def _exchange(self, answers: queue.SimpleQueue) -> None:
+        """Write a heartbeat and read once a second; a failure, or None, into `answers`.
 
-        In a thread of its own, for the store's time-out covers waiting for a key and not reading
-        its value: after a link went down in between, such a call did not return for 900 s.
+        In its own thread: the store's time-out covers waiting for a key and not reading its value.
+        After a link went down in between, such a call did not return for 900 s.
         """
-        verdict = None
-        while verdict is None and not self._closing.is_set():
+        failure = None
+        while failure is None and not self._closing.is_set():
             try:
-                self._beat["count"] += 1
+                self._heartbeat["count"] += 1
                 now: dict[str, Any] = {"progress": self.progress}
                 if (stacks := self.stacks) is not None:
                     now |= {"late_s": stacks.late_s, "stacks": str(stacks.path)}
-                own = json.dumps(self._beat | now)
-                self._store.set(self._keys[self.rank], own)
-                verdict = self._look() if self.rank == 0 else self._listen()
+                self._store.set(self._keys[self.rank], json.dumps(self._heartbeat | now))
+                failure = self._read_all() if self.rank == 0 else self._read_rank_0()
             except dist.DistError as error:
-                verdict = self._without_store(error)
-            answers.put(verdict)
-            if verdict is None:
+                failure = self._store_failure(error)
+            answers.put(failure)
+            if failure is None:
                 self._closing.wait(INTERVAL_S)
         answers.put(None)  # so that close() need not wait
 
-    def _silences(self, keys: list[str], beats: list[bytes]) -> list[float]:
-        """Seconds since each beat changed, by this process's own clock."""
+    def _silences(self, keys: list[str], heartbeats: list[bytes]) -> list[float]:
+        """Seconds since each heartbeat changed, by this process's own clock."""
         now = time.monotonic()
-        was_stopped = now - self._looked > 5 * INTERVAL_S  # all of it, or the whole machine
+        was_stopped = now - self._looked > 5 * INTERVAL_S  # this process, or the whole machine
         self._looked = now
-        for key, beat in zip(keys, beats, strict=True):
-            if was_stopped or beat != self._seen[key][0]:
-                self._seen[key] = beat, now
+        for key, heartbeat in zip(keys, heartbeats, strict=True):
+            if was_stopped or heartbeat != self._seen[key][0]:
+                self._seen[key] = heartbeat, now
         return [now - self._seen[key][1] for key in keys]
 
-    def _look(self) -> Verdict | None:
-        beats = self._store.multi_get(self._keys)
-        silences = self._silences(self._keys, beats)
-        signs = []
-        for rank, (beat, silent_s) in enumerate(zip(beats, silences, strict=True)):
-            known = json.loads(beat) if beat else {}
+    def _read_all(self) -> Failure | None:
+        heartbeats = self._store.multi_get(self._keys)
+        silences = self._silences(self._keys, heartbeats)
+        ranks = []
+        for rank, (heartbeat, silent_s) in enumerate(zip(heartbeats, silences, strict=True)):
+            known = json.loads(heartbeat) if heartbeat else {}
             known.pop("count", None)
-            signs.append(Sign(rank, silent_s, **known))
+            ranks.append(RankStatus(rank, silent_s, **known))
         now = time.monotonic()
-        if self._broken is None and any(sign.is_lost for sign in signs):
+        if self._broken is None and any(rank.is_lost for rank in ranks):
             self._broken = now
-        late = [sign.name for sign in signs if not sign.host and sign.silent_s > TELL_S]
-        if late and not self._has_told:
-            self._has_told = True
-            print(f"warning: {', '.join(late)} has not come for {TELL_S:.0f} s: the output on its "
-                  "host says why", file=sys.stderr, flush=True)  # fmt: skip
-        came = [sign for sign in signs if sign.host]
-        is_late = any(sign.late_s > 0 for sign in came)
-        if is_late and not self._has_warned:
+        missing = [rank.name for rank in ranks if not rank.host and rank.silent_s > WARN_S]
+        if missing and not self._warned_missing:
+            self._warned_missing = True
+            text = f"{', '.join(missing)} has not joined for {WARN_S:.0f} s"
+            report(f"warning: {text}: the output on its host says why")
+        joined = [rank for rank in ranks if rank.host]
+        is_late = any(rank.late_s > 0 for rank in joined)
+        if is_late and not self._was_late:
             why = f"longer than a step's {self.timeout_s:.0f} s (--timeout_s)"
-            print(f"warning: {stalled(came, why)}\n", end="", file=sys.stderr, flush=True)
-        self._has_warned = is_late
+            report(f"warning: {stalled(joined, why)}")
+        self._was_late = is_late
         broken_s = None if self._broken is None else now - self._broken
-        return judge(signs, timeout_s=self.timeout_s, broken_s=broken_s)
+        return diagnose(ranks, timeout_s=self.timeout_s, broken_s=broken_s)
 
-    def _listen(self) -> Verdict | None:
-        beat, text = self._store.multi_get([self._keys[0], "verdict"])
-        if text:
-            return Verdict(**json.loads(text), is_spoken=True)
-        (silent_s,) = self._silences(self._keys[:1], [beat])
+    def _read_rank_0(self) -> Failure | None:
+        heartbeat, failure = self._store.multi_get([self._keys[0], "failure"])
+        if failure:
+            return Failure(**json.loads(failure), is_reported=True)
+        (silent_s,) = self._silences(self._keys[:1], [heartbeat])
         if silent_s > (DEAD_S + GRACE_S if self._is_ending else self.timeout_s):
-            return self._without_store(None)
+            return self._store_failure(None)
         return None
 
-    def _without_store(self, error: dist.DistError | None) -> Verdict:
-        beat = self._seen[self._keys[0]][0]
-        host = json.loads(beat)["host"] if beat else os.environ["MASTER_ADDR"]
-        why = f"no sign of life for {self.timeout_s:.0f} s (--timeout_s)"
+    def _store_failure(self, error: dist.DistError | None) -> Failure:
+        heartbeat = self._seen[self._keys[0]][0]
+        host = json.loads(heartbeat)["host"] if heartbeat else os.environ["MASTER_ADDR"]
+        why = f"no heartbeat for {self.timeout_s:.0f} s (--timeout_s)"
         if error is not None and "imeout" not in str(error):
-            why = "it ended"
-        return Verdict(f"host {socket.gethostname()} lost rank 0 on host {host}: {why}, or a link "
-                       "between the two is down")  # fmt: skip
+            why = "it exited"
+        lost = f"host {socket.gethostname()} lost rank 0 on host {host}"
+        return Failure(f"{lost}: {why}, or a link between the two is down")
 
-    def _tell_others(self, verdict: Verdict) -> None:
-        words = {"text": verdict.text, "is_final": verdict.is_final}
-        self._store.set("verdict", json.dumps(words))
+    def _send(self, failure: Failure) -> None:
+        """Have the other ranks read the failure, for at most LINGER_S."""
+        self._store.set("failure", json.dumps({"text": failure.text, "is_final": failure.is_final}))
         now = time.monotonic()
-        living = sum(now - at < DEAD_S for _, at in self._seen.values())
-        while self._store.add("left", 0) < living - 1 and time.monotonic() < now + LINGER_S:
+        alive = sum(now - at < DEAD_S for _, at in self._seen.values())
+        while self._store.add("left", 0) < alive - 1 and time.monotonic() < now + LINGER_S:
             time.sleep(0.05)
 
 
+def report(line: str) -> None:
+    """One line on stderr, in one write: print's line break is another, and hosts share logs."""
+    print(f"{line}\n", end="", file=sys.stderr, flush=True)
+
+
 def is_lost_connection(error: Exception) -> bool:
-    """Whether an error is a consequence of another rank's end: gloo's, NCCL's or the store's."""
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and "gloo/" in str(error)
-    )
+    """Whether an error is a consequence of another rank's exit: gloo's, NCCL's or the store's."""
+    is_gloo = isinstance(error, RuntimeError) and "gloo/" in str(error)
+    return is_gloo or isinstance(error, dist.DistError)
 
 
 def may_restart() -> bool:
-    """Whether torchrun was told to restart a process that fails."""
+    """Whether torchrun restarts a process that fails."""
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
 
 
 def end_torchrun() -> None:
-    """Have torchrun end instead of restarting what cannot succeed; it knows no exit code for that.
+    """Have torchrun exit instead of restarting what cannot succeed: no exit code means that.
 
-    Once a host: its first process does it.
+    Only the first process of a host does it.
     """
     if may_restart() and os.environ["LOCAL_RANK"] == "0":
         os.kill(os.getppid(), signal.SIGTERM)

@@ -26,12 +26,12 @@ import torch
 import yaml
 from filelock import FileLock, Timeout
 
+from train.distributed.agreement import PACKAGES as COMPUTING
 from train.run import checkpoint
 from train.run.metrics import append
 
-PACKAGES = ("torch", "triton", "numpy", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "apex",
-            "tensorboard", "safetensors", "opencv-python-headless", "torchvision", "lightly",
-            "solo-learn")  # fmt: skip
+PACKAGES = (*COMPUTING, "apex", "tensorboard", "safetensors", "opencv-python-headless")
+PACKAGES += ("torchvision", "lightly", "solo-learn")
 
 CONFIG = "config.yaml"
 SLOW_PRECISION = (

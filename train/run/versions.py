@@ -1,8 +1,4 @@
-"""Do driver, torch and DALI fit one another and this program? For the doctor and train/main.py.
-
-A newcomer's mistake: a driver that nvidia-smi shows on the host and the container was not given all
-of. Without the capability "video" the hardware JPEG decoders are lost, and nothing else says so.
-"""
+"""Do driver, torch and DALI fit one another and this program? For the doctor and train/main.py."""
 
 import ctypes
 from pathlib import Path
@@ -20,7 +16,7 @@ DALI's installation page for its wheels."""
 
 
 class Finding(NamedTuple):
-    """What a check found. ok None: it does not apply here, and `found` says why."""
+    """The result of a check. ok None: it does not apply on this machine, for the reason `found`."""
 
     name: str
     ok: bool | None
@@ -39,6 +35,11 @@ def driver_cuda() -> int | None:
     return version.value
 
 
+def built_major() -> int | None:
+    """CUDA's major version that torch was built for; None for a CPU build."""
+    return None if torch.version.cuda is None else int(torch.version.cuda.split(".")[0])
+
+
 def has_nvidia_gpu(devices: Path = Path("/sys/bus/pci/devices")) -> bool:
     """Whether the PCI bus shows one; a container without GPUs still sees the host's bus."""
     return any(
@@ -50,22 +51,18 @@ def has_nvidia_gpu(devices: Path = Path("/sys/bus/pci/devices")) -> bool:
 
 def driver() -> Finding:
     """A driver no older than torch's CUDA."""
-    supported, built = driver_cuda(), torch.version.cuda
+    supported, built = driver_cuda(), built_major()
     if supported is None:
         if not has_nvidia_gpu():
             return Finding("driver", None, "no NVIDIA GPU")
-        return Finding(
-            "driver", False, "an NVIDIA GPU, but libcuda.so.1 is not found",
-            "install NVIDIA's driver; in a container: docker run --gpus all",
-        )  # fmt: skip
-    found = f"supports CUDA {supported // 1000}.{supported % 1000 // 10}"
-    if built is None or int(built.split(".")[0]) <= supported // 1000:
+        remedy = "install NVIDIA's driver; in a container: docker run --gpus all"
+        return Finding("driver", False, "an NVIDIA GPU, but no libcuda.so.1", remedy)
+    found, major = f"supports CUDA {supported // 1000}.{supported % 1000 // 10}", supported // 1000
+    if built is None or built <= major:
         return Finding("driver", True, found)
-    major = int(built.split(".")[0])
-    return Finding(
-        "driver", False, f"{found}, but torch {torch.__version__} needs CUDA {major}",
-        f"{newer_driver(major)}, or install a torch built for CUDA {supported // 1000}",
-    )  # fmt: skip
+    found += f", but torch {torch.__version__} needs CUDA {built}"
+    remedy = f"{newer_driver(built)}, or install a torch built for CUDA {major}"
+    return Finding("driver", False, found, remedy)
 
 
 def newer_driver(major: int) -> str:
@@ -75,13 +72,11 @@ def newer_driver(major: int) -> str:
 
 def torch_build() -> Finding:
     """A torch that is new enough."""
-    version = torch.__version__
-    if is_old("torch", version):
-        return Finding(
-            "torch", False, f"{version} is older than {least('torch')}",
-            f"pip install 'torch>={least('torch')}', or a newer base image",
-        )  # fmt: skip
-    return Finding("torch", True, version)
+    version, needed = torch.__version__, least("torch")
+    if not is_old("torch", version):
+        return Finding("torch", True, version)
+    remedy = f"pip install 'torch>={needed}', or a newer base image"
+    return Finding("torch", False, f"{version} is older than {needed}", remedy)
 
 
 def refuse_misfits(device: str) -> None:
@@ -102,40 +97,35 @@ def dali() -> Finding:
         version, major = machine.dali_version()
     except (ImportError, OSError) as error:  # OSError: a shared library is missing
         return Finding("DALI", False, first_line(error), "pip install nvidia-dali-cuda130, or 120")
-    wheel, built = f"nvidia-dali-cuda{major}0 {version}", torch.version.cuda
+    wheel, supported, built = f"nvidia-dali-cuda{major}0 {version}", driver_cuda(), built_major()
+    found = remedy = ""
     if is_old("DALI", version):
-        found = f"{wheel} is older than {least('DALI')}"
-        return Finding("DALI", False, found, machine.dali_upgrade())
-    supported = driver_cuda()
-    if supported is None or built is None:
-        return Finding("DALI", True, wheel)
-    needed = int(built.split(".")[0])
-    if major > supported // 1000:
-        return Finding(
-            "DALI", False, f"{wheel} needs a driver of CUDA {major}, here is {supported // 1000}",
-            newer_driver(major),
-        )  # fmt: skip
-    if major != needed:
-        return Finding(
-            "DALI", False, f"{wheel} beside a torch of CUDA {built}",
-            f"pip uninstall nvidia-dali-cuda{major}0, then pip install nvidia-dali-cuda{needed}0",
-        )  # fmt: skip
-    return Finding("DALI", True, wheel)
+        found, remedy = f"is older than {least('DALI')}", machine.dali_upgrade()
+    elif supported is not None and built is not None and major > supported // 1000:
+        found = f"needs a driver of CUDA {major}, this one supports {supported // 1000}"
+        remedy = newer_driver(major)
+    elif supported is not None and built not in (None, major):
+        found, name = f"beside a torch of CUDA {torch.version.cuda}", "nvidia-dali-cuda"
+        remedy = f"pip uninstall {name}{major}0, then pip install {name}{built}0"
+    return Finding("DALI", not found, f"{wheel} {found}".strip(), remedy)
 
 
 def jpeg_decoders(device: torch.device) -> Finding:
-    """The GPU's hardware JPEG decoders, which DALI does without in silence."""
+    """The GPU's hardware JPEG decoders; without them DALI decodes in CUDA and does not say so.
+
+    A container needs the capability "video" for them, though nvidia-smi runs without it.
+    """
     name = "JPEG decoders"
     if device.type == "cpu":
         return Finding(name, None, "no CUDA device: libjpeg-turbo decodes")
     try:
         found = machine.hardware_decoders()
     except (ImportError, OSError) as error:
-        return Finding(
-            name, False, f"none are found: {first_line(error)}",
+        remedy = (
             "start the container with NVIDIA_DRIVER_CAPABILITIES=compute,utility,video; on a host "
-            "install all of the driver",
-        )  # fmt: skip
+            "install all of the driver"
+        )
+        return Finding(name, False, f"not available: {first_line(error)}", remedy)
     if found.status or not found.engines:
         reason = f"nvJPEG's status {found.status}"
         return Finding(name, True, f"none in hardware ({reason}): CUDA decodes, on the SMs")

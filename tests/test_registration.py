@@ -1,4 +1,4 @@
-"""Before ranks start: a port that is taken, hosts that are missing, clocks that are apart."""
+"""Before ranks start: a port that is taken, hosts that are missing, clocks that differ."""
 
 import os
 import signal
@@ -16,15 +16,15 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from train import launch
-from train.distributed import roll_call as calls
-from train.distributed.roll_call import (
-    answer,
-    is_free_here,
+from train.distributed import registration
+from train.distributed.registration import (
+    is_free_port,
     keep_contact,
     open_store,
-    roll_call,
-    sign_in,
-    wait_for,
+    register,
+    registered,
+    wait_for_port,
+    wait_for_quorum,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -39,36 +39,38 @@ def port() -> int:
 
 @pytest.fixture
 def store(port, monkeypatch) -> dist.TCPStore:
-    monkeypatch.setattr(calls, "POLL_S", 0.01)
+    monkeypatch.setattr(registration, "POLL_S", 0.01)
     return dist.TCPStore(
         "localhost", port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=5)
     )
 
 
 def test_a_port_of_this_host_is_free_taken_or_another_hosts(port):
-    assert is_free_here("localhost", port)
+    assert is_free_port("localhost", port)
     with socket.socket() as other:
         other.bind(("localhost", port))
         other.listen()
-        with pytest.raises(ValueError, match=rf"port {port} of host .* cannot be had .*--rdzv-end"):
-            is_free_here("localhost", port)
-    assert not is_free_here("192.0.2.1", port)  # an address for documentation: nobody's
-    assert not is_free_here("no-such-host.invalid", port)
+        with pytest.raises(
+            ValueError, match=rf"port {port} of host .* cannot be opened .*--rdzv-end"
+        ):
+            is_free_port("localhost", port)
+    assert not is_free_port("192.0.2.1", port)  # an address for documentation: nobody's
+    assert not is_free_port("no-such-host.invalid", port)
 
 
-def test_an_endpoint_where_nobody_answers_is_named_early_and_given_up_in_time(
+def test_an_endpoint_where_nothing_answers_is_named_early_and_given_up_in_time(
     port, monkeypatch, capsys
 ):
-    monkeypatch.setattr(calls, "TELL_S", 0.1)
-    monkeypatch.setattr(calls, "POLL_S", 0.05)
-    line = rf"finds nobody at localhost:{port} \(Connection refused\): .*--rdzv-endpoint"
+    monkeypatch.setattr(registration, "WARN_S", 0.1)
+    monkeypatch.setattr(registration, "POLL_S", 0.05)
+    line = rf"cannot reach localhost:{port} \(Connection refused\): .*--rdzv-endpoint"
     with pytest.raises(ValueError, match=line):
-        wait_for("localhost", port, time.monotonic() + 0.5)
+        wait_for_port("localhost", port, time.monotonic() + 0.5)
     assert capsys.readouterr().err.count("warning: host") == 1
 
 
 def test_another_program_at_the_endpoint_is_no_rendezvous(monkeypatch):
-    monkeypatch.setattr(calls, "ANSWER_S", 0.3)
+    monkeypatch.setattr(registration, "ANSWER_S", 0.3)
     with socket.socket() as other:
         other.bind(("localhost", 0))
         other.listen()
@@ -80,101 +82,114 @@ def test_another_program_at_the_endpoint_is_no_rendezvous(monkeypatch):
             assert not thread.is_alive()
 
 
-def test_hosts_that_are_missing_are_counted_and_those_that_came_named(store, monkeypatch, capsys):
-    monkeypatch.setattr(calls, "TELL_S", 0.1)
+def test_hosts_that_are_missing_are_counted_and_those_that_registered_named(
+    store, monkeypatch, capsys
+):
+    monkeypatch.setattr(registration, "WARN_S", 0.1)
     store.set("clock", str(time.time()))
-    sign_in(store, "node0", 4, 4)
-    with pytest.raises(ValueError, match=f"1 of 4 hosts have come: {socket.gethostname()}. Start"):
-        answer(store, True, "node0:29500", 4, time.monotonic() + 0.5)
-    assert "warning: 1 of 4 hosts have come" in capsys.readouterr().err
+    register(store, "node0", 4, 4)
+    with pytest.raises(
+        ValueError, match=f"1 of 4 hosts have registered: {socket.gethostname()}. Start"
+    ):
+        wait(store, is_keeper=True, min_hosts=4, seconds=0.5)
+    assert "warning: 1 of 4 hosts have registered" in capsys.readouterr().err
     with pytest.raises(ValueError, match="1 of 4 hosts"):  # the other hosts say the same
-        answer(store, False, "node0:29500", 4, time.monotonic() + 60)
+        wait(store, is_keeper=False, min_hosts=4, seconds=60)
 
 
-def come(store, monkeypatch, *names: str, lowest: int = 2, most: int = 2) -> None:
+def wait(store, *, is_keeper: bool, min_hosts: int = 2, seconds: float = 5) -> None:
+    limit = time.monotonic() + seconds
+    wait_for_quorum(store, "node0:29500", min_hosts, limit, is_keeper=is_keeper)
+
+
+def register_all(store, monkeypatch, *names: str, min_hosts: int = 2, max_hosts: int = 2) -> None:
     for name in names:
         monkeypatch.setattr(socket, "gethostname", lambda name=name: name)
-        sign_in(store, names[0], lowest, most)
+        register(store, names[0], min_hosts, max_hosts)
 
 
 @pytest.mark.parametrize(("shift", "order"), [(60, "behind"), (-60, "ahead of")])
-def test_a_clock_that_is_apart_is_refused_on_all_hosts(store, monkeypatch, shift, order):
+def test_a_clock_that_differs_is_refused_on_all_hosts(store, monkeypatch, shift, order):
     store.set("clock", str(time.time() + shift))
-    come(store, monkeypatch, "node0")
+    register_all(store, monkeypatch, "node0")
     for is_keeper in (True, False):
         with pytest.raises(ValueError, match=f"clock of host node0 is 60 s {order} .*synchronise"):
-            answer(store, is_keeper, "node0:29500", 2, time.monotonic() + 5)
+            wait(store, is_keeper=is_keeper)
 
 
 def test_a_clock_that_is_near_is_not_refused(store, monkeypatch):
     store.set("clock", str(time.time() + 2))
-    come(store, monkeypatch, "node0", "node1")
-    answer(store, False, "node0:29500", 2, time.monotonic() + 5)
+    register_all(store, monkeypatch, "node0", "node1")
+    wait(store, is_keeper=False)
 
 
-@pytest.mark.parametrize(("lowest", "most", "first"), [(4, 4, "4"), (3, 4, "3:4")])
-def test_another_number_of_hosts_is_refused_on_all_hosts(store, monkeypatch, lowest, most, first):
+@pytest.mark.parametrize(("min_hosts", "max_hosts", "first"), [(4, 4, "4"), (3, 4, "3:4")])
+def test_another_number_of_hosts_is_refused_on_all_hosts(
+    store, monkeypatch, min_hosts, max_hosts, first
+):
     store.set("clock", str(time.time()))
-    come(store, monkeypatch, "node0", "node1", lowest=lowest, most=most)
-    come(store, monkeypatch, "node2", lowest=2, most=2)
+    register_all(store, monkeypatch, "node0", "node1", min_hosts=min_hosts, max_hosts=max_hosts)
+    register_all(store, monkeypatch, "node2", min_hosts=2, max_hosts=2)
     line = f"--nnodes is 2 on host node2 and {first} on host node0: give all hosts the same"
     for is_keeper in (True, False):
         with pytest.raises(ValueError, match=line):
-            answer(store, is_keeper, "node0:29500", lowest, time.monotonic() + 5)
+            wait(store, is_keeper=is_keeper, min_hosts=min_hosts)
 
 
-def test_a_host_that_comes_to_a_complete_run_is_refused_alone_unless_it_comes_again(
+def test_a_host_that_comes_to_a_complete_run_is_refused_alone_unless_it_registered_before(
     store, monkeypatch, capsys
 ):
     store.set("clock", str(time.time()))
-    come(store, monkeypatch, "node0", "node1")
+    register_all(store, monkeypatch, "node0", "node1")
     assert capsys.readouterr().err == ""
-    come(store, monkeypatch, "node0")
-    assert capsys.readouterr().err.startswith("warning: host node0 has come before, it waits")
-    for _ in range(2):  # its own name among those that came does not let it in
+    register_all(store, monkeypatch, "node0")
+    assert capsys.readouterr().err.startswith("warning: host node0 has registered before, it waits")
+    for _ in range(2):  # its own name among the registered does not let it in
         with pytest.raises(
-            ValueError, match="node2 is one too many.*2 have come: node0, node1. To"
+            ValueError, match="node2 is not needed, --nnodes 2 have registered: node0, node1. To"
         ):
-            come(store, monkeypatch, "node2")
-    answer(store, True, "node0:29500", 2, time.monotonic() + 5)
+            register_all(store, monkeypatch, "node2")
+    wait(store, is_keeper=True)
     with pytest.raises(ValueError, match="--nnodes is 3 on host node1"):
-        come(store, monkeypatch, "node1", lowest=3, most=3)
-    answer(store, False, "node0:29500", 2, time.monotonic() + 5)
+        register_all(store, monkeypatch, "node1", min_hosts=3, max_hosts=3)
+    wait(store, is_keeper=False)
 
 
 def test_a_host_that_was_started_twice_takes_no_others_place(store, monkeypatch):
     store.set("clock", str(time.time()))
-    come(store, monkeypatch, "node0", "node1", "node1", "node2", "node3", lowest=4, most=4)
-    with pytest.raises(ValueError, match="node4 is one too many, for --nnodes 4 have come"):
-        come(store, monkeypatch, "node4", lowest=4, most=4)
+    register_all(
+        store, monkeypatch, "node0", "node1", "node1", "node2", "node3", min_hosts=4, max_hosts=4
+    )
+    with pytest.raises(ValueError, match="node4 is not needed, --nnodes 4 have registered"):
+        register_all(store, monkeypatch, "node4", min_hosts=4, max_hosts=4)
 
 
-def test_localhost_is_told_to_the_others_as_this_hosts_name(port, monkeypatch):
-    monkeypatch.setattr(calls, "POLL_S", 0.01)
+def test_localhost_is_reported_to_the_others_as_this_hosts_name(port, monkeypatch):
+    monkeypatch.setattr(registration, "POLL_S", 0.01)
     line = f"1 of 2 hosts .*--rdzv-endpoint {socket.gethostname()}:{port}, "
     with (
         pytest.raises(ValueError, match=line),
-        roll_call("localhost", port, run="x", lowest=2, most=2, limit_s=0.1),
+        registered("localhost", port, run="x", min_hosts=2, max_hosts=2, limit_s=0.1),
     ):
         pass
 
 
-def test_the_keepers_clock_goes_on_for_hosts_that_come_later(port, monkeypatch):
-    monkeypatch.setattr(calls, "POLL_S", 0.01)
-    with roll_call("localhost", port, run="x", lowest=1, most=1, limit_s=5):
-        late = dist.PrefixStore("roll-call/x", open_store("localhost", port, False))
+def test_the_keepers_clock_is_kept_for_hosts_that_come_later(port, monkeypatch):
+    monkeypatch.setattr(registration, "POLL_S", 0.01)
+    with registered("localhost", port, run="x", min_hosts=1, max_hosts=1, limit_s=5):
+        late = dist.PrefixStore("hosts/x", open_store("localhost", port, False))
         before = float(late.get("clock"))
         time.sleep(0.2)
         assert time.time() - 0.2 < float(late.get("clock")) > before
-        assert any(thread.name == "roll-call" for thread in threading.enumerate())
-    assert not any(thread.name == "roll-call" for thread in threading.enumerate())
+        assert any(thread.name == "hosts" for thread in threading.enumerate())
+    assert not any(thread.name == "hosts" for thread in threading.enumerate())
 
 
 def test_a_host_that_failed_alone_ends_all(store, monkeypatch, capsys):
     killed, over = [], threading.Event()
-    monkeypatch.setattr(calls, "ALONE_S", 0.3)
-    monkeypatch.setattr(calls.os, "kill", lambda *words: killed.append(words))
-    keeping = threading.Thread(target=calls.keep_clock, args=(store, over))
+    monkeypatch.setattr(registration, "FAILED_S", 0.3)
+    monkeypatch.setattr(registration.os, "kill", lambda *words: killed.append(words))
+    keeping = threading.Thread(target=registration.keep_clock, args=(store, over))
     keeping.start()
     time.sleep(0.5)
     store.set("failed", "node1")
@@ -191,13 +206,15 @@ def test_a_host_that_failed_alone_ends_all(store, monkeypatch, capsys):
     "error",
     [ChildFailedError("x", {0: ProcessFailure(0, 1, 1, "none")}), FileNotFoundError("--log-dir")],
 )
-def test_a_host_says_that_it_failed_for_good_and_then_nobody_enters(port, monkeypatch, error):
-    monkeypatch.setattr(calls, "POLL_S", 0.01)
+def test_a_host_reports_that_it_failed_for_good_and_then_no_host_registers(
+    port, monkeypatch, error
+):
+    monkeypatch.setattr(registration, "POLL_S", 0.01)
     server = dist.TCPStore("localhost", port, is_master=True, wait_for_workers=False)
-    seen = dist.PrefixStore("roll-call/x", server)
+    seen = dist.PrefixStore("hosts/x", server)
     seen.set("clock", str(time.time()))
-    monkeypatch.setattr(calls, "is_free_here", lambda host, port: False)
-    call = partial(roll_call, "localhost", port, run="x", lowest=1, most=1, limit_s=5)
+    monkeypatch.setattr(registration, "is_free_port", lambda host, port: False)
+    call = partial(registered, "localhost", port, run="x", min_hosts=1, max_hosts=1, limit_s=5)
     with pytest.raises(KeyboardInterrupt), call():
         raise KeyboardInterrupt
     assert not seen.check(["failed"])
@@ -210,8 +227,8 @@ def test_a_host_says_that_it_failed_for_good_and_then_nobody_enters(port, monkey
 
 def test_a_host_that_cannot_reach_the_endpoint_any_more_ends_in_time(port, monkeypatch, capfd):
     codes, over = [], threading.Event()
-    monkeypatch.setattr(calls, "CONTACT_S", 0.05)
-    monkeypatch.setattr(calls.os, "_exit", lambda code: (codes.append(code), over.set()))
+    monkeypatch.setattr(registration, "CONTACT_S", 0.05)
+    monkeypatch.setattr(registration.os, "_exit", lambda code: (codes.append(code), over.set()))
     with socket.socket() as server:
         server.bind(("localhost", port))
         server.listen()
@@ -221,7 +238,7 @@ def test_a_host_that_cannot_reach_the_endpoint_any_more_ends_in_time(port, monke
         assert codes == []
     contact.join(20)
     assert codes == [1]
-    assert f"no rendezvous at localhost:{port} any more" in capfd.readouterr().err
+    assert f"lost the rendezvous at localhost:{port}, it exited" in capfd.readouterr().err
 
 
 def test_the_launcher_starts_ranks_with_the_settings_that_restarts_need(port, tmp_path):
@@ -239,33 +256,35 @@ def test_the_launcher_starts_ranks_with_the_settings_that_restarts_need(port, tm
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "line"),
     [
         (["--nproc-per-nod=8"], "--nproc-per-nod is unknown: perhaps you meant --nproc-per-node"),
         (["--rdzv_endpont", "h:1"], "--rdzv_endpont is unknown: perhaps you meant --rdzv-endpoint"),
         (["--nnodes", "x"], "--nnodes x: give a number of hosts"),
         (["--nnodes", "0"], "--nnodes 0: give a number of hosts"),
         (["--nnodes", "4:2"], "--nnodes 4:2: give"),
-        (["--nproc-per-node", "0"], "--nproc-per-node 0 on host HOST: one is the least"),
+        (["--nproc-per-node", "0"], "--nproc-per-node 0 on host HOST: at least one is needed"),
         (["--nproc-per-node", "gpu"], "--nproc-per-node gpu on host HOST: Cuda is not available"),
         (["--nproc-per-node", "many"], "--nproc-per-node many on host HOST: Unsupported"),
         (["--nnodes", "2", "--rdzv-endpoint", "h:1", "--rdzv-conf", "join_timeout=soon"],
          "--rdzv-conf join_timeout=soon: join_timeout is seconds"),
     ],
 )  # fmt: skip
-def test_a_mistaken_launch_line_is_refused_before_the_hosts_call(flags, told, monkeypatch, capsys):
+def test_a_mistaken_launch_line_is_refused_before_the_hosts_register(
+    flags, line, monkeypatch, capsys
+):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     for name, value in launch.SETTINGS.items():
         monkeypatch.setenv(name, value)  # put back after the test
     monkeypatch.setattr(sys, "argv", ["launch.py", *flags, str(ROOT / "train/main.py")])
-    monkeypatch.setattr(launch, "roll_call", None)
+    monkeypatch.setattr(launch, "registered", None)
     monkeypatch.setattr(launch, "run", None)
     with pytest.raises(SystemExit) as ended:
         launch.main()
-    said = capsys.readouterr().err
+    printed = capsys.readouterr().err
     assert ended.value.code == 1
-    assert said.count("\n") == 1
-    assert told.replace("HOST", socket.gethostname()) in said
+    assert printed.count("\n") == 1
+    assert line.replace("HOST", socket.gethostname()) in printed
 
 
 def test_a_program_that_is_missing_is_named_with_its_host(monkeypatch, capsys):
