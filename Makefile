@@ -28,13 +28,12 @@ test: check
 
 # oneDNN and ATen choose other code there; tests/convolutions.py has both settings in `make test`
 AVX2 := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2
-COMPUTES := $(addsuffix .py,$(addprefix tests/test_,train learning checkpoint resnet optim precision \
-	methods simclr byol moco swav switches sync_norm norm_kernels loss_kernels cosine two_views \
-	evaluate knn probes))
+COMPUTES := train learning checkpoint resnet optim precision methods simclr byol moco swav switches \
+	sync_norm norm_kernels loss_kernels cosine two_views evaluate knn probes
 
 test-avx2: $(VENV)/.ready-dev
 	CUDA_VISIBLE_DEVICES= OMP_WAIT_POLICY=passive $(AVX2) $(RUN) -m pytest -n 2 $(DISTRIBUTE) \
-		--no-loadscope-reorder $(COMPUTES) $(ARGS)
+		--no-loadscope-reorder $(COMPUTES:%=tests/test_%.py) $(ARGS)
 
 check: $(VENV)/.ready-dev
 	$(VENV)/bin/ruff format --check --quiet .
@@ -48,10 +47,10 @@ cluster-test: $(VENV)/.ready-dev
 	CUDA_VISIBLE_DEVICES= OMP_WAIT_POLICY=passive $(RUN) -m pytest -m cluster -n 4 $(DISTRIBUTE) -rs $(ARGS)
 
 # the kernels for real, and what needs a CUDA device
-KERNEL_TESTS := $(addsuffix .py,$(addprefix tests/test_,norm_kernels loss_kernels cosine two_views))
+KERNEL_TESTS := $(shell sed -n 's/^KERNEL_TESTS = "\(.*\)".*/\1/p' profiling/suite/extras.py)
 
 test-gpu: $(VENV)/.ready-dev
-	$(RUN) -m pytest $(KERNEL_TESTS) $(ARGS)
+	$(RUN) -m pytest $(KERNEL_TESTS:%=tests/test_%.py) $(ARGS)
 	$(RUN) -m pytest -m gpu $(ARGS)
 
 container-test:

@@ -2,23 +2,18 @@
 
     python profiling/collectives.py      ours under torch.compile; nn.SyncBatchNorm's two passes
 
-Counted for ResNet-50 on fake tensors and a pretended process group of two ranks: nothing is sent.
+Counted for ResNet-50 on fake tensors and a fake process group of two ranks: nothing is sent.
 Ours is the step that several ranks run: cut by torch's DDPOptimizer where DistributedDataParallel
 ends a bucket of gradients, so that they are sent during the backward pass. Gradients' all_reduces
 are the same for both and are not counted.
-A newcomer's mistake: one collective a layer for each view. Both views' sums go in one.
 """
 
-import os
-import sys
-
-if not __package__:  # run as a script: the repo root, not this folder, heads sys.path
-    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # profiling/ is no package
+import root_first  # isort: skip # noqa: F401
 
 import argparse
 import json
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,17 +42,12 @@ def compiled_step(arch: Any, kernels: Any) -> dict[str, Any]:
 
     graphs: dict[str, list] = {"forward": [], "backward": []}
 
-    def keep(name: str) -> Any:
-        def compiler(graph: Any, _inputs: Any) -> Any:
-            graphs[name].append(graph)
-            return make_boxed_func(graph.forward)
+    def keep(name: str, graph: Any, _inputs: Any) -> Any:
+        graphs[name].append(graph)
+        return make_boxed_func(graph.forward)
 
-        return compiler
-
-    each = aot_autograd(
-        fw_compiler=keep("forward"), bw_compiler=keep("backward"),
-        partition_fn=min_cut_rematerialization_partition,
-    )  # fmt: skip
+    compilers = {"fw_compiler": partial(keep, "forward"), "bw_compiler": partial(keep, "backward")}
+    each = aot_autograd(**compilers, partition_fn=min_cut_rematerialization_partition)
     backend = DDPOptimizer(bucket_bytes_cap=BUCKET, backend_compile_fn=each).compile_fn
     model = SimSiam(ModelConfig(arch=arch, kernels=kernels), MethodConfig())
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -71,18 +61,16 @@ def compiled_step(arch: Any, kernels: Any) -> dict[str, Any]:
         # fullgraph: a graph break would be an error
         loss, _ = torch.compile(model, fullgraph=True, backend=backend)(views)
         loss.backward()
-    found: dict[str, Any] = {
-        "graph_breaks": sum(torch._dynamo.utils.counters["graph_break"].values())
-    }
+    result: dict = {"graph_breaks": sum(torch._dynamo.utils.counters["graph_break"].values())}
     for name, parts in graphs.items():
         sums = [
             [n.meta["val"] for n in part.graph.nodes if "all_reduce" in str(n.target)]
             for part in parts
         ]
-        num_bytes = sum(one.numel() * one.itemsize for part in sums for one in part)
+        num_bytes = sum(value.numel() * value.itemsize for part in sums for value in part)
         by_graph = [len(part) for part in sums]
-        found[name] = {"number": sum(by_graph), "bytes": num_bytes, "by_graph": by_graph}
-    return found
+        result[name] = {"number": sum(by_graph), "bytes": num_bytes, "by_graph": by_graph}
+    return result
 
 
 class TorchSync(nn.Module):
@@ -127,10 +115,10 @@ def replace_norms(module: nn.Module) -> None:
             replace_norms(child)
 
 
-def two_pass_step(arch: Any) -> dict[str, int]:
+def two_pass_step(arch: Any) -> int:
     """Collectives that two passes through nn.SyncBatchNorm call, counted as they are called.
 
-    Its primitives exist for CUDA alone; here only the shapes of their results matter.
+    Its primitives exist for CUDA alone; only the shapes of their results matter.
     """
     calls = Counter()
 
@@ -152,12 +140,10 @@ def two_pass_step(arch: Any) -> dict[str, int]:
     for name in ("all_gather", "all_gather_into_tensor", "all_gather_single"):
         setattr(dist, name, gather)
     dist.all_reduce = reduce
-    losses = []
-    for _ in range(2):
-        x = torch.empty(2, 3, 32, 32).to(memory_format=torch.channels_last)
-        losses.append(model.predictor(model.projector(model.backbone(x))).sum())
-    (losses[0] + losses[1]).backward()
-    return dict(calls)
+    x = torch.empty(2, 3, 32, 32).to(memory_format=torch.channels_last)
+    passes = [model.predictor(model.projector(model.backbone(x))).sum() for _ in range(2)]
+    (passes[0] + passes[1]).backward()
+    return calls.total()
 
 
 def main() -> None:
@@ -165,28 +151,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Count the collectives of a synchronised step.")
     parser.add_argument("--arch", choices=("resnet18", "resnet50"), default="resnet50")
     parser.add_argument("--kernels", choices=("triton", "plain"), default="triton")
-    arguments = parser.parse_args()
+    flags = parser.parse_args()
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     triton_for_h200()
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    found = compiled_step(arguments.arch, arguments.kernels)
-    passes = {name: found[name] for name in ("forward", "backward")}
-    two_pass = two_pass_step(arguments.arch)
-    print(
-        json.dumps(
-            {
-                "n": 1,
-                "device": "none: counted on fake tensors",
-                "torch": torch.__version__,
-                "arch": arguments.arch,
-                "graph_breaks": found["graph_breaks"],
-                "collectives": sum(one["number"] for one in passes.values()),
-                "collectives_by_pass": passes,
-                "two_pass_sync_batch_norm": sum(two_pass.values()),
-            }
-        )
-    )
+    passes = compiled_step(flags.arch, flags.kernels)
+    result = {"n": 1, "device": "none: counted on fake tensors", "torch": torch.__version__}
+    result |= {"arch": flags.arch, "graph_breaks": passes.pop("graph_breaks")}
+    result["collectives"] = sum(counts["number"] for counts in passes.values())
+    result["collectives_by_pass"] = passes
+    result["two_pass_sync_batch_norm"] = two_pass_step(flags.arch)
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

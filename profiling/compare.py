@@ -1,35 +1,30 @@
 """Two results side by side: `python profiling/compare.py A.json B.json --tolerance 0.05`.
 
 Every number of the two files that differs is shown; exit code 1 if one of the chosen ones got
-worse by more than the tolerance, or is no number any more. --only takes name patterns, e.g.
+worse by more than the tolerance, or is missing in B. --only takes name patterns, e.g.
 "ours.launches". Counts (bytes, launches, FLOPs, collectives, graph breaks) do not depend on the
-clock: the tests compare those with tolerance 0.
-A newcomer's mistake: a gate on images/s from two machines. Use --only on counts or on ratios.
+clock: the tests compare those with tolerance 0. Rates of two machines say nothing: use --only on
+counts or on ratios.
 """
 
-import os
-import sys
-
-if not __package__:  # run as a script: the repo root, not this folder, heads sys.path
-    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+import root_first  # isort: skip # noqa: F401
 
 import argparse
-import fnmatch
 import json
+import re
+import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
+from measure.results import errors_in_one_line, print_table
 from train.run.program import refuse
 
-MORE_IS_BETTER = ("*images_per_s*", "*ratios.*", "*share*", "*mfu*", "*gb_per_s*", "*efficiency*",
-                  "*knn_top1*", "*tflop_per_s*")  # fmt: skip
-NOT_COMPARED = ("config.*", "measure.*", "environment.*", "files.*", "timeline.*", "n", "*.n",
-                "*.images")  # fmt: skip
-SETTINGS = ("config.*", "measure.*", "environment.device", "environment.cores",
-            "environment.world")  # fmt: skip
-NO_SETTINGS = ("config.out", "measure.save")
+MORE_IS_BETTER = re.compile(
+    r"images_per_s|ratios\.|share|mfu|gb_per_s|efficiency|knn_top1|tflop_per_s"
+)
+NOT_COMPARED = re.compile(r"(config|measure|environment|files|timeline)\.|n$|.*\.(n|images)$")
+SETTINGS = re.compile(r"(config|measure)\.(?!out$|save$)|environment\.(device|cores|world)$")
+Row = tuple[str, float | None, float | None, str]
 
 
 def leaves(value: object, name: str = "") -> dict[str, object]:
@@ -37,10 +32,10 @@ def leaves(value: object, name: str = "") -> dict[str, object]:
     if not isinstance(value, dict | list):
         return {name: value}
     items = value.items() if isinstance(value, dict) else enumerate(value)
-    found: dict[str, object] = {}
+    named: dict[str, object] = {}
     for key, inner in items:
-        found |= leaves(inner, f"{name}.{key}" if name else str(key))
-    return found
+        named |= leaves(inner, f"{name}.{key}" if name else str(key))
+    return named
 
 
 def numbers(value: object) -> dict[str, float]:
@@ -53,64 +48,77 @@ def numbers(value: object) -> dict[str, float]:
 
 
 def other_settings(before: dict, after: dict) -> list[str]:
-    """What two results were not made with alike, "name (before, after)" each."""
+    """The settings in which two results differ, "name (before, after)" each."""
     a, b = leaves(before), leaves(after)
     return [
         f"{name} ({a[name]}, {b[name]})"
         for name in sorted(a.keys() & b.keys())
-        if matches(name, SETTINGS) and not matches(name, NO_SETTINGS) and a[name] != b[name]
+        if SETTINGS.match(name) and a[name] != b[name]
     ]
-
-
-def matches(name: str, patterns: tuple[str, ...] | list[str]) -> bool:
-    """Whether a dotted name fits one of the patterns."""
-    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 
 def compare(
     before: dict, after: dict, *, tolerance: float, only: list[str] | None = None
-) -> tuple[list[tuple[str, float | None, float | None, bool]], int]:
-    """Rows (name, before, after, is_worse) of what differs, and how many names were compared.
+) -> tuple[list[Row], int]:
+    """Rows (name, before, after, verdict) of what differs, and how many names were compared.
 
-    A number that only one side has is worse where it was there before. Raises: ValueError if
-    nothing can be compared.
+    The verdict is "worse", "missing" (a number that only `before` has), "new" (only `after`) or "".
+    Raises: ValueError if nothing can be compared.
     """
     a, b = numbers(before), numbers(after)
     names = [
         name
         for name in sorted(a.keys() | b.keys())
-        if (matches(name, only) if only else not matches(name, NOT_COMPARED))
+        if (any(fnmatch(name, p) for p in only) if only else not NOT_COMPARED.match(name))
     ]
     if not set(names) & a.keys() & b.keys():
         raise ValueError("the two results have none of the numbers asked for in common")
-    rows = []
+    rows: list[Row] = []
     for name in names:
         old, new = a.get(name), b.get(name)
-        if old == new:
-            continue
         if old is None or new is None:
-            rows.append((name, old, new, new is None))
-            continue
-        loss = old - new if matches(name, MORE_IS_BETTER) else new - old
-        rows.append((name, old, new, not loss <= tolerance * abs(old)))  # nan too
+            rows.append((name, old, new, "new" if old is None else "missing"))
+        elif old != new:
+            loss = old - new if MORE_IS_BETTER.search(name) else new - old
+            is_worse = not loss <= tolerance * abs(old)  # nan too
+            rows.append((name, old, new, "worse" if is_worse else ""))
     return rows, len(names)
 
 
 def read(path: Path) -> dict:
     """A result file. Raises: ValueError if it is none."""
     try:
-        found = json.loads(path.read_text())
+        result = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise ValueError(f"{path} does not exist: give two files of profiling/results/") from error
     except (ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{path} is no result file: {error}") from error
-    if not isinstance(found, dict):
+    if not isinstance(result, dict):
         raise ValueError(f"{path} is no result file: it holds no JSON object")
-    return found
+    return result
+
+
+def print_rows(rows: list[Row], total: int) -> None:
+    """The table for people, on stderr; one line where nothing differs."""
+    if not rows:
+        print(f"{total} numbers compared: no difference", file=sys.stderr)
+        return
+    cells = [
+        (
+            name,
+            *(None if value is None else f"{value:g}" for value in (old, new)),
+            f"{new / old - 1:+.1%}" if old and new is not None else "",
+            verdict,
+        )
+        for name, old, new, verdict in rows
+    ]
+    columns = ("name", "before", "after", "change", "")
+    title = f"{total} numbers compared, those that differ"
+    print_table(title, columns, cells, width=120, wrap=False)
 
 
 def main() -> None:
-    """Read the flags, compare, print the table and one JSON line; exit 1 if something got worse."""
+    """Read the flags, compare, print; exit 1 if a number is worse or missing."""
     parser = argparse.ArgumentParser(description="Compare two results.")
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)
@@ -119,28 +127,17 @@ def main() -> None:
     arguments = parser.parse_args()
     if not 0 <= arguments.tolerance < float("inf"):
         refuse(f"--tolerance is a share of at least 0, got {arguments.tolerance}")
-    try:
+    with errors_in_one_line():
         before, after = read(arguments.before), read(arguments.after)
         rows, total = compare(before, after, tolerance=arguments.tolerance, only=arguments.only)
-    except ValueError as error:
-        refuse(str(error), code=1)
     if others := other_settings(before, after):
         more = f" and {len(others) - 5} more" if len(others) > 5 else ""
-        print(
-            f"warning: the two were not made alike: {'; '.join(others[:5])}{more}. Times and rates "
-            "then say little: compare counts or ratios with --only", file=sys.stderr,
-        )  # fmt: skip
-    table = Table(title=f"{total} numbers compared, those that differ")
-    for name in ("name", "before", "after", "change", ""):
-        table.add_column(name, justify="left" if name == "name" else "right", no_wrap=True)
-    for name, old, new, is_worse in rows:
-        change = f"{new / old - 1:+.1%}" if old and new is not None else ""
-        cells = ["" if value is None else f"{value:g}" for value in (old, new)]
-        table.add_row(name, *cells, change, "worse" if is_worse else "")
-    Console(file=sys.stderr, width=None if sys.stderr.isatty() else 120).print(table)
-    worse = [name for name, _, _, is_worse in rows if is_worse]
-    print(json.dumps({"compared": total, "differ": len(rows), "worse": worse}))
-    if worse:
+        text = f"{'; '.join(others[:5])}{more}. Times and rates cannot be compared: use --only"
+        print(f"warning: the settings differ: {text}", file=sys.stderr)
+    print_rows(rows, total)
+    worse, missing = ([row[0] for row in rows if row[3] == v] for v in ("worse", "missing"))
+    print(json.dumps({"compared": total, "differ": len(rows), "worse": worse, "missing": missing}))
+    if worse or missing:
         sys.exit(1)
 
 

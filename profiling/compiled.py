@@ -1,4 +1,4 @@
-"""What torch.compile would launch and move on an H200, told on a machine without a GPU.
+"""What torch.compile would launch and move on an H200, counted on a machine without a GPU.
 
     python profiling/compiled.py                our step and the plain two-pass one, ResNet-50
 
@@ -7,68 +7,56 @@ CUDA tensors, and Inductor's own scheduler and Triton code generator run on them
 executed. Bytes are Inductor's count: every buffer once a kernel; but a convolution's backward is
 two kernels, the gradients of input and weight, which both read dy (cudnn_convolution_backward in
 torch's aten/src/ATen/native/cudnn/ConvShared.cpp). No clock is in these figures, so two versions of
-a model can be compared exactly.
-Both are the least: workspaces and split-k reductions inside a call of cuDNN or cuBLAS, and the
-padding of the stem's three channels, cannot be known here. The optimizer and the normalisation of
-uint8 views are outside of the compiled graphs and are not counted.
-A newcomer's mistake: taking them for times. Cache hits and achieved bandwidth are not in them.
+a model can be compared exactly; they are not times: cache hits and achieved bandwidth are not in
+them. Both are the least: workspaces and split-k reductions inside a call of cuDNN or cuBLAS, and
+the padding of the stem's three channels, cannot be known without a GPU. The optimizer and the
+normalisation of uint8 views are outside of the compiled graphs and are not counted.
 
 profiling/launches.py compares with torch.profiler's: not yet run on a GPU.
 """
 
-import os
-import sys
-
-if not __package__:  # run as a script: the repo root, not this folder, heads sys.path
-    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # profiling/ is no package
+import root_first  # isort: skip # noqa: F401
 
 import argparse
 import json
 import logging
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch._guards import TracingContext, tracing
 from torch._inductor import config as inductor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from measure.results import print_table
 from stand_ins.fake_h200 import pretend_h200, trace, triton_for_h200
 from train.config import MethodConfig, ModelConfig
 from train.methods.simsiam import SimSiam
 from train.network.norm import set_views
 
 
-class FusedStep(nn.Module):
-    """Our step: both views in one forward. The autocast is the CUDA step's, traced on the CPU."""
+class Step(nn.Module):
+    """A model's loss as a module. The autocast is the CUDA step's, traced on the CPU.
 
-    def __init__(self, model: SimSiam):
+    Ours: both views in one forward. two_pass: the official code's two passes through PyTorch's own
+    operations.
+    """
+
+    def __init__(self, model: SimSiam, *, two_pass: bool):
         super().__init__()
-        self.model = model
-
-    def forward(self, views: Tensor) -> Tensor:
-        """The loss of (2 N, 3, S, S) views."""
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            return self.model(views)[0]
-
-
-class TwoPassStep(nn.Module):
-    """The plain step: the official code's two passes through PyTorch's own operations."""
-
-    def __init__(self, model: SimSiam):
-        super().__init__()
-        self.model = model
-        set_views(model, 1)
+        self.model, self.two_pass = model, two_pass
+        if two_pass:
+            set_views(model, 1)
 
     def forward(self, views: Tensor) -> Tensor:
         """The loss of (2 N, 3, S, S) views."""
         model, cosine = self.model, nn.functional.cosine_similarity
         with torch.autocast("cpu", dtype=torch.bfloat16):
+            if not self.two_pass:
+                return model(views)[0]
             z1, z2 = (model.projector(model.backbone(x)) for x in views.chunk(2))
             p1, p2 = model.predictor(z1), model.predictor(z2)
         pairs = ((p1, z2), (p2, z1))
@@ -76,22 +64,21 @@ class TwoPassStep(nn.Module):
         return -(losses[0] + losses[1]) / 2
 
 
-STEPS: dict[str, tuple[type[FusedStep] | type[TwoPassStep], dict[str, Any]]] = {
-    "ours": (FusedStep, {"kernels": "triton"}),
-    "recompute": (FusedStep, {"kernels": "triton", "recompute": True}),
-    "plain": (TwoPassStep, {"kernels": "plain"}),
+STEPS: dict[str, dict[str, Any]] = {
+    "ours": {"kernels": "triton"},
+    "recompute": {"kernels": "triton", "recompute": True},
+    "plain": {"kernels": "plain"},
 }
 
 
 def saved_bytes(forward: Any) -> int:
     """Bytes that the forward graph keeps for the backward: its outputs but the loss and inputs."""
     (outputs,) = next(n for n in forward.graph.nodes if n.op == "output").args
-    found = {}
-    for node in outputs[1:]:
-        value = node.meta.get("val") if isinstance(node, torch.fx.Node) else None
-        if isinstance(value, Tensor) and node.op != "placeholder":
-            found[node] = value.numel() * value.element_size()
-    return sum(found.values())
+    nodes = {n for n in outputs[1:] if isinstance(n, torch.fx.Node) and n.op != "placeholder"}
+    values = [node.meta.get("val") for node in nodes]
+    return sum(
+        value.numel() * value.element_size() for value in values if isinstance(value, Tensor)
+    )
 
 
 class _Captured(Exception):
@@ -104,28 +91,24 @@ def generate(name: str, graph: Any, args: list) -> Counter:
     from torch._inductor.graph import GraphLowering
     from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-    found, real = Counter(), GraphLowering.compile_to_module
+    counts, real = Counter(), GraphLowering.compile_to_module
 
     def capture(self: Any) -> None:
         code = self.codegen()[0]
-        text = getattr(code, "value", code)
-        found["launches"] = text.count(".run(")
+        counts["launches"] = getattr(code, "value", code).count(".run(")
         for node, words in self.count_bytes()[1]:
-            num_bytes = words * 4 - _written_only(node)  # Inductor counts in units of 4 bytes
-            calls = int(_is_library_call(node) and num_bytes > 0)
-            if "convolution_backward" in str(getattr(node.node, "op_overload", "")):
-                calls, num_bytes = convolution_backward(node.node)
-            found["launches"] += calls
-            found[f"bytes of {_kind(node)}"] += num_bytes
+            counts.update(count_node(node, 4 * words))  # Inductor counts in units of 4 bytes
         raise _Captured
 
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def on_cuda(a: Any) -> Any:
+        if not isinstance(a, Tensor):
+            return a
+        return torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="cuda")
+
     with fake_mode:
-        args = [
-            torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="cuda")
-            if isinstance(a, Tensor) else a
-            for a in args
-        ]  # fmt: skip
+        args = [on_cuda(a) for a in args]
     for node in graph.graph.nodes:
         if "device" in node.kwargs:
             node.kwargs = {**node.kwargs, "device": torch.device("cuda:0")}
@@ -143,46 +126,46 @@ def generate(name: str, graph: Any, args: list) -> Counter:
             raise
     finally:
         GraphLowering.compile_to_module = real  # type: ignore[method-assign]
-    return found
+    return counts
 
 
-def _is_user_kernel(node: Any) -> bool:
-    return type(node.node).__name__ == "UserDefinedTritonKernel"
+def count_node(node: Any, num_bytes: int) -> dict[str, int]:
+    """Library calls and bytes of a node of Inductor's schedule, for which it counts num_bytes.
+
+    A user's Triton kernel is an extern node too, but its launch is a .run in the code, and its
+    outputs, which Inductor counts as read too, are only written.
+    """
+    call = node.node
+    if type(call).__name__ == "UserDefinedTritonKernel":
+        from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+
+        kernel: Any = kernel_side_table.get_kernel(call.kernel_idx)
+        while hasattr(kernel, "fn"):  # Inductor wraps it in an autotuner of one choice
+            kernel = kernel.fn
+        return {
+            f"bytes of {kernel.__name__.lstrip('_')}": num_bytes
+            - sum(map(_bytes, call.mutable_args))
+        }
+    if not type(node).__name__.startswith("Extern"):
+        return {"bytes of Inductor's own": num_bytes}
+    operation = str(getattr(call, "op_overload", "") or call.python_kernel_name)
+    launches = int(num_bytes > 0)
+    if "convolution_backward" in operation:
+        launches, num_bytes = convolution_backward(call)
+    kind = "convolution" if "convolution" in operation else "matrix product"
+    return {"launches": launches, f"bytes of {kind}": num_bytes}
 
 
-def _is_library_call(node: Any) -> bool:
-    """A user's Triton kernel is an extern node too, but its launch is a .run in the code."""
-    return type(node).__name__.startswith("Extern") and not _is_user_kernel(node)
+def _bytes(buffer: Any) -> int:
+    return int(buffer.get_numel()) * buffer.get_dtype().itemsize
 
 
 def convolution_backward(call: Any) -> tuple[int, int]:
     """Kernels and bytes of aten.convolution_backward: dy and weight -> dx, dy and x -> dweight."""
-    dy, x, weight = (int(b.get_numel()) * b.get_dtype().itemsize for b in call.inputs)
     wants_input, wants_weight, wants_bias = call.constant_args[-3:]  # its output_mask
-    assert not wants_bias, "cuDNN's gradient of a bias is a sum of its own: count it"
-    return wants_input + wants_weight, (wants_input + wants_weight) * (dy + x + weight)
-
-
-def _written_only(node: Any) -> int:
-    """Bytes of a Triton kernel's outputs, which Inductor counts as read too."""
-    if not _is_user_kernel(node):
-        return 0
-    outputs = node.node.mutable_args
-    return sum(int(b.get_numel()) * b.get_dtype().itemsize for b in outputs)
-
-
-def _kind(node: Any) -> str:
-    if _is_user_kernel(node):
-        from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
-
-        kernel: Any = kernel_side_table.get_kernel(node.node.kernel_idx)
-        while hasattr(kernel, "fn"):  # Inductor wraps it in an autotuner of one choice
-            kernel = kernel.fn
-        return kernel.__name__.lstrip("_")
-    if _is_library_call(node):
-        target = str(getattr(node.node, "op_overload", "") or node.node.python_kernel_name)
-        return "convolution" if "convolution" in target else "matrix product"
-    return "Inductor's own"
+    assert not wants_bias, "cuDNN's gradient of a bias is a separate sum: count it"
+    kernels = wants_input + wants_weight
+    return kernels, kernels * sum(map(_bytes, call.inputs))
 
 
 def count_step(which: str, *, images: int, arch: str, saved_only: bool = False) -> dict:
@@ -193,75 +176,74 @@ def count_step(which: str, *, images: int, arch: str, saved_only: bool = False) 
     triton_for_h200()
     inductor.force_disable_caches, inductor.compile_threads = True, 1
     logging.getLogger("torch._inductor").setLevel(logging.ERROR)  # each capture ends in an error
-    step, options = STEPS[which]
-    model = SimSiam(ModelConfig(arch=arch, **options), MethodConfig())  # type: ignore[arg-type]
+    model = SimSiam(ModelConfig(arch=arch, **STEPS[which]), MethodConfig())  # type: ignore[arg-type]
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     with FakeTensorMode():
         views = torch.empty(2 * images, 3, 224, 224, dtype=torch.bfloat16)
         views = views.to(memory_format=torch.channels_last)
-    total: Counter = Counter()
-    graphs = trace(step(model), [views])
-    saved = round(saved_bytes(graphs["forward"][0]) / images / 1e6, 2)
+    graphs = trace(Step(model, two_pass=which == "plain"), [views])
+
+    def mb_per_image(num_bytes: int) -> float:
+        return round(num_bytes / images / 1e6, 2)
+
+    saved = mb_per_image(saved_bytes(graphs["forward"][0]))
     if saved_only:
         return {"saved_mb_per_image": saved}
+    total: Counter = Counter()
     with pretend_h200():
         for name, (graph, args) in graphs.items():
             total += generate(name, graph, args)
-    kinds = {k.removeprefix("bytes of "): v for k, v in total.items() if k != "launches"}
+    launches = total.pop("launches")
     return {
-        "mb_per_image": round(sum(kinds.values()) / images / 1e6, 2),
-        "launches": total["launches"],
+        "mb_per_image": mb_per_image(total.total()),
+        "launches": launches,
         "saved_mb_per_image": saved,
         "mb_per_image_by_kind": {
-            kind: round(v / images / 1e6, 2)
-            for kind, v in sorted(kinds.items(), key=lambda item: -item[1])
+            kind.removeprefix("bytes of "): mb_per_image(v) for kind, v in total.most_common()
         },
     }
 
 
-def print_counts(found: dict[str, dict]) -> None:
+def print_counts(steps: dict[str, dict]) -> None:
     """The table for people, on stderr."""
-    table = Table(title="counted, not measured: one step, bf16, H200")
-    table.add_column("MB per image")
-    for which in found:
-        table.add_column(which, justify="right")
-    kinds = {kind: None for one in found.values() for kind in one["mb_per_image_by_kind"]}
+    kinds = {kind: None for step in steps.values() for kind in step["mb_per_image_by_kind"]}
+    rows: list = []
     for kind in kinds:
-        cells = [one["mb_per_image_by_kind"].get(kind) for one in found.values()]
-        table.add_row(kind, *("" if cell is None else f"{cell:.1f}" for cell in cells))
-    table.add_section()
-    table.add_row("all", *(f"{one['mb_per_image']:.1f}" for one in found.values()))
-    kept = (f"{one['saved_mb_per_image']:.1f}" for one in found.values())
-    table.add_row("kept for backward", *kept)
-    table.add_row("launches", *(str(one["launches"]) for one in found.values()))
-    Console(file=sys.stderr, width=None if sys.stderr.isatty() else 100).print(table)
+        cells = [step["mb_per_image_by_kind"].get(kind) for step in steps.values()]
+        rows.append((kind, *("" if cell is None else f"{cell:.1f}" for cell in cells)))
+    rows += [
+        None,
+        ("all", *(f"{step['mb_per_image']:.1f}" for step in steps.values())),
+        ("kept for backward", *(f"{step['saved_mb_per_image']:.1f}" for step in steps.values())),
+        ("launches", *(step["launches"] for step in steps.values())),
+    ]
+    title = "counted, not measured: one step, bf16, H200"
+    print_table(title, ("MB per image", *steps), rows, width=100)
 
 
 def main() -> None:
     """Read the flags, count, print the table and one JSON line."""
+    import triton
+
     parser = argparse.ArgumentParser(description="Count a compiled step's launches and bytes.")
     parser.add_argument("--images", type=int, default=256, help="images of a step")
     parser.add_argument("--arch", choices=("resnet18", "resnet50"), default="resnet50")
     parser.add_argument("--steps", nargs="+", choices=tuple(STEPS), default=list(STEPS))
     parser.add_argument("--saved-only", action="store_true", help="what is kept for backward")
     parser.add_argument("--save", type=Path, help="also write the JSON to this file")
-    arguments = parser.parse_args()
-    found = {}
-    for which in arguments.steps:
+    flags = parser.parse_args()
+    result: dict = {}
+    for which in flags.steps:
         print(f"compiling {which}, about a minute ...", file=sys.stderr, flush=True)
-        found[which] = count_step(
-            which, images=arguments.images, arch=arguments.arch, saved_only=arguments.saved_only
-        )
-    if not arguments.saved_only:
-        print_counts(found)
-    import triton
-
-    facts = {"n": 1, "device": "none: counted for an H200",
-             "images": arguments.images, "arch": arguments.arch, "torch": torch.__version__,
-             "triton": triton.__version__}  # fmt: skip
-    line = json.dumps(found | facts)
-    if arguments.save is not None:
-        arguments.save.write_text(line + "\n")
+        how = {"images": flags.images, "arch": flags.arch, "saved_only": flags.saved_only}
+        result[which] = count_step(which, **how)
+    if not flags.saved_only:
+        print_counts(result)
+    result |= {"n": 1, "device": "none: counted for an H200", "images": flags.images}
+    result |= {"arch": flags.arch, "torch": torch.__version__, "triton": triton.__version__}
+    line = json.dumps(result)
+    if flags.save is not None:
+        flags.save.write_text(line + "\n")
     print(line)
 
 

@@ -1,38 +1,32 @@
-"""What only a GPU can show, in the order of what it tells: `python profiling/gpu_suite.py OUT`.
+"""What only a GPU can show, in the order of what it shows: `python profiling/gpu_suite.py OUT`.
 
     python profiling/gpu_suite.py OUT --minutes 15 --images DIR    what fits; again: what is left
     python profiling/gpu_suite.py OUT --stages step,memcheck       some; the table shows all of OUT
     python profiling/gpu_suite.py OUT --minutes 15 --rehearse      the same lines, tiny, anywhere
 
 Stages, their seconds and needs: profiling/suite/stages.py; extras.py has those that run only
-when named. DIR holds imagenet/ (photos) and cifar10/ (train/ and test/ with class folders); what
-needs images, or DALI, that is not there waits for a later call. Each figure is in OUT/<stage>.json
+when named. DIR holds imagenet/ (photos) and cifar10/ (train/ and test/ with class folders); a stage
+whose images, or DALI, are missing waits for a later call. Each figure is in OUT/<stage>.json
 the moment it is known, each program's output in OUT/<stage>-*.log, compiled code in OUT/cache. A
-stage that crashes, hangs or runs out of time costs no other one, and is tried once more after the
+stage that crashes, hangs or runs out of time stops no other, and is tried once more after the
 others; a training is resumed. docs/gpu_suite.md: the calls for a machine that takes 64 MB at a
-time. Exit code 1 where a goal was missed or a stage failed. Not yet run on a GPU.
-A newcomer's mistake: reading a rehearsal's figures. It shows that the commands run, no more.
+time. Exit code 1 where a goal was missed or a stage failed. Not yet run on a GPU. A rehearsal shows
+that the commands run; its figures mean nothing.
 """
 
-import os
-import sys
-
-if not __package__:  # run as a script: the repo root, not this folder, heads sys.path
-    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # profiling/ is no package
+import root_first  # isort: skip # noqa: F401
 
 import argparse
 import importlib.util
 import json
 import math
+import sys
 import time
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
+from measure.results import print_table
 from suite.checks import OutOfTime, StageFailed, Suite
 from suite.extras import EXTRAS
 from suite.stages import STAGES, Stage
@@ -53,35 +47,30 @@ def read(out: Path, name: str) -> dict:
 
 def is_done(stage: Stage, written: dict) -> bool:
     """Whether a stage has all its figures, or has failed often enough."""
-    if stage.takes_the_rest and written["ended"] and written["error"] is None:
-        state = [found.get("state") for found in written["found"].values()]
-        return state == ["finished"]
-    return (written["ended"] and written["error"] is None) or written["attempts"] >= ATTEMPTS
+    is_good = written["ended"] and written["error"] is None
+    if stage.takes_the_rest and is_good:
+        return [result.get("state") for result in written["found"].values()] == ["finished"]
+    return is_good or written["attempts"] >= ATTEMPTS
 
 
-def has_dali() -> bool:
-    """Whether DALI is installed; it is not imported."""
-    find = importlib.util.find_spec  # of a module whose parent is missing it raises
-    return find("nvidia") is not None and find("nvidia.dali") is not None
-
-
-def what_is_there(suite: Suite) -> set[str]:
+def met_needs(suite: Suite) -> set[str]:
     """Which of a stage's needs are met. A rehearsal has embedded images."""
-    found = {"dali"} if has_dali() else set()
+    find = importlib.util.find_spec  # of a module whose parent is missing it raises
+    met = {"dali"} if find("nvidia") is not None and find("nvidia.dali") is not None else set()
     for part in ("imagenet", "cifar10"):
-        if suite.images is None or (suite.images / part).is_dir():
-            found |= {part} if suite.images is not None or suite.rehearse else set()
-    return found
+        if suite.rehearse if suite.images is None else (suite.images / part).is_dir():
+            met.add(part)
+    return met
 
 
-def choose(names: list[str], out: Path, left: float, has: set[str]) -> tuple[str | None, dict]:
+def choose(names: list[str], out: Path, left: float, met: set[str]) -> tuple[str | None, dict]:
     """The stage to run now, and why each one that is not done has to wait."""
     waiting, fits = {}, []
     for name in names:
         stage, written = ALL[name], read(out, name)
         if is_done(stage, written):
             continue
-        if missing := [need for need in stage.needs if need not in has]:
+        if missing := [need for need in stage.needs if need not in met]:
             waiting[name] = f"needs {' and '.join(missing)}"
         elif stage.seconds > left:
             waiting[name] = f"takes {stage.seconds:.0f} s, {max(0.0, left):.0f} are left"
@@ -115,11 +104,11 @@ def run_all(names: list[str], suite: Suite, seconds: float) -> dict[str, str]:
     while True:
         left = end - time.monotonic() - MARGIN_S
         rest = [name for name in names if not (ALL[name].takes_the_rest and name in ran)]
-        name, waiting = choose(rest, suite.out, left, what_is_there(suite))
+        name, waiting = choose(rest, suite.out, left, met_needs(suite))
         if name is None:
             return waiting
-        print(f"{name}, about {ALL[name].seconds:.0f} s, {left:.0f} are left ...",
-              file=sys.stderr, flush=True)  # fmt: skip
+        line = f"{name}, about {ALL[name].seconds:.0f} s, {left:.0f} are left ..."
+        print(line, file=sys.stderr, flush=True)
         run_stage(name, suite, left)
         ran.append(name)
 
@@ -127,29 +116,29 @@ def run_all(names: list[str], suite: Suite, seconds: float) -> dict[str, str]:
 def summary(out: Path) -> dict:
     """All stages that OUT holds, in order, and what was missed."""
     stages = [read(out, name) for name in ALL if (out / f"{name}.json").exists()]
-    missed = [f"{s['stage']}: {c['what']}" for s in stages for c in s["checks"]
-              if c["verdict"] == "fail"]  # fmt: skip
-    failed = {s["stage"]: s["error"] or "was cut off" for s in stages
-              if s["error"] or not s["ended"]}  # fmt: skip
-    return {"stages": stages, "missed": missed, "failed": failed}
+    checks = [(stage["stage"], check) for stage in stages for check in stage["checks"]]
+    bad = [stage for stage in stages if stage["error"] or not stage["ended"]]
+    return {
+        "stages": stages,
+        "missed": [f"{name}: {c['what']}" for name, c in checks if c["verdict"] == "fail"],
+        "failed": {stage["stage"]: stage["error"] or "was cut off" for stage in bad},
+    }
 
 
-def print_table(stages: list[dict]) -> None:
+def print_stages(stages: list[dict]) -> None:
     """The table for people, on stderr."""
-    table = Table(title="GPU suite")
-    for name in ("stage", "figure", "value", "goal", ""):
-        table.add_column(name, justify="right" if name == "value" else "left")
+    rows: list = []
     for stage in stages:
         title = f"{stage['stage']} ({stage['seconds']:.0f} s)"
         for check in stage["checks"]:
             value = "none" if check["value"] is None else f"{check['value']:.5g}"
-            what = escape(check["what"])  # "[images/s]" is no markup
-            table.add_row(title, what, value, check["goal"], check["verdict"])
+            rows.append((title, check["what"], value, check["goal"], check["verdict"]))
             title = ""
         if stage["error"]:
-            table.add_row(title, "failed", "", "", escape(stage["error"][:100]))
-        table.add_section()
-    Console(file=sys.stderr, width=None if sys.stderr.isatty() else 160).print(table)
+            rows.append((title, "failed", "", "", stage["error"][:100]))
+        rows.append(None)
+    columns = ("stage", "figure", "value", "goal", "")
+    print_table("GPU suite", columns, rows, align="llrll", width=160)
 
 
 def main() -> None:
@@ -158,31 +147,30 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder of the results; kept from call to call")
     parser.add_argument("--minutes", type=float, default=math.inf, help="what fits is taken")
     parser.add_argument("--images", type=Path, help="folder with imagenet/ and cifar10/")
-    parser.add_argument("--stages", default=",".join(STAGES),
-                        help=f"names between commas; also {', '.join(EXTRAS)}")  # fmt: skip
+    named = f"names between commas; also {', '.join(EXTRAS)}"
+    parser.add_argument("--stages", default=",".join(STAGES), help=named)
     parser.add_argument("--rehearse", action="store_true", help="tiny, on any machine, no goals")
     parser.add_argument("--apex", type=Path, help="checkout of NVIDIA/apex to build")
     arguments = parser.parse_args()
-    names = arguments.stages.split(",")
+    names, images = arguments.stages.split(","), arguments.images
     if unknown := [name for name in names if name not in ALL]:
         refuse(f"--stages {unknown[0]} is unknown: there are {', '.join(ALL)}")
     if not arguments.minutes > 0:
         refuse(f"--minutes must be above 0, got {arguments.minutes}")
-    if arguments.images is not None and not arguments.images.is_dir():
-        refuse(f"--images {arguments.images} is no folder")
+    if images is not None and not images.is_dir():
+        refuse(f"--images {images} is no folder")
     if not arguments.rehearse and not torch.cuda.is_available():
         refuse("no CUDA device: give --rehearse to run the same commands, tiny", code=1)
-    (arguments.out / "runs").mkdir(parents=True, exist_ok=True)
     out = arguments.out.resolve()
-    suite = Suite(out, arguments.images, arguments.rehearse, arguments.apex)
+    (out / "runs").mkdir(parents=True, exist_ok=True)
+    suite = Suite(out, images, arguments.rehearse, arguments.apex)
     waiting = run_all(names, suite, 60 * arguments.minutes)
-    found = summary(out)
-    print_table(found["stages"])
+    result = summary(out)
+    print_stages(result.pop("stages"))
     for name, why in waiting.items():
         print(f"{name} waits: {why}", file=sys.stderr)
-    print(json.dumps({"out": str(out), "missed": found["missed"], "failed": found["failed"],
-                      "waiting": waiting}))  # fmt: skip
-    if found["missed"] or found["failed"]:
+    print(json.dumps({"out": str(out), **result, "waiting": waiting}))
+    if result["missed"] or result["failed"]:
         raise SystemExit(1)
 
 

@@ -1,17 +1,11 @@
 """Keep the results of finished runs: `python profiling/record.py NAME RUN [RUN ...]`.
 
 Reads result.json, env.json, config.yaml and the metrics of each run folder and writes
-profiling/results/NAME_<device>_<yyyymm>.json. The figures of README and
-docs/measured.md point to these files.
-A newcomer's mistake: recording runs of different code together. They must share one revision.
+profiling/results/NAME_<device>_<yyyymm>.json. The figures of README and docs/measured.md point to
+these files. The runs must share one revision.
 """
 
-import os
-import sys
-
-if not __package__:  # run as a script: the repo root, not this folder, heads sys.path
-    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # profiling/ is no package
+import root_first  # isort: skip # noqa: F401
 
 import argparse
 import json
@@ -21,9 +15,8 @@ from pathlib import Path
 
 import yaml
 
-from measure.results import result_path
+from measure.results import errors_in_one_line, result_path
 from train.run.metrics import read_metrics
-from train.run.program import refuse
 
 
 def read_run(run: Path) -> dict:
@@ -31,11 +24,9 @@ def read_run(run: Path) -> dict:
     try:
         parts = {name: json.loads((run / f"{name}.json").read_text()) for name in ("result", "env")}
     except FileNotFoundError as error:
-        raise ValueError(
-            f"{run} has no {Path(error.filename).name}: is the run finished?"
-        ) from error
-    if parts["result"]["state"] != "finished":
-        state = parts["result"]["state"]
+        name = Path(error.filename).name
+        raise ValueError(f"{run} has no {name}: is the run finished?") from error
+    if (state := parts["result"]["state"]) != "finished":
         raise ValueError(f"{run} is {state}, not finished: start it again first")
     rows = [row for row in read_metrics(run / "metrics.jsonl") if "train/loss" in row]
     return {
@@ -49,13 +40,13 @@ def read_run(run: Path) -> dict:
 
 def record(name: str, runs: list[Path]) -> Path:
     """Write the results of the runs, which must be of one revision, machine and CPU setting."""
-    found = [read_run(run) for run in runs]
+    results = [read_run(run) for run in runs]
     for part in ("revision", "device", "cpu_capability", "onednn_max_cpu_isa"):
-        values = {str(run["env"].get(part)) for run in found}
+        values = {str(run["env"].get(part)) for run in results}
         if len(values) > 1:
             raise ValueError(f"the runs differ in {part}: {', '.join(sorted(values))}")
-    path = result_path(name, found[0]["env"]["device"])
-    path.write_text(json.dumps({"n": len(found), "runs": found}, indent=1) + "\n")
+    path = result_path(name, results[0]["env"]["device"])
+    path.write_text(json.dumps({"n": len(results), "runs": results}, indent=1) + "\n")
     return path
 
 
@@ -65,10 +56,8 @@ def main() -> None:
     parser.add_argument("name", help="what was measured, e.g. cifar10-3-epochs")
     parser.add_argument("runs", type=Path, nargs="+", help="run folders")
     arguments = parser.parse_args()
-    try:
+    with errors_in_one_line():
         path = record(arguments.name, arguments.runs)
-    except (ValueError, OSError) as error:
-        refuse(str(error), code=1)
     print(json.dumps({"file": str(path)}))
 
 

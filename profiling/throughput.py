@@ -1,30 +1,27 @@
-"""How fast this pipeline is here, what bounds it, against whom, and how far from the limit.
+"""Images/s of this pipeline on this machine, what limits them, and beside which peers.
 
     python profiling/throughput.py                       this machine
     torchrun --nnodes 4 ... profiling/throughput.py      a cluster
     python profiling/throughput.py --dry-run --gpus 8
 
 Images/s are source images a second, two views each. All flags of train/main.py apply. What
-could not be measured is printed with the reason.
-A newcomer's mistake: comparing rates of two runs. Ratios are of one run, variants in turn.
+could not be measured is printed with the reason. Ratios are of one run, whose variants take turns:
+rates of two runs cannot be compared.
 """
 
-import os
-import sys
+import root_first  # isort: skip # noqa: F401
 
-if not __package__:  # run as a script: the repo root, not this folder, heads sys.path
-    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # profiling/ is no package
-
-import dataclasses
 import json
+import sys
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import torch
 
 from measure.charts import draw, print_tables
 from measure.harness import MeasureConfig, open_images, read_flags, with_batch
-from measure.results import result_path, save_json
-from measure.step_times import measure_end_to_end, measure_step, open_session, random_batch
+from measure.results import errors_in_one_line, save_and_print
+from measure.step_times import measure_end_to_end, measure_step, open_training, random_batch
 from measure.step_trace import collectives, timeline, trace_of
 from measure.turns import Timing, ratios
 from pipeline.machine import usable_cores
@@ -34,9 +31,7 @@ from predict.limit import measure_limit, most_times
 from train import distributed
 from train.config import Config
 from train.distributed import World, gather
-from train.loop import train_step
 from train.run.folder import environment, has_fast_bf16
-from train.run.program import refuse
 from train.window import peak_gib
 
 LOADER_ROWS = 64  # images a batch and rank, where training's batch is smaller
@@ -48,141 +43,121 @@ def say(world: World, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def total_rate(world: World, timing: Timing) -> tuple[float, list[float]]:
-    """Images/s over all ranks, and of each (medians)."""
-    rates = gather(world, None if timing.not_measured else timing.rate())
-    known = [rate for rate in rates if rate is not None]
-    return sum(known), known
+@dataclass
+class Bench:
+    """The parts that can be measured; each adds to `result`, the same on every rank."""
 
+    config: Config
+    m: MeasureConfig
+    world: World
+    result: dict = field(default_factory=lambda: {"ratios": {}, "images_per_s": {}})
 
-def measure(config: Config, m: MeasureConfig, world: World) -> dict:
-    """All parts that were asked for; the same on every rank."""
-    found: dict = {"ratios": {}, "images_per_s": {}}
-    reader = None
-    if {"loader", "host", "end_to_end"} & set(m.what):
-        reader = open_images(config, world)
-    if "loader" in m.what:
-        assert reader is not None
-        measure_loader_part(reader, config, m, world, found)
-    if "host" in m.what:
+    def run(self) -> dict:
+        """All parts that were asked for."""
+        wanted = set(self.m.what)
+        reader: Any = None
+        if wanted & {"loader", "host", "end_to_end"}:
+            reader = open_images(self.config, self.world)
+        parts = {
+            "loader": lambda: self.loader(reader),
+            "host": lambda: self.host(reader),
+            "step": self.step,
+            "end_to_end": lambda: self.end_to_end(reader),
+            "limit": self.limit,
+            "ranks": self.ranks,
+        }
+        for name, measure in parts.items():
+            if name in wanted:
+                measure()
+        return self.result | {"memory": memory(self.world)}
+
+    def add(self, part: str, timings: dict[str, Timing]) -> list[float]:
+        """Keep the timings of a part; images/s of each rank (medians)."""
+        rates = gather(self.world, None if timings["ours"].not_measured else timings["ours"].rate())
+        rates = [rate for rate in rates if rate is not None]
+        self.result[part] = {name: timing.summary() for name, timing in timings.items()}
+        self.result["ratios"] |= ratios(part, timings)
+        self.result["images_per_s"][part] = round(sum(rates), 2)
+        return rates
+
+    @property
+    def with_peers(self) -> str:
+        """For the line of progress."""
+        return "ours and its peers ..." if self.m.peers else "ours ..."
+
+    def loader(self, reader: ImageReader) -> None:
+        """The loader, its stages and its peers."""
+        from measure.loader_times import measure_loader, measure_stages  # imports DALI
+
+        say(self.world, f"loader: {self.with_peers}")
+        rows = max(LOADER_ROWS, self.config.data.batch_size // self.world.size)
+        larger = with_batch(self.config, rows * self.world.size)
+        self.add("loader", measure_loader(reader, larger, self.m, self.world))
+        self.result["stages"] = measure_stages(reader, larger, self.world, n=self.m.repeats)
+
+    def host(self, reader: ImageReader) -> None:
+        """The loader without decoding."""
         from measure.host_cost import measure_host  # imports DALI
 
-        assert reader is not None
-        say(world, "host: the loader without decoding ...")
-        found["host"] = measure_host(reader, config, world, n=m.repeats)
-    if "step" in m.what:
-        measure_step_part(config, m, world, found)
-    if "end_to_end" in m.what:
-        assert reader is not None
-        measure_both(reader, config, m, world, found)
-    if "limit" in m.what:
-        compare_with_limit(config, world, found)
-    if "ranks" in m.what:
-        found |= measure_ranks(config, m, world, found)
-    found["memory"] = memory(world)
-    return found
+        say(self.world, "host: the loader without decoding ...")
+        self.result["host"] = measure_host(reader, self.config, self.world, n=self.m.repeats)
 
+    def step(self) -> None:
+        """The step, its peers, and each rank's part of it."""
+        say(self.world, f"step: {self.with_peers}")
+        rates = self.add("step", measure_step(self.config, self.m, self.world))
+        if rates:
+            ranks = {"total_images_per_s": sum(rates), "images_per_s": rates}
+            self.result["ranks"] = ranks | {"slowest_rank": rates.index(min(rates))}
 
-def measure_loader_part(
-    reader: ImageReader, config: Config, m: MeasureConfig, world: World, found: dict
-) -> None:
-    """The loader, its stages and its peers."""
-    from measure.loader_times import measure_loader, measure_stages  # imports DALI
+    def end_to_end(self, reader: ImageReader) -> None:
+        """Loader and step together, against the slower of the two."""
+        say(self.world, "end to end ...")
+        timing, wait = measure_end_to_end(reader, self.config, self.m, self.world)
+        self.add("end_to_end", {"ours": timing})
+        self.result["end_to_end"]["data_wait_pct"] = round(wait, 2)
+        rates = self.result["images_per_s"]
+        slower = min(rates.get("loader", 0), rates.get("step", 0))
+        if slower and timing.not_measured is None:
+            self.result["ratios"]["end_to_end/slower"] = round(rates["end_to_end"] / slower, 3)
 
-    say(world, "loader: ours" + (" and its peers" if m.peers else "") + " ...")
-    rows = max(LOADER_ROWS, config.data.batch_size // world.size)
-    larger = with_batch(config, rows * world.size)
-    timings = measure_loader(
-        reader,
-        larger,
-        world,
-        peers=m.peers,
-        n=m.repeats,
-        budget_s=m.budget_s,
-        images=m.loader_images,
-    )
-    found["loader"] = {name: timing.summary() for name, timing in timings.items()}
-    found["stages"] = measure_stages(reader, larger, world, n=m.repeats)
-    found["ratios"] |= ratios("loader", timings)
-    found["images_per_s"]["loader"] = round(total_rate(world, timings["ours"])[0], 2)
+    def limit(self) -> None:
+        """The roofline of a rank's step, and how much of it the measured step reaches."""
+        say(self.world, "limit ...")
+        rows = self.config.data.batch_size // self.world.size
+        limit = measure_limit(self.config, self.world.device, rows=rows)
+        if per_rank := self.result["images_per_s"].get("step", 0) / self.world.size:
+            flops = per_rank * limit["gflop_per_image"] * 1e9
+            limit["share_of_roofline"] = round(per_rank / limit["images_per_s"], 4)
+            limit["mfu"] = round(flops / (limit["matmul_tflop_per_s"] * 1e12), 4)
+        peers = most_times(limit["images_per_s"], self.result.get("step", {}))
+        self.result["limit"] = limit | peers
 
-
-def measure_step_part(config: Config, m: MeasureConfig, world: World, found: dict) -> None:
-    """The step, its peers, and each rank's part of it."""
-    say(world, "step: ours" + (" and its peers" if m.peers else "") + " ...")
-    timings = measure_step(
-        config,
-        world,
-        peers=m.peers,
-        steps=m.steps,
-        warmup=m.warmup,
-        n=m.repeats,
-        budget_s=m.budget_s,
-    )
-    found["step"] = {name: timing.summary() for name, timing in timings.items()}
-    found["ratios"] |= ratios("step", timings)
-    total, each = total_rate(world, timings["ours"])
-    found["images_per_s"]["step"] = round(total, 2)
-    if each:
-        found["ranks"] = {"total_images_per_s": total, "images_per_s": each,
-                          "slowest_rank": each.index(min(each))}  # fmt: skip
-
-
-def measure_both(
-    reader: ImageReader, config: Config, m: MeasureConfig, world: World, found: dict
-) -> None:
-    """Loader and step together, against the slower of the two."""
-    say(world, "end to end ...")
-    timing, wait = measure_end_to_end(
-        reader, config, world, steps=max(m.steps, 3), n=m.repeats, budget_s=m.budget_s
-    )
-    found["end_to_end"] = {"ours": timing.summary(), "data_wait_pct": round(wait, 2)}
-    rates = found["images_per_s"]
-    rates["end_to_end"] = round(total_rate(world, timing)[0], 2)
-    slower = min(rates.get("loader", 0), rates.get("step", 0))
-    if slower and timing.not_measured is None:
-        found["ratios"]["end_to_end/slower"] = round(rates["end_to_end"] / slower, 3)
-
-
-def compare_with_limit(config: Config, world: World, found: dict) -> None:
-    """The roofline of a rank's step, and how much of it the measured step reaches."""
-    say(world, "limit ...")
-    limit = measure_limit(config, world.device, rows=config.data.batch_size // world.size)
-    per_rank = found["images_per_s"].get("step", 0) / world.size
-    if per_rank:
-        flops = per_rank * limit["gflop_per_image"] * 1e9
-        limit["share_of_roofline"] = round(per_rank / limit["images_per_s"], 4)
-        limit["mfu"] = round(flops / (limit["matmul_tflop_per_s"] * 1e12), 4)
-    found["limit"] = limit | most_times(limit["images_per_s"], found.get("step", {}))
-
-
-def measure_ranks(config: Config, m: MeasureConfig, world: World, before: dict) -> dict:
-    """Where a step goes, its collectives, and how ranks scale against one in this run."""
-    session, batch = open_session(config, world), random_batch(config, world)
-    trace = trace_of(lambda: train_step(session, batch), world.device)
-    found: dict = {"timeline": timeline(trace)}
-    if world.size == 1 or "ranks" not in before:
-        return found
-    say(world, "one rank alone ...")
-    rows = config.data.batch_size // world.size
-    alone = None
-    if world.is_main:
-        timing = measure_step(
-            with_batch(config, rows), world.alone(), peers=False, steps=m.steps,
-            warmup=m.warmup, n=m.repeats, budget_s=m.budget_s,
-        )["ours"]  # fmt: skip
-        alone = None if timing.not_measured else timing.rate()
-    alone = distributed.from_main(world, alone)
-    learned = (p for p in session.state.model.parameters() if p.requires_grad)
-    parameters = sum(p.numel() for p in learned)
-    found["ranks"] = before["ranks"] | {
-        "one_rank_alone_images_per_s": alone,
-        "scaling_efficiency": round(before["ranks"]["total_images_per_s"] / world.size / alone, 4)
-        if alone else None,
-        "collectives_per_step": collectives(trace),
-        "gradient_bytes_per_step": 4 * parameters,
-    }  # fmt: skip
-    return found
+    def ranks(self) -> None:
+        """Where a step's time is spent, its collectives, and how ranks scale against one."""
+        world, rows = self.world, self.config.data.batch_size // self.world.size
+        (train, model), batch = open_training(self.config, world), random_batch(self.config, world)
+        trace = trace_of(lambda: train(batch), world.device)
+        self.result["timeline"] = timeline(trace)
+        if world.size == 1 or "ranks" not in self.result:
+            return
+        say(world, "one rank alone ...")
+        alone, efficiency = None, None
+        if world.is_main:
+            without = replace(self.m, peers=False)
+            timing = measure_step(with_batch(self.config, rows), without, world.alone())["ours"]
+            alone = None if timing.not_measured else timing.rate()
+        alone = distributed.from_main(world, alone)
+        if alone:
+            total = self.result["ranks"]["total_images_per_s"]
+            efficiency = round(total / world.size / alone, 4)
+        learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self.result["ranks"] |= {
+            "one_rank_alone_images_per_s": alone,
+            "scaling_efficiency": efficiency,
+            "collectives_per_step": collectives(trace),
+            "gradient_bytes_per_step": 4 * learned,
+        }
 
 
 def memory(world: World) -> dict:
@@ -196,63 +171,53 @@ def memory(world: World) -> dict:
         mine["torch_reserved_gib"] = round(reserved / 2**30, 3)
         mine["dali_and_contexts_gib"] = round(others / 2**30, 3)
     everywhere = gather(world, mine)
-    return {name: max(one[name] for one in everywhere) for name in mine}
+    return {name: max(rank[name] for rank in everywhere) for name in mine}
 
 
 def check_method(config: Config, m: MeasureConfig) -> None:
     """Raise ValueError if a part that is SimSiam's alone is asked for with another method."""
-    if m.dry_run:
-        asked = {"--dry-run": "leave it out"}
-    else:
-        asked = {"--peers true": "give --peers false"} if m.peers else {}
+    remedies = {"--dry-run": "leave it out"}
+    if not m.dry_run:
+        remedies = {"--peers true": "give --peers false"} if m.peers else {}
         if "limit" in m.what:
-            asked["--what limit"] = "give --what loader,step,end_to_end,ranks"
-    if config.method.name != "simsiam" and asked:
+            remedies["--what limit"] = "give --what loader,step,end_to_end,ranks"
+    if config.method.name != "simsiam" and remedies:
         raise ValueError(
-            f"{' and '.join(asked)}: for SimSiam's step alone, --method.name is "
-            f"{config.method.name}: {' and '.join(asked.values())}"
+            f"{' and '.join(remedies)}: for SimSiam's step alone, --method.name is "
+            f"{config.method.name}: {' and '.join(remedies.values())}"
         )
+
+
+def check_machine(config: Config, world: World) -> None:
+    """Warn of flags that make this machine slow. Raises: ValueError for a batch it cannot split."""
+    batch_size, threads, cores = config.data.batch_size, config.dali.threads, usable_cores()
+    if batch_size % world.size:
+        raise ValueError(f"{world.size} processes do not divide --data.batch_size {batch_size}")
+    if threads > cores:
+        text = "they will wait for each other; 0 takes what is there"
+        say(world, f"warning: --dali.threads {threads} on {cores} cores: {text}")
+    if config.precision == "bf16" and world.device.type == "cpu" and not has_fast_bf16():
+        text = "software computes them; --precision fp32 is many times faster"
+        say(world, f"warning: this CPU has no bf16 instructions: {text}")
 
 
 def main() -> None:
     """Read the flags, measure, print the tables and one JSON line."""
     config, m = read_flags("profiling/throughput.py", "Measure images per second.")
-    try:
+    with errors_in_one_line():
         check_method(config, m)
         if m.dry_run:
             print(json.dumps(forecast(config, gpu=m.gpu, gpus=m.gpus)))
             return
         with distributed.start(config.device, config) as world:
-            if config.data.batch_size % world.size:
-                raise ValueError(
-                    f"{world.size} processes do not divide --data.batch_size "
-                    f"{config.data.batch_size}"
-                )
-            cores = usable_cores()
-            if config.dali.threads > cores:
-                say(world, f"warning: --dali.threads {config.dali.threads} on {cores} cores: "
-                    "they will wait for each other; 0 takes what is there")  # fmt: skip
-            if config.precision == "bf16" and world.device.type == "cpu" and not has_fast_bf16():
-                say(world, "warning: this CPU has no bf16 instructions: software computes them; "
-                    "--precision fp32 is many times faster here")  # fmt: skip
+            check_machine(config, world)
             m = m.filled(world.device)
-            found = measure(config, m, world)
-            found |= {
-                "n": m.repeats,
-                "config": dataclasses.asdict(config),
-                "measure": dataclasses.asdict(m),
-                "environment": environment(world.size, world.device),
-            }  # fmt: skip
-            is_main = world.is_main
-    except (ValueError, OSError) as error:
-        refuse(str(error), code=1)
-    if is_main:
-        print_tables(found)
-        if m.save:
-            picture = result_path(m.save, found["environment"]["device"], ".png")
-            draw(found, picture)
-            found["files"] = [save_json(m.save, found), str(picture)]
-        print(json.dumps(found))
+            result = Bench(config, m, world).run()
+            result |= {"n": m.repeats, "config": asdict(config), "measure": asdict(m)}
+            result["environment"] = environment(world.size, world.device)
+    if world.is_main:
+        print_tables(result)
+        save_and_print(result, m.save, draw)
 
 
 if __name__ == "__main__":

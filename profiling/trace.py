@@ -2,30 +2,25 @@
 
     python profiling/trace.py --data.root DIR --out trace.json.gz
 
-Ranges: data, normalize, forward, backward, optimizer; on a GPU also what they launched there.
-A newcomer's mistake: reading times off the trace. The profiler itself costs time; the harness
-(profiling/throughput.py) times without it.
+Ranges: data, normalize, forward, backward, optimizer; on a GPU also what they launched on it.
+The profiler itself costs time: read times off profiling/throughput.py, which runs without it.
 """
 
-import os
-import sys
-
-if not __package__:  # run as a script: the repo root, not this folder, heads sys.path
-    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # profiling/ is no package
+import root_first  # isort: skip # noqa: F401
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 from torch.profiler import record_function
 
 from measure.harness import open_images, read_flags
-from measure.loader_times import endless_order, open_loader
-from measure.step_times import open_session
+from measure.loader_times import OurLoader
+from measure.results import errors_in_one_line
+from measure.step_times import open_training
 from measure.step_trace import timeline, trace_of
 from train import distributed
-from train.loop import train_step
 from train.run.program import refuse
 
 
@@ -35,24 +30,20 @@ def main() -> None:
     out = Path(config.out or "trace.json.gz")
     if out.is_dir() or not os.access(out.parent, os.W_OK):
         refuse(f"--out {out} cannot be written: name a file, such as trace.json.gz")
-    try:
-        with distributed.start(config.device, config) as world:
-            reader = open_images(config, world)
-            session = open_session(config, world)
-            order, _ = endless_order(reader, config, world)
-            batches = iter(open_loader(reader, order, config, world, range(8)))
+    with errors_in_one_line(), distributed.start(config.device, config) as world:
+        loader = OurLoader(open_images(config, world), config, world)
+        train, _ = open_training(config, world)
+        batches = loader.next_batches(8)
 
-            def step() -> None:
-                with record_function("data"):
-                    batch = next(batches)
-                train_step(session, batch)
+        def step() -> None:
+            with record_function("data"):
+                batch = next(batches)
+            train(batch)
 
-            trace = trace_of(step, world.device)
-            if world.is_main:
-                with gzip.open(out, "wt") as file:
-                    json.dump(trace, file)
-    except (ValueError, OSError) as error:
-        refuse(str(error), code=1)
+        trace = trace_of(step, world.device)
+        if world.is_main:
+            with gzip.open(out, "wt") as file:
+                json.dump(trace, file)
     if world.is_main:
         print(json.dumps({"file": str(out), "ranges": timeline(trace)}))
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from measure import kernel_checks
-from measure.kernel_checks import Draw, Launched, check_each, errors_of, jit_functions, make_case
+from measure.kernel_checks import CASES, Draw, check_each, errors_of, jit_functions, reached
 
 CPU = torch.device("cpu")
 
@@ -41,18 +41,18 @@ def test_a_kernel_that_no_case_launches_fails_the_check(monkeypatch):
 
 
 def test_what_a_launched_kernel_calls_counts_as_launched():
-    assert Launched({"_reduce": {}}).reached() == {"_reduce", "normalise", "pooled_gradient"}
+    assert reached({"_reduce"}) == {"_reduce", "normalise", "pooled_gradient"}
 
 
 def test_a_wrong_result_is_told_with_its_error(monkeypatch):
-    case = make_case("sync", (4, 8, 3, 3), Draw(torch.float32, CPU))
-    good = errors_of(case)[0]["mean"]
+    case = CASES["sync"]("sync", (4, 8, 3, 3), Draw(torch.float32, CPU))
+    good = errors_of(case, {})["mean"]
     call = case.call
     case.call = lambda given, how: {k: v + 0.01 * (how == "triton") for k, v in
                                     call(given, how).items()}  # fmt: skip
-    wrong = errors_of(case)[0]["mean"]
+    wrong = errors_of(case, {})["mean"]
     assert good[0] <= good[2] and wrong[0] > 0.009 > wrong[2]
-    monkeypatch.setattr(kernel_checks, "make_case", lambda *_: case)
+    monkeypatch.setitem(CASES, "sync", lambda *_: case)
     assert "sync: mean is off by 0.01, allowed" in " ".join(
         check_each("small", torch.float32, CPU)["failed"]
     )

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from measure import host_cost
+from measure.harness import MeasureConfig, write_photos
 from measure.loader_times import measure_loader, num_filling
-from measure.photos import write_photos
 from pipeline.augment import AugmentConfig, draws_in_graph
 from pipeline.decode import DecodeOptions
 from pipeline.graph import NDIM
@@ -39,7 +39,8 @@ def test_on_a_gpu_at_least_100_batches_are_timed(tmp_path, monkeypatch):
         gpu = dataclasses.replace(world, device=torch.device("cuda", 0))
     for where, steps in ((world, 2), (gpu, 100)):
         taken.clear()
-        measure_loader(reader, CONFIG, where, peers=False, n=1, budget_s=1, images=16)
+        once = MeasureConfig(peers=False, repeats=1, budget_s=1, loader_images=16)
+        measure_loader(reader, CONFIG, once, where)
         assert taken["steps"] == steps
 
 

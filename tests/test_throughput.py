@@ -19,11 +19,10 @@ from compare import main as compare_files
 from growth import link_folder, open_list
 from measure import peers
 from measure.charts import draw
-from measure.harness import MeasureConfig, read_flags
+from measure.harness import MeasureConfig, read_flags, write_photos
 from measure.kernel_times import resnet50_sites
 from measure.loader_times import OfficialViews, measure_loader, measure_stages
 from measure.peers import Official, peer_step
-from measure.photos import write_photos
 from measure.step_times import measure_end_to_end, measure_step
 from measure.step_trace import collectives, timeline
 from measure.turns import Timing, quantile, ratios, take_turns
@@ -38,6 +37,7 @@ from train.methods.simsiam import SimSiam
 from train.methods.swav import SwAVConfig
 
 ROOT = Path(__file__).parent.parent
+ONCE = MeasureConfig(steps=1, warmup=1, repeats=1, budget_s=60, loader_images=16)
 SMALL = {"arch": "resnet18", "stem": "cifar", "projector_dim": 64, "predictor_hidden": 16}
 
 
@@ -164,9 +164,7 @@ def test_percentiles_of_rates_are_ordered_and_exact():
 
 def test_the_loader_its_stages_and_both_peers_are_measured(torchvision, reader, world):
     config = small_config(reader.source.root)
-    found = measure_loader(
-        reader, config, world, peers=True, n=1, budget_s=60, images=16
-    )  # fmt: skip
+    found = measure_loader(reader, config, ONCE, world)
     assert {name: one.not_measured for name, one in found.items()} == dict.fromkeys(found)
     assert set(ratios("loader", found)) == {"loader/torchvision", "loader/dali_example"}
     stages = measure_stages(reader, config, world, n=1)
@@ -178,10 +176,10 @@ def test_the_loader_its_stages_and_both_peers_are_measured(torchvision, reader, 
 
 def test_step_and_end_to_end_are_measured_and_missing_peers_say_what_to_do(reader, world):
     config = small_config(reader.source.root, width=16)
-    found = measure_step(config, world, peers=True, steps=1, warmup=1, n=1, budget_s=60)
+    found = measure_step(config, ONCE, world)
     assert found["ours"].rate() > 0
     assert "--model.width" in (found["official"].not_measured or "")
-    timing, wait = measure_end_to_end(reader, config, world, steps=2, n=1, budget_s=60)
+    timing, wait = measure_end_to_end(reader, config, ONCE, world)
     assert timing.rate() > 0 and 0 <= wait <= 100
 
 
@@ -189,7 +187,7 @@ def test_a_step_of_small_views_and_of_four_views_is_measured(world):
     swav = SwAVConfig(prototypes=10, small_views=2, small_size=16)
     for method in (MethodConfig(name="swav", swav=swav), MethodConfig(symmetry="asymmetric_2x")):
         config = dataclasses.replace(small_config(width=8), method=method)
-        found = measure_step(config, world, peers=False, steps=1, warmup=1, n=1, budget_s=60)
+        found = measure_step(config, dataclasses.replace(ONCE, peers=False), world)
         assert found["ours"].rate() > 0
 
 
@@ -255,20 +253,21 @@ def test_a_forecast_refuses_a_batch_that_no_gpu_or_data_set_holds(capsys):
 def test_comparing_knows_which_direction_is_worse():
     before = {"launches": 577, "ratios": {"step/official": 3.0}, "config": {"n": 1}}
     worse, _ = compare(before, {"launches": 600, "ratios": {"step/official": 2.0}}, tolerance=0.0)
-    assert [(name, bad) for name, *_, bad in worse] == [
-        ("launches", True), ("ratios.step/official", True),
-    ]  # fmt: skip
+    assert [(row[0], row[-1]) for row in worse] == [
+        ("launches", "worse"),
+        ("ratios.step/official", "worse"),
+    ]
     better, _ = compare(before, {"launches": 500, "ratios": {"step/official": 4}}, tolerance=0.0)
     assert not any(bad for *_, bad in better)
     within, _ = compare(before, {"launches": 600, "ratios": {"step/official": 3}}, tolerance=0.05)
-    assert [bad for *_, bad in within] == [False]
-    lost, _ = compare(before, {"launches": 577}, tolerance=0.0)
-    assert lost == [("ratios.step/official", 3.0, None, True)]
+    assert [bad for *_, bad in within] == [""]
+    lost, _ = compare(before, {"launches": 577, "more": 1}, tolerance=0.0)
+    assert lost == [("more", None, 1.0, "new"), ("ratios.step/official", 3.0, None, "missing")]
     with pytest.raises(ValueError, match="none of the numbers"):
         compare(before, {"other": 1}, tolerance=0.0)
     for broken in (float("nan"), float("-inf")):
         rows, _ = compare(before, before | {"ratios": {"step/official": broken}}, tolerance=9.0)
-        assert [bad for *_, bad in rows] == [True]
+        assert [bad for *_, bad in rows] == ["worse"]
     assert numbers({"a": [1, {"b": 2.5}], "c": True, "d": "x"}) == {"a.0": 1.0, "a.1.b": 2.5}
 
 
@@ -415,7 +414,7 @@ def test_comparing_files_fails_beyond_the_tolerance_and_names_a_bad_file(
     with pytest.raises(SystemExit) as stop:
         run("a", "b")
     assert stop.value.code == 1 and '"worse": ["launches"]' in capsys.readouterr().out
-    assert run("b", "a") == {"compared": 1, "differ": 1, "worse": []}
+    assert run("b", "a") == {"compared": 1, "differ": 1, "worse": [], "missing": []}
     with pytest.raises(SystemExit):
         run("a", "c")
     assert "does not exist" in capsys.readouterr().err
@@ -440,8 +439,32 @@ def test_results_that_were_not_made_alike_are_compared_with_a_warning(
         return capsys.readouterr().err
 
     differ = "config.precision (fp32, bf16); environment.device (CPU, GPU). Times"
-    assert f"warning: the two were not made alike: {differ}" in told("a", "b")
+    assert f"warning: the settings differ: {differ}" in told("a", "b")
     assert "warning" not in told("a", "a")
+
+
+def test_equal_results_and_missing_numbers_are_called_so(tmp_path, monkeypatch, capsys):
+    for name, values in (("a", {"launches": 577, "bytes": 2}), ("b", {"bytes": 2})):
+        (tmp_path / f"{name}.json").write_text(json.dumps(values))
+
+    def run(*names: str) -> tuple[str, dict]:
+        files = [str(tmp_path / f"{name}.json") for name in names]
+        monkeypatch.setattr(sys, "argv", ["compare.py", *files])
+        try:
+            compare_files()
+        finally:
+            printed = capsys.readouterr()
+            answers.append((printed.err, json.loads(printed.out)))
+
+    answers: list = []
+    run("a", "a")
+    with pytest.raises(SystemExit) as stop:
+        run("a", "b")
+    assert stop.value.code == 1
+    (equal, nothing), (table, lost) = answers
+    assert equal == "2 numbers compared: no difference\n" and nothing["differ"] == 0
+    assert "missing" in table and "worse" not in table
+    assert lost == {"compared": 2, "differ": 1, "worse": [], "missing": ["launches"]}
 
 
 def test_a_result_that_cannot_be_kept_is_refused_before_anything_is_measured(monkeypatch):

@@ -1,9 +1,8 @@
 """Flags and images of the measuring programs: train/main.py's flags, with other defaults.
 
-Without --data.root they measure on photos that scikit-learn carries (profiling/measure/photos.py);
-without --data.batch_size on 256 images a GPU, or 16 a CPU process; without --precision in bf16
+Without --data.root they measure on photos that scikit-learn carries; without --data.batch_size on
+256 images a GPU, or 16 a CPU process (it is global, as in training); without --precision in bf16
 where the device multiplies bf16, else in fp32.
-A newcomer's mistake: a batch size a rank. --data.batch_size is global, as in training.
 """
 
 import os
@@ -13,13 +12,14 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from jsonargparse import ArgumentError
+from PIL import Image
 
-from measure.photos import write_photos
 from measure.results import check_save
 from pipeline.sources.reader import ImageReader
-from pipeline.sources.shards import ImageSource, open_source
+from pipeline.sources.shards import open_source
 from train.config import Config, at_least
 from train.config.parser import build_parser, explain, flags, with_brackets
 from train.distributed import World, from_main
@@ -27,6 +27,7 @@ from train.run.folder import has_fast_bf16
 from train.run.program import refuse
 
 PHOTOS = "photos"
+PHOTO_WIDTHS, PHOTO_RATIOS = (380, 560), (0.67, 1.0)
 What = Literal["loader", "host", "step", "end_to_end", "limit", "ranks"]
 
 
@@ -37,7 +38,7 @@ class MeasureConfig:
     what: tuple[What, ...] = ("loader", "host", "step", "end_to_end", "limit", "ranks")
     """Parts to measure, e.g. --what loader,step."""
     peers: bool = True
-    """Measure the peers too, in turn with ours."""
+    """Measure the peers too, taking turns with ours."""
     steps: int = 0
     """Steps of a repetition; 0 takes 50 on a GPU, 1 on a CPU."""
     warmup: int = 0
@@ -47,7 +48,7 @@ class MeasureConfig:
     loader_images: int = 0
     """Images of a repetition of the loader; 0 takes 8,192 on a GPU, 512 on a CPU."""
     budget_s: float = 120.0
-    """Seconds after which a part is not begun once more; at least one repetition is timed."""
+    """Seconds after which a part starts no further repetition; at least one is timed."""
     save: str = ""
     """Also write profiling/results/<this>_<device>_<yyyymm>.json and .png."""
     dry_run: bool = False
@@ -70,37 +71,29 @@ class MeasureConfig:
 
     def filled(self, device: torch.device) -> "MeasureConfig":
         """With the device's own defaults in place of 0."""
-        is_cuda = device.type == "cuda"
-        return replace(
-            self,
-            steps=self.steps or (50 if is_cuda else 1),
-            warmup=self.warmup or (20 if is_cuda else 1),
-            repeats=self.repeats or (3 if is_cuda else 5),
-            loader_images=self.loader_images or (8192 if is_cuda else 512),
-        )
+        names = ("steps", "warmup", "repeats", "loader_images")
+        defaults = (50, 20, 3, 8192) if device.type == "cuda" else (1, 1, 5, 512)
+        values = zip(names, defaults, strict=True)
+        return replace(self, **{name: getattr(self, name) or value for name, value in values})
 
 
-def read_flags(program: str, what: str) -> tuple[Config, MeasureConfig]:
+def read_flags(program: str, description: str) -> tuple[Config, MeasureConfig]:
     """The configuration of a command line. Exits with 2 and one line for a mistake in it."""
-    parser = build_parser(program, what, root=PHOTOS)
+    parser = build_parser(program, description, root=PHOTOS)
     parser.add_class_arguments(MeasureConfig, as_group=True)
     words = ["--dry_run=true" if word == "--dry-run" else word for word in sys.argv[1:]]
     words = with_brackets(words, ["--what"])
     is_dry = "--dry_run=true" in words
     is_cuda = torch.cuda.is_available() or is_dry
     rows = 256 if is_cuda else 16
-    parser.set_defaults(
-        {
-            "data.batch_size": rows * int(os.environ.get("WORLD_SIZE", "1")),
-            "precision": "bf16" if is_cuda or has_fast_bf16() else "fp32",
-        }
-    )
+    batch_size = rows * int(os.environ.get("WORLD_SIZE", "1"))
+    precision = "bf16" if is_cuda or has_fast_bf16() else "fp32"
+    parser.set_defaults({"data.batch_size": batch_size, "precision": precision})
     try:
-        found = vars(parser.instantiate(parser.parse_args(words)))
-        found.pop("config", None)
-        names = {field.name for field in fields(MeasureConfig)}
-        measure = MeasureConfig(**{name: found.pop(name) for name in names})
-        config = Config(**found)
+        values = vars(parser.instantiate(parser.parse_args(words)))
+        values.pop("config", None)
+        measure = MeasureConfig(**{f.name: values.pop(f.name) for f in fields(MeasureConfig)})
+        config = Config(**values)
         if is_dry and not any("batch_size" in word for word in words):
             config = with_batch(config, rows * measure.gpus)
         return config, measure
@@ -115,17 +108,44 @@ def with_batch(config: Config, batch_size: int) -> Config:
 
 def open_images(config: Config, world: World) -> ImageReader:
     """The images of --data.root, listed on rank 0. Raises: ValueError where there are none."""
-    found: ImageSource | Exception | None = None
+    source = None
     if world.is_main:
         try:
             root = config.data.root
             if root == PHOTOS:
                 root = str(write_photos(Path(tempfile.gettempdir()) / f"twinturbo-{os.getuid()}"))
-            found = open_source(root)
+            source = open_source(root)
         except (ValueError, OSError) as error:
-            found = error
-    found = from_main(world, found)
-    if isinstance(found, Exception):
-        raise found
-    assert found is not None
-    return ImageReader(found, config.data.max_pixels)
+            source = error
+    source = from_main(world, source)
+    if isinstance(source, Exception):
+        raise source
+    return ImageReader(source, config.data.max_pixels)
+
+
+def write_photos(folder: Path, *, count: int = 512) -> Path:
+    """Write `count` JPEGs into the folder, unless they are there; returns it.
+
+    Parts of scikit-learn's china.jpg and flower.jpg, scaled to the sizes of ImageNet's photos (mean
+    about 390 x 470 pixels), quality 95, about 110 kB each: decoding costs what it costs for real
+    textures. The rate on other images differs: give --data.root for that.
+    """
+    from sklearn.datasets import load_sample_images
+
+    if (folder / f"{count - 1:05d}.jpg").is_file():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    sources = [Image.fromarray(pixels) for pixels in load_sample_images().images]
+    rng = np.random.default_rng(0)
+    for index in range(count):
+        source = sources[index % len(sources)]
+        width = int(rng.integers(*PHOTO_WIDTHS))
+        height = int(width * rng.uniform(*PHOTO_RATIOS))
+        part_w = min(source.width, int(source.width * rng.uniform(0.6, 1.0)))
+        part_h = min(source.height, int(part_w * height / width))
+        left = int(rng.integers(0, source.width - part_w + 1))
+        top = int(rng.integers(0, source.height - part_h + 1))
+        box = (left, top, left + part_w, top + part_h)
+        photo = source.resize((width, height), Image.Resampling.BICUBIC, box=box)
+        photo.save(folder / f"{index:05d}.jpg", quality=95)
+    return folder

@@ -1,11 +1,10 @@
 """What the loader takes of the host beside decoding: CPU time, and the trainer's launches.
 
 The loader of a GPU's training with all its parts but the decoder: reading, headers, draws, handing
-over, feeding, with the batches in flight that a GPU has. Its graph takes every input that the
-training graph takes and decodes nothing, so it runs without a GPU. Two ways in turn: reading in a
-process of its own, as beside a GPU, and in a thread of the trainer's process.
-A newcomer's mistake: the CPU time of one run, in which processes and pipelines are started. It is
-that of a long run less that of a short one.
+over, feeding, with as many batches in flight as on a GPU. Its graph takes every input that the
+training graph takes and decodes nothing, so it runs without a GPU. Two variants take turns: reading
+in a separate process, as beside a GPU, and in a thread of the trainer's process.
+CPU time is that of a long run less that of a short one: starting processes and pipelines cancels.
 """
 
 # DALI makes its operators at import, where pyright cannot see them:
@@ -41,67 +40,70 @@ from train.config import Config
 from train.distributed import World
 
 ROWS = 256  # images a batch: a GPU's
-SHORT, LONG = 8, 72  # steps; after the short one's every header of few images is known
-WINDOW_S, SETTLE_S = 0.5, 0.1  # of launches; until a loader that nobody asks has filled its queues
+SHORT, LONG = 8, 72  # steps; after the short run every header of few images is known
+WINDOW_S, SETTLE_S = 0.5, 0.1  # of launches; until a loader that is not asked has filled its queues
 TENSOR = 64  # elements of the tensor of a small operation
 RATE = 4000  # images/s of a step that is as fast as the mark for an H200; inf: as fast as it can
+OpenLoader = Callable[[int], DaliLoader]
 
 
 def measure_host(reader: ImageReader, config: Config, world: World, *, n: int) -> dict:
-    """For both ways: images a second of CPU time, and by how much launches are slowed.
+    """For both variants: images a second of CPU time, and by how much launches are slowed.
 
     CPU time is the least of n repetitions: it only grows with what else runs on the machine, whose
     caches, memory and cores are shared. The median is given too; the rest are medians.
     """
-    cpu_s: dict[str, list[float]] = {"process": [], "thread": []}
-    slowed: dict[tuple[str, float], list[float]] = defaultdict(list)
-    beside: dict[tuple[str, float], list[float]] = defaultdict(list)
-    rows = ROWS
+    rates = (RATE, float("inf"))
+    result, rows = {}, ROWS
+    measured: dict = {name: defaultdict(list) for name in ("process", "thread")}
     for _ in range(n):
-        for way in cpu_s:
-            rows, open_loader = _opener(reader, config, world, in_process=way == "process")
+        for name, values in measured.items():
+            rows, open_loader = _opener(reader, config, world, in_process=name == "process")
             long, short = (_cpu_seconds(open_loader, steps) for steps in (LONG, SHORT))
-            cpu_s[way].append((long - short) / (LONG - SHORT) / rows)
-            for rate in (RATE, float("inf")):
+            values["cpu_s"].append((long - short) / (LONG - SHORT) / rows)
+            for rate in rates:
                 ratio, batches_per_s = _slowed(open_loader, rows / rate)
-                slowed[way, rate].append(ratio)
-                beside[way, rate].append(batches_per_s * rows)
-    return {
-        way: {
-            "images_per_cpu_s": round(1 / min(cpu_s[way])),
-            "images_per_cpu_s_median": round(1 / statistics.median(cpu_s[way])),
+                values["slowed", rate].append(ratio)
+                values["beside", rate].append(batches_per_s * rows)
+    for name, values in measured.items():
+        cpu_s = values.pop("cpu_s")
+        median = {key: statistics.median(each) for key, each in values.items()}
+        result[name] = {
+            "images_per_cpu_s": round(1 / min(cpu_s)),
+            "images_per_cpu_s_median": round(1 / statistics.median(cpu_s)),
             "launches": [
                 {
-                    "images_per_s_beside": round(statistics.median(beside[way, rate])),
-                    "slowed_times": round(statistics.median(slowed[way, rate]), 3),
+                    "images_per_s_beside": round(median["beside", rate]),
+                    "slowed_times": round(median["slowed", rate], 3),
                 }
-                for rate in (RATE, float("inf"))
+                for rate in rates
             ],
             "n": n,
         }
-        for way in cpu_s
-    } | {"images_a_batch": rows}
+    return result | {"images_a_batch": rows}
 
 
 def _opener(
     reader: ImageReader, config: Config, world: World, *, in_process: bool
-) -> tuple[int, Callable[[int], DaliLoader]]:
-    """Images a batch, and a function that opens the loader for so many steps."""
+) -> tuple[int, OpenLoader]:
+    """Images a batch, and a function that opens the loader for a number of steps."""
     order, rows = endless_order(reader, with_batch(config, ROWS * world.size), world)
-    views = tuple(config.views)
     options = replace(config.dali, prefetch=config.dali.depth("cuda"))
-    plan = ViewPlan(order, views, slice(world.rank * rows, (world.rank + 1) * rows), colors=True)
+    part = slice(world.rank * rows, (world.rank + 1) * rows)
+    plan = ViewPlan(order, tuple(config.views), part, colors=True)
 
     def opened(steps: int) -> DaliLoader:
-        # a reader for each: the sizes that one keeps are not the next one's
+        # a new reader each time: a later loader must not know the sizes already
         own = ImageReader(reader.source, reader.max_pixels)
         prepared = partial(plan.prepare, own)
         return DaliLoader(
             range(steps),
             preparing=lambda: reading_process(own, plan) if in_process else nullcontext(prepared),
             build=lambda prefetch: feeding_pipeline(config, rows=rows, prefetch=prefetch),
-            reader=own, options=options, device=torch.device("cpu"),
-        )  # fmt: skip
+            reader=own,
+            options=options,
+            device=torch.device("cpu"),
+        )
 
     return rows, opened
 
@@ -117,13 +119,8 @@ def feeding_pipeline(config: Config, *, rows: int, prefetch: int) -> Pipeline:
     def graph():
         for number, view in enumerate(config.views):
             for name in draws_in_graph(view, colors=True):
-                draw = fn.external_source(
-                    name=f"{name}_{number}",
-                    dtype=types.FLOAT,
-                    ndim=NDIM[name],
-                    no_copy=True,
-                    preserve=True,
-                )
+                kept = {"dtype": types.FLOAT, "no_copy": True, "preserve": True}
+                draw = fn.external_source(name=f"{name}_{number}", ndim=NDIM[name], **kept)
                 Pipeline.current().add_sink(draw)
         return fn.cast(encoded_input().shape(), dtype=types.UINT8)
 
@@ -132,30 +129,30 @@ def feeding_pipeline(config: Config, *, rows: int, prefetch: int) -> Pipeline:
     return pipeline
 
 
-def _cpu_seconds(open_loader: Callable[[int], DaliLoader], steps: int) -> float:
-    """CPU time of this process and of the one that reads, from start to end of a loader."""
-    before = _spent()
+def _cpu_seconds(open_loader: OpenLoader, steps: int) -> float:
+    """CPU time of this process and of the reading process, from start to end of a loader."""
+
+    def spent() -> float:
+        usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+    before = spent()
     for _ in open_loader(steps):
         pass
-    return _spent() - before
+    return spent() - before
 
 
-def _spent() -> float:
-    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
-
-
-def _slowed(open_loader: Callable[[int], DaliLoader], pause_s: float) -> tuple[float, float]:
+def _slowed(open_loader: OpenLoader, pause_s: float) -> tuple[float, float]:
     """Launches alone by those beside the loader, and the loader's batches a second.
 
-    Alone before and after: a drift of the clock is in neither.
+    Alone before and after: a drift of the clock cancels.
     """
-    with _running(open_loader(1 << 30), pause_s) as (go, count):
+    with _running(open_loader(1 << 30), pause_s) as (go, taken):
         alone = [_launches_per_s()]
         go.set()
-        begin, first = time.perf_counter(), count()
+        begin, first = time.perf_counter(), len(taken)
         beside = _launches_per_s()
-        batches_per_s = (count() - first) / (time.perf_counter() - begin)
+        batches_per_s = (len(taken) - first) / (time.perf_counter() - begin)
         go.clear()
         time.sleep(SETTLE_S)
         alone.append(_launches_per_s())
@@ -163,10 +160,8 @@ def _slowed(open_loader: Callable[[int], DaliLoader], pause_s: float) -> tuple[f
 
 
 @contextmanager
-def _running(
-    loader: DaliLoader, pause_s: float
-) -> Iterator[tuple[threading.Event, Callable[[], int]]]:
-    """The loader in a thread of its own, which takes a batch each pause_s while `go` is set."""
+def _running(loader: DaliLoader, pause_s: float) -> Iterator[tuple[threading.Event, list]]:
+    """A thread takes a batch each pause_s while the event is set; a list grows with each."""
     go, stop, ready, taken = threading.Event(), threading.Event(), threading.Event(), []
 
     def take() -> None:
@@ -178,7 +173,7 @@ def _running(
                 if len(taken) < SHORT or go.wait(0.1):
                     due = time.perf_counter() + pause_s
                     next(batches)
-                    taken.append(len(taken))
+                    taken.append(None)
                     stop.wait(max(0.0, due - time.perf_counter()) if ready.is_set() else 0)
         finally:
             ready.set()
@@ -189,7 +184,7 @@ def _running(
         ready.wait()
         time.sleep(SETTLE_S)
         try:
-            yield go, lambda: len(taken)
+            yield go, taken
         finally:
             stop.set()
             future.result()  # raises what the loader has raised
@@ -198,8 +193,8 @@ def _running(
 def _launches_per_s() -> float:
     """Small torch operations a second, as a trainer launches kernels: each some microseconds.
 
-    Of the time in which this thread had a core, or slept because another one had Python's lock:
-    that it waits for a core says how many there are, and what else runs on them.
+    Of the time in which this thread had a core, or slept because another thread had Python's lock:
+    waiting for a core shows how many there are, and what else runs on them.
     """
     values = torch.zeros(TENSOR)
     launches, waited, begin = 0, _waited_for_a_core(), time.perf_counter()

@@ -5,14 +5,13 @@ that clocks and temperature are the same for all. Not yet run on a GPU; a test r
 sites in Triton's interpreter, where its times mean nothing.
 Times are the GPU's: `clock` lets the stream sleep until the host has queued the whole call, as in a
 step that the GPU limits. Not a CUDA graph: torch.compile's and apex's calls and autograd's backward
-pass would each have to be captured, in memory of their own.
+pass would each have to be captured, in separate memory.
 Before each call the L2 cache is filled with other data, read and not written, so that nothing has
-to be written back meanwhile. In a step what the convolution has just written is partly there still:
-sites of less than 50 MB are faster there, for all variants. The second pass of a call does find
-what the first left, so GB/s can be above a copy's.
-apex's NHWC group batch norm takes part where apex was built with it (--bnp).
-A newcomer's mistake: an eager baseline on the concatenated views. The official code makes two
-passes: the peers get the two views apart, and pay no concatenation.
+to be written back meanwhile. In a step what the convolution has just written is partly in the cache
+still: sites of less than 50 MB are faster in a step, for all variants. The second pass of a call
+does hit what the first left, so GB/s can be above a copy's.
+apex's NHWC group batch norm takes part where apex was built with it (--bnp). The official code
+makes two passes: the peers get the two views apart, and pay no concatenation.
 
 Bytes that a site must move, E elements of b bytes, the formula of GB/s:
     relu, none   forward 3 b E                        backward 5 b E
@@ -24,6 +23,7 @@ Bytes that a site must move, E elements of b bytes, the formula of GB/s:
 import importlib.util
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -40,12 +40,21 @@ from kernels.cosine import symmetric_neg_cosine
 WARMUP = 10
 SLEEP_CYCLES, MAX_SLEEP_CYCLES = 1 << 20, 1 << 30  # 0.5 ms at first, half a second at most
 STAGES = ((64, 3, 56), (128, 4, 28), (256, 6, 14), (512, 3, 7))  # planes, blocks, pixels a side
+MOVED = {  # (words, bytes) an element, forward and backward
+    "relu": ((3, 0), (5, 0)),
+    "none": ((3, 0), (5, 0)),
+    "residual": ((4, 1 / 8), (7, 1 / 8)),
+    "norm": ((5, 1 / 8), (10, 1 / 8)),
+    "pool": ((2.25, 1 / 4), (3.5, 1 / 2)),
+}
 Outputs = list[Tensor]
+Variant = tuple[Callable[[], Outputs], list[Tensor]]
+"""A forward call, and what the gradient is taken of."""
 
 
 @dataclass(frozen=True)
 class Site:
-    """One place of the network: (N, C, H, W) or (N, C) of both views, and what comes with it."""
+    """A call in the network: (N, C, H, W) or (N, C) of both views, and what is fused with it."""
 
     kind: str
     """relu; none (no ReLU, no affine); residual; norm (a second batch norm); pool."""
@@ -54,15 +63,8 @@ class Site:
     def moved(self, itemsize: int) -> tuple[float, float]:
         """Bytes that forward and backward must move."""
         elements = float(torch.Size(self.shape).numel())
-        bits = elements / 8
-        words = elements * itemsize
-        return {
-            "relu": (3 * words, 5 * words),
-            "none": (3 * words, 5 * words),
-            "residual": (4 * words + bits, 7 * words + bits),
-            "norm": (5 * words + bits, 10 * words + bits),
-            "pool": (2.25 * words + 2 * bits, 3.5 * words + 4 * bits),
-        }[self.kind]
+        forward, backward = ((w * itemsize + b) * elements for w, b in MOVED[self.kind])
+        return forward, backward
 
 
 def resnet50_sites(images: int) -> Iterator[Site]:
@@ -75,8 +77,8 @@ def resnet50_sites(images: int) -> Iterator[Site]:
             yield Site("relu", (rows, planes, before, before))
             yield Site("relu", (rows, planes, side, side))
             yield Site("residual" if block else "norm", (rows, 4 * planes, side, side))
-    yield from (Site("relu", (rows, 2048)), Site("relu", (rows, 2048)))
-    yield from (Site("none", (rows, 2048)), Site("relu", (rows, 512)))
+    for kind, channels in (("relu", 2048), ("relu", 2048), ("none", 2048), ("relu", 512)):
+        yield Site(kind, (rows, channels))
 
 
 class Inputs:
@@ -87,18 +89,15 @@ class Inputs:
             x = torch.randn(site.shape, device=device).to(dtype)
             return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
-        channels = site.shape[1]
-        has_shortcut = site.kind in ("residual", "norm")
-        self.site = site
-        self.leaves = [draw().requires_grad_() for _ in range(2 if has_shortcut else 1)]
+        def full(*values: float) -> list[Tensor]:
+            return [torch.full((site.shape[1],), float(value), device=device) for value in values]
+
+        self.site, self.ends_block = site, site.kind in ("residual", "norm")
+        self.leaves = [draw().requires_grad_() for _ in range(2 if self.ends_block else 1)]
         self.apart = [[v.detach().requires_grad_() for v in t.chunk(2)] for t in self.leaves]
-        self.params = [
-            torch.full((channels,), value, device=device, requires_grad=True)
-            for value in (1.0, 0.0, 1.0, 0.0)
-        ]
-        self.running = [torch.full((channels,), v, device=device) for v in (0.0, 1.0, 0.0, 1.0)]
-        if site.kind == "none":
-            self.params = []
+        is_affine = site.kind != "none"
+        self.params = [p.requires_grad_() for p in full(1, 0, 1, 0)] if is_affine else []
+        self.running = full(0, 1, 0, 1)
 
     def norms(self) -> tuple[Norm, Norm]:
         """The first and the second batch norm."""
@@ -111,7 +110,7 @@ class Inputs:
         x, kind = self.leaves[0], self.site.kind
         if kind == "pool":
             return [batch_norm_act_pool(x, norm, num_views=2, kernels=kernels)]
-        if kind in ("relu", "none"):
+        if not self.ends_block:
             y = batch_norm_act(x, *norm, relu=kind == "relu", num_views=2, kernels=kernels)
             return [y]
         second = norm2 if kind == "norm" else None
@@ -119,23 +118,24 @@ class Inputs:
 
     def plain(self) -> Outputs:
         """PyTorch's own operations on each view, ReLU in place."""
+
+        def apply(norm: Norm, x: Tensor) -> Tensor:
+            return F.batch_norm(x, norm[2], norm[3], norm[0], norm[1], True)
+
         norm, norm2 = self.norms()
         outputs = []
-        for view in zip(*self.apart, strict=True):
-            y = F.batch_norm(view[0], norm[2], norm[3], norm[0], norm[1], True)
-            if self.site.kind == "norm":
-                y = y + F.batch_norm(view[1], norm2[2], norm2[3], norm2[0], norm2[1], True)
-            elif self.site.kind == "residual":
-                y = y + view[1]
+        for x, *shortcut in zip(*self.apart, strict=True):
+            y = apply(norm, x)
+            if shortcut:
+                y = y + (apply(norm2, shortcut[0]) if self.site.kind == "norm" else shortcut[0])
             y = y if self.site.kind == "none" else F.relu(y, inplace=True)
             outputs.append(F.max_pool2d(y, 3, 2, 1) if self.site.kind == "pool" else y)
         return outputs
 
     def apex(self, norm_class: type[nn.Module]) -> Callable[[], Outputs]:
         """A call of apex's modules on each view. Source: apex/contrib/groupbn/batch_norm.py."""
-        kind, channels = self.site.kind, self.site.shape[1]
-        device, ends_block = self.leaves[0].device, self.site.kind in ("residual", "norm")
-        # for each view its own: the module keeps one batch's statistics for the backward pass
+        kind, channels, device = self.site.kind, self.site.shape[1], self.leaves[0].device
+        # each view has its modules: they keep one batch's statistics for the backward pass
         firsts, seconds = (
             [norm_class(channels, fuse_relu=relu).to(device) for _ in self.apart[0]]
             for relu in (kind != "none", False)
@@ -148,8 +148,7 @@ class Inputs:
                 x, *shortcut = (t.permute(0, 2, 3, 1) for t in (x, *shortcut))  # apex wants NHWC
                 if kind == "norm":
                     shortcut = [seconds[index](shortcut[0])]
-                y = firsts[index](x, *shortcut) if ends_block else firsts[index](x)
-                y = y.permute(0, 3, 1, 2)
+                y = firsts[index](x, *shortcut).permute(0, 3, 1, 2)
                 outputs.append(F.max_pool2d(y, 3, 2, 1) if kind == "pool" else y)
             return [y.reshape(y.shape[:2]) if self.leaves[0].dim() == 2 else y for y in outputs]
 
@@ -172,7 +171,7 @@ def apex_batch_norm() -> type[nn.Module] | None:
 def clock(device: torch.device, call: Callable[[], Any]) -> tuple[float, Any]:
     """(seconds, result) of a call. On a GPU its own time alone, from a cold L2 cache.
 
-    The stream sleeps while the call is queued. Where it woke up before that was done the call is
+    The stream sleeps while the call is queued. If it woke up before that was done, the call is
     made again behind a longer sleep. Raises: RuntimeError for a call that waits for the device.
     """
     if device.type != "cuda":
@@ -202,12 +201,12 @@ def other_data(device: torch.device) -> Tensor:
 
 
 def time_turns(
-    variants: dict[str, tuple[Callable[[], Outputs], list[Tensor]]], device: torch.device, n: int
+    variants: dict[str, Variant], device: torch.device, n: int
 ) -> dict[str, tuple[float, float]]:
     """Median seconds of forward and backward of each variant, taking turns."""
-    found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in variants}
-    for turn in range(WARMUP + n if device.type == "cuda" else 1 + n):
-        is_timed = turn >= (WARMUP if device.type == "cuda" else 1)
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
+    warmup = WARMUP if device.type == "cuda" else 1
+    for _ in range(warmup + n):
         for name, (forward, wanted) in variants.items():
             forward_s, outputs = clock(device, forward)
             grads = [torch.ones_like(y) for y in outputs]
@@ -215,20 +214,26 @@ def time_turns(
             def backward(outputs=outputs, wanted=wanted, grads=grads) -> Any:
                 return torch.autograd.grad(outputs, wanted, grads)
 
-            backward_s, _ = clock(device, backward)
-            if is_timed:
-                found[name][0].append(forward_s)
-                found[name][1].append(backward_s)
-    return {name: (statistics.median(f), statistics.median(b)) for name, (f, b) in found.items()}
+            times[name].append((forward_s, clock(device, backward)[0]))
+    medians = {}
+    for name, pairs in times.items():
+        forward_s, backward_s = map(statistics.median, zip(*pairs[warmup:], strict=True))
+        medians[name] = (forward_s, backward_s)
+    return medians
 
 
 def time_site(
-    site: Site, device: torch.device, *, kernels: Kernels, compiled: bool, n: int,
+    site: Site,
+    device: torch.device,
+    *,
+    kernels: Kernels,
+    compiled: bool,
+    n: int,
     apex: type[nn.Module] | None,
-) -> dict:  # fmt: skip
+) -> dict:
     """A row: milliseconds of each variant, and what ours moves a second."""
     inputs, half = (Inputs(site, dtype, device) for dtype in (torch.bfloat16, torch.float16))
-    variants = {
+    variants: dict[str, Variant] = {
         "ours": (lambda: inputs.ours(kernels), inputs.wanted(ours=True)),
         "eager_bf16": (inputs.plain, inputs.wanted(ours=False)),
         "eager_fp16": (half.plain, half.wanted(ours=False)),
@@ -237,17 +242,13 @@ def time_site(
         variants["apex_fp16"] = (half.apex(apex), half.wanted(ours=False)[: 2 * len(half.leaves)])
     if compiled:
         torch._dynamo.reset()  # a graph for each site, whatever the sites before
-        variants["compiled_plain"] = (
-            torch.compile(inputs.plain, dynamic=False), inputs.wanted(ours=False),
-        )  # fmt: skip
+        call = torch.compile(inputs.plain, dynamic=False)
+        variants["compiled_plain"] = (call, inputs.wanted(ours=False))
     times = time_turns(variants, device, n)
     row: dict[str, Any] = {"kind": site.kind, "shape": list(site.shape)}
-    for name, (forward, backward) in times.items():
-        row[f"{name}_ms"] = [round(forward * 1e3, 4), round(backward * 1e3, 4)]
-    row["gb_per_s"] = [
-        round(m / t / 1e9, 1) for m, t in zip(site.moved(2), times["ours"], strict=True)
-    ]
-    return row
+    row |= {f"{name}_ms": [round(1e3 * s, 4) for s in pair] for name, pair in times.items()}
+    pairs = zip(site.moved(2), times["ours"], strict=True)
+    return row | {"gb_per_s": [round(moved / s / 1e9, 1) for moved, s in pairs]}
 
 
 def copy_bandwidth(device: torch.device, *, mib: int = 1024, n: int = 20) -> float:
@@ -262,34 +263,38 @@ def time_loss(device: torch.device, *, kernels: Kernels, rows: int = 256, n: int
     """Microseconds of the loss's forward and backward at 2 x rows x 2048 in bf16."""
     p, z = (torch.randn(2, rows, 2048, device=device).bfloat16() for _ in range(2))
     leaf = p.requires_grad_()
-    variants = {
-        "ours": (lambda: [symmetric_neg_cosine(leaf, z, kernels=kernels)[0]], [leaf]),
-        "eager": (lambda: [symmetric_neg_cosine(leaf, z, kernels="plain")[0]], [leaf]),
-    }
-    times = time_turns(variants, device, n)
-    return {name: [round(f * 1e6, 2), round(b * 1e6, 2)] for name, (f, b) in times.items()}
+
+    def variant(how: Kernels) -> Variant:
+        return lambda: [symmetric_neg_cosine(leaf, z, kernels=how)[0]], [leaf]
+
+    times = time_turns({"ours": variant(kernels), "eager": variant("plain")}, device, n)
+    return {name: [round(s * 1e6, 2) for s in pair] for name, pair in times.items()}
 
 
 def measure(
-    sites: list[Site], device: torch.device, *, kernels: Kernels = "triton", compiled: bool = True,
-    n: int = 30, apex: type[nn.Module] | None = None,
-) -> dict:  # fmt: skip
+    sites: list[Site],
+    device: torch.device,
+    *,
+    kernels: Kernels = "triton",
+    compiled: bool = True,
+    n: int = 30,
+    apex: type[nn.Module] | None = None,
+) -> dict:
     """All sites, each shape once and counted, the sums over sites and the ratios of the goals."""
-    counts: dict[Site, int] = {}
-    for site in sites:
-        counts[site] = counts.get(site, 0) + 1
     mib, loss_rows = (1024, 256) if device.type == "cuda" else (16, 4)
     bandwidth = copy_bandwidth(device, mib=mib)
     rows = []
-    for site, count in counts.items():
+    for site, count in Counter(sites).items():
         row = time_site(site, device, kernels=kernels, compiled=compiled, n=n, apex=apex)
-        row["count"] = count
-        row["share_of_copy"] = [round(g / bandwidth, 3) for g in row["gb_per_s"]]
-        rows.append(row)
+        share = [round(g / bandwidth, 3) for g in row["gb_per_s"]]
+        rows.append(row | {"count": count, "share_of_copy": share})
     names = [key for key in rows[0] if key.endswith("_ms")]
     sums = {name: sum(row["count"] * sum(row[name]) for row in rows) for name in names}
-    ratios = {f"{name[:-3]}/ours": sums[name] / sums["ours_ms"] for name in names[1:]}
     return {
-        "n": n, "copy_gb_per_s": bandwidth, "sites": rows, "sum_ms": sums, "ratios": ratios,
+        "n": n,
+        "copy_gb_per_s": bandwidth,
+        "sites": rows,
+        "sum_ms": sums,
+        "ratios": {f"{name[:-3]}/ours": sums[name] / sums["ours_ms"] for name in names[1:]},
         "loss_us": time_loss(device, kernels=kernels, rows=loss_rows, n=n),
-    }  # fmt: skip
+    }

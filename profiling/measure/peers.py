@@ -4,9 +4,9 @@ official: facebookresearch/simsiam's model (@a7bc177): torchvision's ResNet with
 nn.SyncBatchNorm over ranks), two passes, NCHW, eager, in PyTorch's default precision: fp32 with
 TF32 in convolutions where the GPU has it.
 eager_bf16: the same in bf16 autocast and channels_last. compiled_plain: that under torch.compile.
-lightly, solo_learn: the blocks of those packages put together as their examples do, eager, in
-that precision.
-A newcomer's mistake: giving them uint8. They get the two normalised views, on the device, for free.
+lightly, solo_learn: the blocks of those packages combined as in their examples, eager, in that
+precision.
+They get the two normalised views, not uint8, on the device, for free.
 """
 
 import functools
@@ -28,7 +28,6 @@ WHAT_TO_INSTALL = {
     "lightly": "not installed: pip install --no-deps lightly",
     "solo": "not installed: pip install --no-deps solo-learn",
 }
-TwoViews = Callable[[Tensor, Tensor], Tensor]
 
 
 def missing(package: str) -> str | None:
@@ -39,16 +38,16 @@ def missing(package: str) -> str | None:
 @functools.cache
 def _declare_ops() -> Any:
     library = torch.library.Library("torchvision", "DEF")
-    signature = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
     for name in ("nms", "qnms"):
-        library.define(name + signature)
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     return library  # kept by the cache: the operators live as long as it does
 
 
 def import_torchvision() -> Any:
     """torchvision. Its CUDA wheel imports beside a CPU build of torch only if two ops exist.
 
-    Not declared before that was tried: a library that loads declares them, and twice is fatal.
+    They are declared only after an import failed: a library that loads declares them too, and a
+    second declaration ends the process.
     """
     try:
         import torchvision
@@ -61,90 +60,80 @@ def import_torchvision() -> Any:
     return torchvision
 
 
-def trunk(config: Config) -> tuple[nn.Module, int]:
-    """torchvision's ResNet without its classifier, with the configured stem; its features."""
-    network = getattr(import_torchvision().models, config.model.arch)(zero_init_residual=True)
-    if config.model.stem == "cifar":
-        network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-        network.maxpool = nn.Identity()
-    features = network.fc.in_features
-    network.fc = nn.Identity()
-    return network, features
-
-
 class Official(nn.Module):
     """Source: facebookresearch/simsiam simsiam/builder.py, main_simsiam.py."""
 
     def __init__(self, config: Config):
         super().__init__()
         model = config.model
-        self.trunk, width = trunk(config)
-        hidden = model.projector_hidden or width
+        network = getattr(import_torchvision().models, model.arch)(zero_init_residual=True)
+        if model.stem == "cifar":
+            network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+            network.maxpool = nn.Identity()
+        width = network.fc.in_features
+        network.fc = nn.Identity()
+        self.trunk = network
+        self.projector, self.predictor = self.heads(config, width)
+
+    def heads(self, config: Config, width: int) -> tuple[nn.Module, nn.Module]:
+        """Projector and predictor on `width` features."""
+        model = config.model
+        hidden, inner = model.projector_hidden or width, model.predictor_hidden
         layers: list[nn.Module] = []
         for inputs in [width] + [hidden] * (model.projector_layers - 2):
             layers += [nn.Linear(inputs, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(True)]
         last = nn.Linear(hidden if layers else width, model.projector_dim, bias=False)
         norm = nn.BatchNorm1d(model.projector_dim, affine=False)
-        self.projector = nn.Sequential(*layers, last, norm)
-        inner = model.predictor_hidden
-        self.predictor = nn.Sequential(
+        predictor = nn.Sequential(
             nn.Linear(model.projector_dim, inner, bias=False),
             nn.BatchNorm1d(inner),
             nn.ReLU(True),
             nn.Linear(inner, model.projector_dim),
         )
+        return nn.Sequential(*layers, last, norm), predictor
 
-    def forward(self, view1: Tensor, view2: Tensor) -> Tensor:
-        """The loss. Shapes: (N, 3, S, S) twice."""
-        z1, z2 = (self.projector(self.trunk(x)) for x in (view1, view2))
-        p1, p2 = self.predictor(z1), self.predictor(z2)
-        cosine = nn.functional.cosine_similarity
-        pairs = (cosine(p1, z2.detach(), dim=1).mean(), cosine(p2, z1.detach(), dim=1).mean())
-        return -(pairs[0] + pairs[1]) * 0.5
-
-
-class Lightly(nn.Module):
-    """lightly's heads and loss. Source: its examples/pytorch/simsiam.py."""
-
-    def __init__(self, config: Config):
-        super().__init__()
-        from lightly.loss import NegativeCosineSimilarity
-        from lightly.models.modules import heads
-
-        model = config.model
-        self.trunk, width = trunk(config)
-        self.projector = heads.SimSiamProjectionHead(
-            width, model.projector_hidden or width, model.projector_dim
-        )
-        self.predictor = heads.SimSiamPredictionHead(
-            model.projector_dim, model.predictor_hidden, model.projector_dim
-        )
-        self.criterion = NegativeCosineSimilarity()
-
-    def forward(self, view1: Tensor, view2: Tensor) -> Tensor:
-        """The loss. Shapes: (N, 3, S, S) twice."""
-        z1, z2 = (self.projector(self.trunk(x)) for x in (view1, view2))
-        p1, p2 = self.predictor(z1), self.predictor(z2)
-        return 0.5 * (self.criterion(p1, z2.detach()) + self.criterion(p2, z1.detach()))
-
-
-class SoloLearn(Official):
-    """solo-learn's loss on the official heads, which it has too. Source: solo/losses/simsiam.py."""
-
-    def __init__(self, config: Config):
-        """Read the file of the loss alone: the package asks for all of Lightning. ImportError."""
-        super().__init__(config)
-        found = importlib.util.find_spec("solo")
-        if found is None or not found.submodule_search_locations:
-            raise ImportError(WHAT_TO_INSTALL["solo"], name="solo")
-        file = Path(found.submodule_search_locations[0]) / "losses" / "simsiam.py"
-        self.criterion = runpy.run_path(str(file))["simsiam_loss_func"]
+    def criterion(self, p: Tensor, z: Tensor) -> Tensor:
+        """The negative cosine of prediction and target."""
+        return -nn.functional.cosine_similarity(p, z.detach(), dim=1).mean()
 
     def forward(self, view1: Tensor, view2: Tensor) -> Tensor:
         """The loss. Shapes: (N, 3, S, S) twice."""
         z1, z2 = (self.projector(self.trunk(x)) for x in (view1, view2))
         p1, p2 = self.predictor(z1), self.predictor(z2)
         return (self.criterion(p1, z2) + self.criterion(p2, z1)) / 2
+
+
+class Lightly(Official):
+    """lightly's heads and loss. Source: its examples/pytorch/simsiam.py."""
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        from lightly.loss import NegativeCosineSimilarity
+
+        loss = NegativeCosineSimilarity()
+        self.criterion = lambda p, z: loss(p, z.detach())
+
+    def heads(self, config: Config, width: int) -> tuple[nn.Module, nn.Module]:
+        """Projector and predictor on `width` features."""
+        from lightly.models.modules import heads
+
+        model = config.model
+        hidden, dim = model.projector_hidden or width, model.projector_dim
+        projector = heads.SimSiamProjectionHead(width, hidden, dim)
+        return projector, heads.SimSiamPredictionHead(dim, model.predictor_hidden, dim)
+
+
+class SoloLearn(Official):
+    """solo-learn's loss on the official heads, which it has too. Source: solo/losses/simsiam.py."""
+
+    def __init__(self, config: Config):
+        """Read the file of the loss alone: the package needs all of Lightning. ImportError."""
+        super().__init__(config)
+        spec = importlib.util.find_spec("solo")
+        if spec is None or not spec.submodule_search_locations:
+            raise ImportError(WHAT_TO_INSTALL["solo"], name="solo")
+        file = Path(spec.submodule_search_locations[0]) / "losses" / "simsiam.py"
+        self.criterion = runpy.run_path(str(file))["simsiam_loss_func"]
 
 
 def peer_step(
@@ -154,32 +143,28 @@ def peer_step(
 
     Shapes: views (N, 3, S, S) twice, fp32, normalised, contiguous. Raises: ImportError.
     """
-    kinds: dict[str, type[Official] | type[Lightly]]
-    kinds = {"lightly": Lightly, "solo_learn": SoloLearn}
     torch.manual_seed(config.seed)
-    model: nn.Module = kinds.get(name, Official)(config).to(world.device)
+    kind = {"lightly": Lightly, "solo_learn": SoloLearn}.get(name, Official)
+    model: nn.Module = kind(config).to(world.device)
     is_cuda, is_bf16 = world.device.type == "cuda", name in ("eager_bf16", "compiled_plain")
+    first, second = views
     if is_bf16:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload] - torch's stub
         first, second = (view.to(memory_format=torch.channels_last) for view in views)
-        views = first, second
     if world.size > 1:
         if is_cuda:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        model = nn.parallel.DistributedDataParallel(
-            model, device_ids=[world.local_rank] if is_cuda else None, **own_buffers()
-        )
+        devices = [world.local_rank] if is_cuda else None
+        model = nn.parallel.DistributedDataParallel(model, device_ids=devices, **own_buffers())
     call = torch.compile(model, dynamic=False) if name == "compiled_plain" else model
-    optimizer = torch.optim.SGD(
-        model.parameters(), config.lr, momentum=config.optim.momentum,
-        weight_decay=config.optim.weight_decay,
-    )  # fmt: skip
+    momentum, decay = config.optim.momentum, config.optim.weight_decay
+    optimizer = torch.optim.SGD(model.parameters(), config.lr, momentum, weight_decay=decay)
 
     def step() -> Tensor:
         ours = torch.backends.cudnn.allow_tf32
         torch.backends.cudnn.allow_tf32 = True  # PyTorch's default, which these programs leave
         with torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=is_bf16):
-            loss = call(*views)
+            loss = call(first, second)
         optimizer.zero_grad()
         loss.backward()
         torch.backends.cudnn.allow_tf32 = ours

@@ -1,16 +1,16 @@
 """Images/s of the training step alone and end to end, ours and the peers'.
 
-The step runs on random uint8 views that lie on the device: nothing waits for data. End to end is
-the same step behind the loader.
-A newcomer's mistake: zeros as images. Random ones draw more power, and clocks are lower.
+The step runs on random uint8 views on the device: nothing waits for data, and random ones, unlike
+zeros, draw as much power as images. End to end is the same step fed by the loader.
 """
 
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kernels.normalize import normalize_views
+from measure.harness import MeasureConfig
 from measure.peers import missing, peer_step
 from measure.turns import Repetition, Timing, seconds_of, take_turns
 from pipeline.loader import Batch
@@ -26,17 +26,21 @@ from train.session import Session
 from train.wait_clock import WaitClock
 
 PEERS = ("official", "eager_bf16", "compiled_plain", "lightly", "solo_learn")
-NEEDS = {"lightly": ("lightly", "torchvision"), "solo_learn": ("solo", "torchvision")}
 
 
-def open_session(config: Config, world: World) -> Session:
-    """What train_step works with, as train/main.py puts it together; no data and no run folder."""
-    order = SampleOrder(
-        1000 * config.data.batch_size, batch_size=config.data.batch_size, seed=config.seed
-    )
+def open_training(config: Config, world: World) -> tuple[Callable[[Batch], None], nn.Module]:
+    """(a call that trains on a batch, the model) as in train/main.py, without a run folder."""
+    batch_size = config.data.batch_size
+    order = SampleOrder(1000 * batch_size, batch_size=batch_size, seed=config.seed)
     state, ddp = build_state(config, world, order.num_samples)
     # train_step reads neither data nor log
-    return Session(config, world, None, order, state, ddp, {}, None, None, None)  # type: ignore[arg-type]
+    session = Session(config, world, None, order, state, ddp, {}, None, None, None)  # type: ignore[arg-type]
+
+    def train(batch: Batch) -> None:
+        train_step(session, batch)
+        state.step += 1
+
+    return train, state.model
 
 
 def random_batch(config: Config, world: World) -> Batch:
@@ -55,22 +59,12 @@ def random_batch(config: Config, world: World) -> Batch:
     return Batch(0, large, torch.arange(rows), small)
 
 
-def our_step(session: Session, batch: Batch) -> Callable[[], None]:
-    """A training step of ours."""
-
-    def step() -> None:
-        train_step(session, batch)
-        session.state.step += 1
-
-    return step
-
-
 def repeated(
     step: Callable[[], object], device: torch.device, *, steps: int, idle: list[bool]
 ) -> Repetition:
     """`steps` steps between two events. A step that the host limits counts as long as it takes.
 
-    After each step on CUDA `idle` is told whether the GPU waits for the host. The first steps of a
+    After each step on CUDA `idle` gets whether the GPU waits for the host. The first steps of a
     repetition, before a queue has formed, may say so of a GPU that is kept busy.
     """
 
@@ -84,7 +78,7 @@ def repeated(
 
 
 def why_not(name: str, config: Config, world: World) -> str | None:
-    """Why a peer cannot be measured here, or None."""
+    """Why a peer cannot be measured on this machine, or None."""
     if name in ("eager_bf16", "compiled_plain") and world.device.type == "cpu":
         if not has_fast_bf16():
             return "this CPU has no bf16 instructions"
@@ -94,78 +88,79 @@ def why_not(name: str, config: Config, world: World) -> str | None:
         return "torchvision's networks are 64 channels wide: leave --model.width at 64"
     if name == "lightly" and config.model.projector_layers != 3:
         return "its projector has 3 layers: leave --model.projector_layers at 3"
-    reasons = (missing(package) for package in NEEDS.get(name, ("torchvision",)))
-    return next((reason for reason in reasons if reason is not None), None)
+    package = {"lightly": "lightly", "solo_learn": "solo"}.get(name, "torchvision")
+    return missing(package) or missing("torchvision")
 
 
-def measure_step(
-    config: Config, world: World, *, peers: bool, steps: int, warmup: int, n: int, budget_s: float
-) -> dict[str, Timing]:
-    """Our step and, with `peers`, the others, taking turns."""
-    batch = random_batch(config, world)
-    session = open_session(config, world)
-    todo: dict[str, Callable[[], object]] = {"ours": our_step(session, batch)}
-    left_out = {}
-    view1, view2 = (
-        normalize_views(view, config.data.mean, config.data.std, torch.float32, kernels="plain")
-        .contiguous()
+def measure_step(config: Config, m: MeasureConfig, world: World) -> dict[str, Timing]:
+    """Our step and, with m.peers, the others, taking turns. m: filled."""
+    batch, data = random_batch(config, world), config.data
+    train, _ = open_training(config, world)
+    steps: dict[str, Callable[[], object]] = {"ours": lambda: train(batch)}
+    skipped = {}
+    first, second = (
+        normalize_views(view, data.mean, data.std, torch.float32, kernels="plain").contiguous()
         for view in batch.images[:2]
-    )  # fmt: skip
-    for name in PEERS if peers else ():
+    )
+    for name in PEERS if m.peers else ():
         reason = why_not(name, config, world)
-        if reason is not None:
-            left_out[name] = Timing(0, not_measured=reason)
-            continue
         try:
-            todo[name] = peer_step(name, config, world, (view1, view2))
+            if reason is None:
+                steps[name] = peer_step(name, config, world, (first, second))
         except ImportError as error:
-            left_out[name] = Timing(0, not_measured=f"does not import: {first_line(error)}")
-    idle: dict[str, list[bool]] = {name: [] for name in todo}
+            reason = f"does not import: {first_line(error)}"
+        if reason is not None:
+            skipped[name] = Timing(0, not_measured=reason)
+    idle: dict[str, list[bool]] = {name: [] for name in steps}
     variants = {
-        name: repeated(step, world.device, steps=steps, idle=idle[name])
-        for name, step in todo.items()
+        name: repeated(step, world.device, steps=m.steps, idle=idle[name])
+        for name, step in steps.items()
     }
-    images = steps * config.data.batch_size // world.size
-    turns = -(-warmup // steps)
-    found = take_turns(variants, images=images, warmup=turns, n=n, budget_s=budget_s, world=world)
-    for name, timing in found.items():
-        timing.gpu_was_idle = idle[name][turns * steps :]
-    return found | left_out
+    images = m.steps * data.batch_size // world.size
+    warmup = -(-m.warmup // m.steps)
+    timings = take_turns(
+        variants, images=images, warmup=warmup, n=m.repeats, budget_s=m.budget_s, world=world
+    )
+    for name, timing in timings.items():
+        timing.gpu_was_idle = idle[name][warmup * m.steps :]
+    return timings | skipped
 
 
 def measure_end_to_end(
-    reader: ImageReader, config: Config, world: World, *, steps: int, n: int, budget_s: float
+    reader: ImageReader, config: Config, m: MeasureConfig, world: World
 ) -> tuple[Timing, float]:
     """Our loader and step together, and the percentage of time spent waiting for data."""
-    from measure.loader_times import endless_order, num_filling, open_loader  # imports DALI
+    from measure.loader_times import OurLoader  # imports DALI
 
-    order, rows = endless_order(reader, config, world)
-    session = open_session(config, world)
-    begin, waited, total = 0, 0.0, 0.0
-    filling = num_filling(config, world.device)
+    steps = max(m.steps, 3)
+    loader = OurLoader(reader, config, world)
+    train, _ = open_training(config, world)
+    waited = total = 0.0
 
     def repeat() -> float:
-        nonlocal begin, waited, total
-        loader = open_loader(reader, order, config, world, range(begin, begin + filling + steps))
-        begin += filling + steps
-        batches = iter(loader)
-        for _ in range(filling):
-            train_step(session, next(batches))
-        waiting = WaitClock(world.device)
+        nonlocal waited, total
+        batches = loader.next_batches(loader.num_filling + steps)
+        for _ in range(loader.num_filling):
+            train(next(batches))
+        clock = WaitClock(world.device)
 
         def work() -> None:
             for batch in batches:
-                waiting.data_arrived()
-                train_step(session, batch)
-                session.state.step += 1
-                waiting.work_queued()
+                clock.data_arrived()
+                train(batch)
+                clock.work_queued()
 
         seconds = seconds_of(work, world.device)  # waits for the device
         total += seconds
-        waited += waiting.take()
+        waited += clock.take()
         return seconds
 
-    found = take_turns(
-        {"ours": repeat}, images=steps * rows, warmup=0, n=n, budget_s=budget_s, world=world
-    )
-    return found["ours"], 100 * waited / total if total else 0.0
+    timing = take_turns(
+        {"ours": repeat},
+        images=steps * loader.rows,
+        warmup=0,
+        n=m.repeats,
+        budget_s=m.budget_s,
+        world=world,
+    )["ours"]
+    return timing, 100 * waited / total if total else 0.0

@@ -1,12 +1,9 @@
-"""Named ranges and collectives of a step, from torch.profiler's trace of it.
-
-A newcomer's mistake: putting this into profiling/trace.py. Its name is the standard library's, and
-from another module that one would be imported.
-"""
+"""Named ranges and collectives of a step, from torch.profiler's trace of it."""
 
 import json
 import math
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,7 +35,7 @@ def trace_of(step: Callable[[], object], device: torch.device, *, steps: int = 2
 
 
 def host_ranges(trace: dict) -> list[dict]:
-    """The named ranges as the host went through them, in order."""
+    """The named ranges as the host entered them, in order."""
     ranges = [e for e in trace["traceEvents"] if e.get("cat") == "user_annotation"]
     return sorted((e for e in ranges if e["name"] in RANGES), key=lambda e: e["ts"])
 
@@ -46,9 +43,9 @@ def host_ranges(trace: dict) -> list[dict]:
 def device_work(trace: dict) -> list[tuple[dict | None, dict]]:
     """(named range, event) of every kernel, copy and fill on a GPU.
 
-    By the time of the launch, on whatever thread: autograd launches the backward pass from one of
-    its own, which the annotations of the thread that called it do not cover. The range is None for
-    what was launched outside of all.
+    By the time of the launch, on whatever thread: autograd launches the backward pass from a thread
+    that the annotations of the calling thread do not cover. The range is None for what was launched
+    outside of all.
     """
     events, ranges = trace["traceEvents"], host_ranges(trace)
     launched = {
@@ -56,25 +53,23 @@ def device_work(trace: dict) -> list[tuple[dict | None, dict]]:
         for e in events
         if e.get("cat") in ("cuda_runtime", "cuda_driver") and "correlation" in e.get("args", {})
     }
-    found = []
-    for event in events:
-        if event.get("cat") in DEVICE_WORK:
-            at = launched.get(event["args"].get("correlation"), -math.inf)
-            within = (r for r in ranges if r["ts"] <= at < r["ts"] + r["dur"])
-            found.append((next(within, None), event))
-    return found
+
+    def range_of(event: dict) -> dict | None:
+        at = launched.get(event["args"].get("correlation"), -math.inf)
+        return next((r for r in ranges if r["ts"] <= at < r["ts"] + r["dur"]), None)
+
+    return [(range_of(event), event) for event in events if event.get("cat") in DEVICE_WORK]
 
 
 def timeline(trace: dict) -> list[dict]:
     """name, begin_ms and ms of the named ranges of the trace's last step, on the device's side."""
-    ranges, work = host_ranges(trace), device_work(trace)
-    if work:
+    ranges = host_ranges(trace)
+    if work := device_work(trace):
         on_device = []
-        for one in ranges:
-            parts = [event for within, event in work if within is one]
-            if parts:
-                begin, end = min(e["ts"] for e in parts), max(e["ts"] + e["dur"] for e in parts)
-                on_device.append({"name": one["name"], "ts": begin, "dur": end - begin})
+        for host_range in ranges:
+            if events := [event for within, event in work if within is host_range]:
+                begin, end = min(e["ts"] for e in events), max(e["ts"] + e["dur"] for e in events)
+                on_device.append({"name": host_range["name"], "ts": begin, "dur": end - begin})
         ranges = on_device
     last = {e["name"]: e for e in ranges}
     begin = min((e["ts"] for e in last.values()), default=0)
@@ -86,17 +81,14 @@ def timeline(trace: dict) -> list[dict]:
 
 def collectives(trace: dict, *, steps: int = 2) -> dict[str, dict[str, float]]:
     """number and bytes of collectives a step by name, as this rank's process group issued them."""
-    found: dict[str, dict[str, float]] = {}
+    calls: dict[str, dict[str, float]] = defaultdict(lambda: {"number": 0.0, "bytes": 0.0})
     for event in trace["traceEvents"]:
         name = event.get("name", "")
-        if event.get("cat") not in ("cpu_op", "user_annotation"):
-            continue
-        if not name.startswith(COLLECTIVES):
-            continue
-        one = found.setdefault(name, {"number": 0.0, "bytes": 0.0})
-        one["number"] += 1 / steps
-        facts = event.get("args", {})
-        shapes, types = facts.get("Input Dims", []), facts.get("Input type", [])
-        for shape, kind in zip(shapes, types, strict=False):
-            one["bytes"] += math.prod(shape) * ITEMSIZE.get(kind, 0) / steps
-    return found
+        is_host = event.get("cat") in ("cpu_op", "user_annotation")
+        if is_host and name.startswith(COLLECTIVES):
+            calls[name]["number"] += 1 / steps
+            args = event.get("args", {})
+            inputs = zip(args.get("Input Dims", []), args.get("Input type", []), strict=False)
+            for shape, kind in inputs:
+                calls[name]["bytes"] += math.prod(shape) * ITEMSIZE.get(kind, 0) / steps
+    return dict(calls)

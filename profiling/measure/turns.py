@@ -1,8 +1,8 @@
 """Timed repetitions of several variants that take turns, and their percentiles.
 
-Clocks and temperature drift: variants of one table are measured in one run, one repetition each in
-turn. A variant that fails is kept with its reason, and the others go on.
-A newcomer's mistake: comparing two runs of the program. Only ratios within one run are printed.
+Clocks and temperature drift: variants of one table are measured in one run, a repetition of each
+per turn, and only ratios within one run are printed. A variant that fails is kept with its reason
+and the others continue.
 """
 
 import statistics
@@ -39,15 +39,15 @@ class Timing:
         if self.not_measured is not None:
             return {"not_measured": self.not_measured}
         rates = {f"p{round(100 * share)}": round(self.rate(share), 3) for share in (0.1, 0.5, 0.9)}
-        found = {"images_per_s": rates, "n": len(self.seconds), "images": self.images}
+        result = {"images_per_s": rates, "n": len(self.seconds), "images": self.images}
         if self.gpu_was_idle:
             share = sum(self.gpu_was_idle) / len(self.gpu_was_idle)
-            found["share_of_steps_that_the_host_limits"] = round(share, 3)
-        return found
+            result["share_of_steps_that_the_host_limits"] = round(share, 3)
+        return result
 
 
 def quantile(values: list[float], share: float) -> float:
-    """The value below which `share` of them lie, interpolated."""
+    """The value that `share` of them are below, interpolated."""
     if len(values) == 1:
         return values[0]
     cuts = statistics.quantiles(values, n=100, method="inclusive")
@@ -55,19 +55,24 @@ def quantile(values: list[float], share: float) -> float:
 
 
 def take_turns(
-    variants: dict[str, Repetition], *, images: int, warmup: int, n: int, budget_s: float,
+    variants: dict[str, Repetition],
+    *,
+    images: int,
+    n: int,
     world: World,
-) -> dict[str, Timing]:  # fmt: skip
-    """Run each variant warmup + n times, in turn; stop early once budget_s is spent, n >= 1.
+    warmup: int = 1,
+    budget_s: float = float("inf"),
+) -> dict[str, Timing]:
+    """Run each variant warmup + n times, taking turns; stop early once budget_s is spent, n >= 1.
 
-    All ranks call it with the same variants and stop together. Raises: nothing of what a variant
-    raises: its Timing says it.
+    All ranks call it with the same variants and stop together. What a variant raises is kept in its
+    Timing.
     """
-    found = {name: Timing(images) for name in variants}
+    timings = {name: Timing(images) for name in variants}
     begin = time.perf_counter()
     for turn in range(warmup + n):
         for name, repeat in variants.items():
-            timing = found[name]
+            timing = timings[name]
             if timing.not_measured is not None:
                 continue
             seconds, reason = 0.0, None
@@ -78,16 +83,15 @@ def take_turns(
                 torch.cuda.empty_cache()
             except (RuntimeError, ValueError, OSError, ImportError) as error:
                 reason = f"{type(error).__name__}: {first_line(error)}"
-            reasons = [why for why in gather(world, reason) if why is not None]
+            reasons = [reason for reason in gather(world, reason) if reason is not None]
             if reasons:
                 timing.not_measured = reasons[0]
-                continue
-            if turn >= warmup:
+            elif turn >= warmup:
                 timing.seconds.append(seconds)
-        spent = turn >= warmup and time.perf_counter() - begin > budget_s
-        if any(gather(world, spent)):
+        is_over = turn >= warmup and time.perf_counter() - begin > budget_s
+        if any(gather(world, is_over)):
             break
-    return found
+    return timings
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:
@@ -104,13 +108,8 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
     return start.elapsed_time(end) / 1e3
 
 
-def ratios(of: str, timings: dict[str, Timing], *, ours: str = "ours") -> dict[str, float]:
+def ratios(of: str, timings: dict[str, Timing]) -> dict[str, float]:
     """ "<of>/<peer>": our median rate by the peer's, for each peer measured in this run."""
-    mine = timings[ours]
-    if mine.not_measured is not None:
-        return {}
-    return {
-        f"{of}/{name}": round(mine.rate() / timing.rate(), 3)
-        for name, timing in timings.items()
-        if name != ours and timing.not_measured is None
-    }
+    measured = {n: timing.rate() for n, timing in timings.items() if timing.not_measured is None}
+    ours = measured.pop("ours", 0.0)
+    return {f"{of}/{name}": round(ours / rate, 3) for name, rate in measured.items() if ours}

@@ -6,7 +6,7 @@
 n ranks on m nodes; a_node and a_net are the microseconds of a hop within a node and between nodes.
 The least of NCCL's algorithms and protocols is taken, as NCCL does. Reduction within the network
 (SHARP, over NVLink or InfiniBand) is left out.
-A newcomer's mistake: bandwidth alone. An all-reduce of a batch norm's sums is all latency.
+Bandwidth alone would not do: an all-reduce of a batch norm's sums is all latency.
 """
 
 import math
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Protocol:
-    """One way of NCCL's to do an all-reduce. Units: microseconds; share of the bandwidth."""
+    """How NCCL may do an all-reduce. Units: microseconds; share of the bandwidth."""
 
     is_tree: bool
     base_us: float
@@ -59,7 +59,7 @@ class Fabric:
             raise ValueError(f"--net-us must be 0 or more, got {self.net_us}")
 
     def all_reduce_s(self, ranks: int, num_bytes: float) -> float:
-        """Seconds of an all-reduce over so many ranks, which fill node after node."""
+        """Seconds of an all-reduce over `ranks` ranks, which fill node after node."""
         if ranks == 1:
             return 0.0
         per_node = min(ranks, self.gpus_per_node)
@@ -68,14 +68,14 @@ class Fabric:
         if nodes > 1:
             gb_per_s = self.net_gb_per_s if per_node == 1 else min(gb_per_s, self.net_gb_per_s)
         return min(
-            self._protocol_s(one, ranks, nodes, num_bytes / (1e9 * one.share * gb_per_s))
-            for one in self.protocols
+            self._protocol_s(protocol, ranks, nodes, num_bytes / (1e9 * protocol.share * gb_per_s))
+            for protocol in self.protocols
         )
 
-    def _protocol_s(self, one: Protocol, ranks: int, nodes: int, once_s: float) -> float:
-        if one.is_tree:
+    def _protocol_s(self, protocol: Protocol, ranks: int, nodes: int, once_s: float) -> float:
+        if protocol.is_tree:
             node_hops, net_hops, passes = ranks / nodes - 1, math.log2(nodes), 2.0
         else:
             node_hops, net_hops, passes = ranks - nodes, nodes - 1, 2 * (ranks - 1) / ranks
-        hops_us = 2 * (node_hops * one.node_us + net_hops * (one.net_us + self.net_us))
-        return 1e-6 * (one.base_us + hops_us) + passes * once_s
+        hops_us = 2 * (node_hops * protocol.node_us + net_hops * (protocol.net_us + self.net_us))
+        return 1e-6 * (protocol.base_us + hops_us) + passes * once_s

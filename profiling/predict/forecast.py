@@ -4,14 +4,9 @@ Memory: 12 bytes a parameter (fp32 weight, gradient, momentum), 2 for the 16-bit
 for the backward pass, and the largest map's gradients. Time: the roofline of
 profiling/predict/limit.py; the best published runs reach 60 to 70 % of theirs, so that range is
 given too. Communication is not in it. All of this is arithmetic, nothing measured.
-A newcomer's mistake: taking the roofline for a promise.
 """
 
-import sys
-
-from rich.console import Console
-from rich.table import Table
-
+from measure.results import print_table
 from pipeline.decode import reserve
 from pipeline.loader import GPU_THREADS
 from predict.limit import GPU_GIB, GPUS, count, describe
@@ -31,59 +26,52 @@ def forecast(config: Config, *, gpu: str, gpus: int) -> dict:
 
     Units: GiB a GPU, milliseconds a step, minutes an epoch of ImageNet-1k, MB a checkpoint.
     """
-    if config.data.batch_size % gpus:
+    batch_size = config.data.batch_size
+    if batch_size % gpus:
+        raise ValueError(f"--gpus {gpus} does not divide --data.batch_size {batch_size}")
+    if batch_size > IMAGENET_IMAGES:
         raise ValueError(
-            f"--gpus {gpus} does not divide --data.batch_size {config.data.batch_size}"
-        )
-    if config.data.batch_size > IMAGENET_IMAGES:
-        raise ValueError(
-            f"--data.batch_size {config.data.batch_size} on --gpus {gpus} is more than all "
+            f"--data.batch_size {batch_size} on --gpus {gpus} is more than all "
             f"{IMAGENET_IMAGES} images of ImageNet-1k: lower it"
         )
-    rows = config.data.batch_size // gpus
+    rows, itemsize = batch_size // gpus, DTYPES[config.precision].itemsize
     counts = count(config.model, config.method, images=rows, size=config.augment.size)
-    itemsize = DTYPES[config.precision].itemsize
-    rate, bandwidth = GPUS[gpu]
-    limit = describe(counts, rate, bandwidth, itemsize=itemsize)
+    limit = describe(counts, *GPUS[gpu], itemsize=itemsize)
     kept = counts.saved_bytes(itemsize)
     largest = max(product.elements[1] for product in counts.products) * itemsize
     fixed = BYTES_A_PARAMETER * counts.parameters
     memory = fixed + kept + 3 * largest
     least_s = limit["step_ms"] / 1e3
-    steps = IMAGENET_IMAGES // config.data.batch_size
-    found = {
+    steps_s = [least_s / share for share in reversed(REACHED)]
+    minutes = [IMAGENET_IMAGES // batch_size * s / 60 for s in steps_s]
+    result = {
         "gpu": gpu,
         "gpus": gpus,
         "images_per_gpu": rows,
         "memory_gib": round(memory / 2**30, 2),
         "kept_for_backward_mb_per_image": round(kept / rows / 1e6, 2),
         "roofline": limit,
-        "step_ms": [round(1e3 * least_s / share, 1) for share in reversed(REACHED)],
-        "epoch_minutes": [
-            float(f"{steps * least_s / share / 60:.3g}") for share in reversed(REACHED)
-        ],
+        "step_ms": [round(1e3 * s, 1) for s in steps_s],
+        "epoch_minutes": [float(f"{m:.3g}") for m in minutes],
         "dali_reserve": reserve(config.dali, threads=config.dali.threads or GPU_THREADS),
         "checkpoint_mb": round(CHECKPOINT_BYTES_A_PARAMETER * counts.parameters / 1e6, 1),
         "parameters": counts.parameters,
         "measured": False,
     }
-    table = Table(title=f"predicted, nothing measured: {gpus} x {gpu}, {rows} images a GPU")
-    table.add_column("what")
-    table.add_column("figure", justify="right")
-    for name, figure in (
-        ("memory a GPU, DALI's left out", f"{found['memory_gib']} GiB"),
-        ("DALI's reserve", found["dali_reserve"]),
-        ("step by the roofline", f"{limit['step_ms']} ms"),
-        ("step at 60 to 70 % of it", " to ".join(map(str, found["step_ms"])) + " ms"),
-        ("epoch of ImageNet-1k", " to ".join(map(str, found["epoch_minutes"])) + " minutes"),
-        ("checkpoint", f"{found['checkpoint_mb']} MB"),
-    ):
-        table.add_row(name, figure)
-    Console(file=sys.stderr, width=None if sys.stderr.isatty() else 80).print(table)
+    table = {
+        "memory a GPU, DALI's left out": f"{result['memory_gib']} GiB",
+        "DALI's reserve": result["dali_reserve"],
+        "step by the roofline": f"{limit['step_ms']} ms",
+        "step at 60 to 70 % of it": " to ".join(map(str, result["step_ms"])) + " ms",
+        "epoch of ImageNet-1k": " to ".join(map(str, result["epoch_minutes"])) + " minutes",
+        "checkpoint": f"{result['checkpoint_mb']} MB",
+    }
+    title = f"predicted, nothing measured: {gpus} x {gpu}, {rows} images a GPU"
+    print_table(title, ("what", "figure"), table.items(), width=80)
     if memory > GPU_GIB[gpu] * 2**30:
         most = int((GPU_GIB[gpu] * 2**30 - fixed) * rows / (memory - fixed))
         raise ValueError(
-            f"--gpu {gpu} has {GPU_GIB[gpu]} GiB, {rows} images need {found['memory_gib']}: lower "
+            f"--gpu {gpu} has {GPU_GIB[gpu]} GiB, {rows} images need {result['memory_gib']}: lower "
             f"--data.batch_size to {most * gpus} or less, or raise --gpus"
         )
-    return found
+    return result

@@ -1,7 +1,7 @@
 """The limit: FLOPs and bytes of a step counted from the model, and the time that they must take.
 
 Convolutions and linear layers: forward, gradient of the input, gradient of the weight; each takes
-the longer of FLOPs / matmul rate and bytes / bandwidth, every tensor once a pass. What lies between
+the longer of FLOPs / matmul rate and bytes / bandwidth, every tensor once a pass. What is between
 them (batch norm, ReLU, shortcut, max-pool): the bytes of measure/kernel_times.Site over the
 bandwidth. The optimizer: 28 bytes a parameter (fp32 weight, gradient, momentum read; weight and
 momentum written; a 16-bit copy read and written). Rate and bandwidth are measured in the same run.
@@ -9,11 +9,13 @@ momentum written; a 16-bit copy read and written). Rate and bandwidth are measur
     share of the roofline = roofline seconds / measured seconds
     MFU = FLOPs of a step / (measured seconds x matmul rate); 2 FLOPs a multiply-add, nothing twice
 
-A newcomer's mistake: quoting MFU as the quality of a ResNet step. It is bound by bytes: NVIDIA's
-MLPerf run on an H200 has 24 % of the measured matmul rate, and 62 % of its roofline.
+MFU does not show the quality of a ResNet step, which is bound by bytes: NVIDIA's MLPerf run on an
+H200 has 24 % of the measured matmul rate, and 62 % of its roofline.
 """
 
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -83,9 +85,9 @@ class Counts:
     def seconds(self, flop_rate: float, bandwidth: float, *, itemsize: int = 2) -> float:
         """The least time of a step."""
         total = 0.0
-        for product in self.products:
-            moved = itemsize * sum(product.elements) / bandwidth
-            total += product.passes * max(2 * product.macs / flop_rate, moved)
+        for p in self.products:
+            moved_s = itemsize * sum(p.elements) / bandwidth
+            total += p.passes * max(2 * p.macs / flop_rate, moved_s)
         return total + (self.site_bytes(itemsize) + OPTIMIZER_BYTES * self.parameters) / bandwidth
 
 
@@ -97,22 +99,19 @@ def count(config: ModelConfig, method: MethodConfig, *, images: int, size: int) 
     products, sites = [], []
     model = SimSiam(config, method)
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload] - torch's stub
+
+    def record(name: str, module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        x, weight = inputs[0], module.get_parameter("weight")
+        macs = output.numel() * weight[0].numel()
+        elements = (x.numel(), output.numel(), weight.numel())
+        products.append(Product(name, macs, elements, name != "backbone.conv1"))
+        if (kind := site_kind(name, module, model)) is not None:
+            sites.append(Site(kind, tuple(output.shape)))
+
     with FakeTensorMode(allow_non_fake_inputs=True):
-
-        def record(name: str):
-            def hook(module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-                x, weight = inputs[0], module.get_parameter("weight")
-                macs = output.numel() * weight[0].numel()
-                elements = (x.numel(), output.numel(), weight.numel())
-                products.append(Product(name, macs, elements, name != "backbone.conv1"))
-                if (kind := site_kind(name, module, model)) is not None:
-                    sites.append(Site(kind, tuple(output.shape)))
-
-            return hook
-
         for name, module in model.named_modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
-                module.register_forward_hook(record(name))
+                module.register_forward_hook(partial(record, name))
         views = torch.empty(2 * images, 3, size, size)
         model(views.to(memory_format=torch.channels_last))
         parameters = sum(p.numel() for p in model.parameters())
@@ -120,22 +119,20 @@ def count(config: ModelConfig, method: MethodConfig, *, images: int, size: int) 
 
 
 def site_kind(name: str, module: nn.Module, model: SimSiam) -> str | None:
-    """The kind of site that follows a layer; None where none does or another's has it."""
-    *path, last = name.split(".")
+    """The kind of site that follows a layer; None where there is none or it is another layer's."""
+    path, _, last = name.rpartition(".")
+    parent: Any = model.get_submodule(path)
     if name == "backbone.conv1":
         return "pool" if module.stride == (2, 2) else "relu"
-    if isinstance(module, nn.Conv2d):
-        if "downsample" in path:
-            return None  # the block's end normalises it too
-        block = model.get_submodule(".".join(path))
-        is_end = last == ("conv3" if hasattr(block, "conv3") else "conv2")
-        if not is_end:
-            return "relu"
-        return "residual" if block.downsample is None else "norm"
-    parent = model.get_submodule(".".join(path))
-    if not hasattr(parent, "norm"):
-        return None  # the predictor's output
-    return "relu" if parent.relu else "none"
+    if isinstance(module, nn.Linear):
+        if not hasattr(parent, "norm"):
+            return None  # the predictor's output
+        return "relu" if parent.relu else "none"
+    if "downsample" in path.split("."):
+        return None  # the block's end normalises it too
+    if last != ("conv3" if hasattr(parent, "conv3") else "conv2"):
+        return "relu"
+    return "residual" if parent.downsample is None else "norm"
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, *, n: int = 20) -> float:
@@ -159,11 +156,10 @@ def measure_limit(config: Config, device: torch.device, *, rows: int) -> dict:
 def describe(counts: Counts, rate: float, bandwidth: float, *, itemsize: int) -> dict:
     """The figures of a roofline."""
     seconds = counts.seconds(rate, bandwidth, itemsize=itemsize)
+    moved = counts.product_bytes(itemsize) + counts.site_bytes(itemsize)
     return {
         "gflop_per_image": round(counts.flops / counts.images / 1e9, 3),
-        "mb_per_image": round(
-            (counts.product_bytes(itemsize) + counts.site_bytes(itemsize)) / counts.images / 1e6, 2
-        ),
+        "mb_per_image": round(moved / counts.images / 1e6, 2),
         "matmul_tflop_per_s": round(rate / 1e12, 3),
         "copy_gb_per_s": round(bandwidth / 1e9, 1),
         "step_ms": round(1e3 * seconds, 3),
@@ -174,7 +170,7 @@ def describe(counts: Counts, rate: float, bandwidth: float, *, itemsize: int) ->
 def most_times(images_per_s: float, step: dict[str, dict]) -> dict[str, float]:
     """How many times each measured peer the roofline is: no step of these FLOPs can be more."""
     return {
-        f"at_most_times_{name}": round(images_per_s / one["images_per_s"]["p50"], 3)
-        for name, one in step.items()
-        if name != "ours" and "images_per_s" in one
+        f"at_most_times_{name}": round(images_per_s / summary["images_per_s"]["p50"], 3)
+        for name, summary in step.items()
+        if name != "ours" and "images_per_s" in summary
     }

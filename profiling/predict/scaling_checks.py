@@ -1,7 +1,7 @@
 """The formula of predict/step_model.py against what was measured elsewhere: MLPerf, slow links.
 
-A newcomer's mistake: taking what strong scaling loses for communication. A GPU with 50 images takes
-longer an image than one with 400, alone too: a time of every step, which is fitted here.
+What strong scaling loses is not all communication: a GPU with 50 images takes longer an image than
+one with 400, alone too. That time of every step is fitted.
 """
 
 from predict.fabric import Fabric, Protocol
@@ -25,7 +25,7 @@ TCP_SHARE = 1448 / 1514
 
 
 def fit_mlperf(work: Work, fabric: Fabric, known: tuple[int, int]) -> tuple[float, float]:
-    """(seconds of every step, seconds an image) with which two of MLPerf's entries come out."""
+    """(seconds of every step, seconds an image) that give two of MLPerf's entries."""
     (images_a, rate_a), (images_b, rate_b) = (MLPERF[ranks] for ranks in known)
     exposed_a = exposed_b = 0.0
     fixed_s = image_s = 0.0
@@ -56,46 +56,40 @@ def against_mlperf(work: Work, fabric: Fabric) -> dict:
             "predicted": round(rates[0], 1),
             "by_messages_alone": round(rates[1], 1),
         }
-    efficiency = rows[64]["predicted"] / rows[8]["predicted"]
     return {
         "fixed_ms": round(1e3 * fixed_s, 3),
         "image_us": round(1e6 * image_s, 2),
         "fitted_to": [8, 512],
         "gpus": rows,
-        "efficiency_64": {"published": MLPERF_EFFICIENCY, "predicted": round(efficiency, 4),
-                          "by_messages_alone": round(rows[64]["by_messages_alone"] / rate_8, 4)},
-    }  # fmt: skip
+        "efficiency_64": {
+            "published": MLPERF_EFFICIENCY,
+            "predicted": round(rows[64]["predicted"] / rows[8]["predicted"], 4),
+            "by_messages_alone": round(rows[64]["by_messages_alone"] / rate_8, 4),
+        },
+    }
 
 
-def against_hosts(found: dict, *, overlap: bool) -> dict:
+def against_hosts(measured: dict, *, overlap: bool) -> dict:
     """The formula for profiling/throttled.py's ranks and links beside what it measured.
 
-    Gradients' bytes are known; what else was sent are batch norm's sums, half in each pass.
+    Gradients' bytes are known; the rest of what was sent are batch norm's sums, half in each pass.
     """
-    calls = found["collectives_per_step"].values()
-    sent = sum(one["bytes"] for one in calls) - found["gradient_bytes"]
-    counts = count(
-        ModelConfig(**found["model"]), MethodConfig(), images=found["images_per_rank"],
-        size=found["size"],
-    )  # fmt: skip
-    syncs = len(counts.sites)
-    work = work_of(
-        counts, gpu=(1.0, float("inf")), gradient_bytes=found["gradient_bytes"],
-        forward_sums=(syncs, sent / 2), backward_sums=(syncs, sent / 2),
-    )  # fmt: skip
+    gradient_bytes, model = measured["gradient_bytes"], ModelConfig(**measured["model"])
+    calls = measured["collectives_per_step"].values()
+    sent = sum(call["bytes"] for call in calls) - gradient_bytes
+    shape = {"images": measured["images_per_rank"], "size": measured["size"]}
+    counts = count(model, MethodConfig(), **shape)
+    half = len(counts.sites), sent / 2
+    sums = {"forward_sums": half, "backward_sums": half}
+    work = work_of(counts, gpu=(1.0, float("inf")), gradient_bytes=gradient_bytes, **sums)
     rows = []
-    for row in found["steps"]:
-        mbit_per_s = row["mbit_per_s"]
-        hop = Protocol(False, 0.0, 0.0, found["hop_us"].get(str(row["ranks"]), 0.0), 1.0)
+    for row in measured["steps"]:
+        ranks, mbit_per_s = row["ranks"], row["mbit_per_s"]
+        hop = Protocol(False, 0.0, 0.0, measured["hop_us"].get(str(ranks), 0.0), 1.0)
         gb_per_s = float("inf") if mbit_per_s is None else mbit_per_s / 8e3 * TCP_SHARE
         fabric = Fabric(gpus_per_node=1, net_gb_per_s=gb_per_s, protocols=(hop,))
-        step = predict(work, fabric, row["ranks"], compute_s=row["compute_s"], overlap=overlap)
-        rows.append(
-            row
-            | {
-                "predicted_s": round(step.seconds, 4),
-                "predicted_by_measured": round(step.seconds / row["step_s"], 3),
-            }
-        )
-    return {"gradient_bytes": found["gradient_bytes"], "sum_bytes": sent, "syncs": 2 * syncs,
-            "steps": rows}  # fmt: skip
+        step_s = predict(work, fabric, ranks, compute_s=row["compute_s"], overlap=overlap).seconds
+        ratio = round(step_s / row["step_s"], 3)
+        rows.append(row | {"predicted_s": round(step_s, 4), "predicted_by_measured": ratio})
+    facts = {"gradient_bytes": gradient_bytes, "sum_bytes": sent, "syncs": 2 * len(counts.sites)}
+    return facts | {"steps": rows}

@@ -2,9 +2,9 @@
 
 docs/scaling.md has it as a formula. The forward pass waits for each batch norm's all-reduce. The
 backward pass goes layer by layer; DistributedDataParallel sends a bucket of gradients as soon as it
-is full, and what is left at the end is waited for. Ranks are alike: no stragglers.
-A newcomer's mistake: adding up. Gradients travel while the backward pass goes on; the sums of
-synchronised batch norm do not, and wait for the gradients that were sent before them.
+is full, and what is left at the end is waited for. Ranks are alike: no stragglers. Times do not add
+up: gradients travel during the backward pass; the sums of synchronised batch norm do not, and wait
+for the gradients that were sent before them.
 """
 
 from dataclasses import dataclass
@@ -61,26 +61,25 @@ def predict(work: Work, fabric: Fabric, ranks: int, *, compute_s: float, overlap
     have one of their own, so that this is the most they wait.
     """
     layers = len(work.gradient_bytes)
-    (num_forward, forward_bytes), (num_backward, backward_bytes) = (
-        work.forward_sums, work.backward_sums,
-    )  # fmt: skip
+    num_forward, forward_bytes = work.forward_sums
+    num_backward, backward_bytes = work.backward_sums
     forward_s = num_forward * fabric.all_reduce_s(ranks, forward_bytes / max(num_forward, 1))
-    one_s = fabric.all_reduce_s(ranks, backward_bytes / max(num_backward, 1))
+    sum_s = fabric.all_reduce_s(ranks, backward_bytes / max(num_backward, 1))
     backward_s = (1 - FORWARD_SHARE) * compute_s
     clock = FORWARD_SHARE * compute_s + forward_s
-    link_free, filled, limit, late = 0.0, 0.0, FIRST_BUCKET, []
+    link_free, filled, limit, late_s = 0.0, 0.0, FIRST_BUCKET, 0.0
     for layer in reversed(range(layers)):
         clock += work.backward_shares[layer] * backward_s
         if num_backward:
-            clock = max(clock, link_free) + num_backward / layers * one_s
+            clock = max(clock, link_free) + num_backward / layers * sum_s
         filled += work.gradient_bytes[layer]
         if filled >= limit or layer == 0:
-            taken_s = fabric.all_reduce_s(ranks, filled)
+            bucket_s = fabric.all_reduce_s(ranks, filled)
             if overlap:
-                link_free = max(clock, link_free) + taken_s
+                link_free = max(clock, link_free) + bucket_s
             else:
-                late.append(taken_s)
+                late_s += bucket_s
             filled, limit = 0.0, BUCKET
-    seconds = max(clock, link_free) + sum(late)
-    sums_s = forward_s + num_backward * one_s
+    seconds = max(clock, link_free) + late_s
+    sums_s = forward_s + num_backward * sum_s
     return Step(seconds, sums_s, max(0.0, seconds - compute_s - sums_s))
