@@ -1,9 +1,8 @@
-"""The random numbers of the views: crop windows, colour maps, blur, solarize; no pixels here.
+"""The random numbers of the views: crop windows, colour maps, blur, solarize; no pixels.
 
-All randomness of a run is drawn here, keyed by (seed, step) and the position in the *global*
-batch. So the views do not depend on the number of ranks, a resumed run repeats them bit for bit
-without any state, and the DALI graph (pipeline/graph.py) is a pure function.
-A newcomer's mistake: drawing in the graph, or seeding per rank.
+All randomness of a view is drawn here, keyed by (seed, step) and the position in the *global*
+batch: the views do not depend on the number of ranks, a resumed run repeats them bit for bit
+without state, and the DALI graph (pipeline/graph.py) is a pure function.
 
 Colour jitter, in torchvision's random order, and grayscale are one linear map of RGB: with mu the
 mean colour of the cropped view, out = A rgb + B mu. Contrast is where mu comes in. Clamping between
@@ -58,48 +57,33 @@ class AugmentConfig:
         for name in ("flip", "jitter", "gray", "blur", "solarize"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"augment.{name} is a probability, got {getattr(self, name)}")
-        for name, low, high in (("scale", 0, 1), ("ratio", 0, 1000), ("blur_sigma", 0, 1000)):
+        for name, high in (("scale", 1), ("ratio", 1000), ("blur_sigma", 1000)):
             a, b = getattr(self, name)
-            if not low < a <= b <= high:
-                raise ValueError(f"augment.{name} needs {low} < low <= high <= {high}, got {a} {b}")
+            if not 0 < a <= b <= high:
+                raise ValueError(f"augment.{name} needs 0 < low <= high <= {high}, got {a} {b}")
         if self.size < 1:
             raise ValueError(f"augment.size is in pixels and at least 1, got {self.size}")
-        for name in ("brightness", "contrast", "saturation"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"augment.{name} must lie in 0 .. 1, got {getattr(self, name)}")
-        if not 0 <= self.hue <= 0.5:
-            raise ValueError(f"augment.hue must lie in 0 .. 0.5 turns, got {self.hue}")
+        for name, high in (("brightness", 1), ("contrast", 1), ("saturation", 1), ("hue", 0.5)):
+            if not 0 <= (value := getattr(self, name)) <= high:
+                raise ValueError(f"augment.{name} must be in 0 .. {high}, got {value}")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class ViewDraws:
     """Parameters of one view for a batch of N images: the inputs of the graph, all float32."""
 
-    roi_start: np.ndarray
-    """(N, 2) y, x of the window's start, as shares of the sides; the right edge if flipped."""
-    roi_end: np.ndarray
-    """(N, 2) y, x of the window's end, likewise."""
-    color: np.ndarray
-    """(N, 3, 3) the matrix A."""
-    color_mean: np.ndarray
-    """(N, 3, 3) the matrix B, applied to the mean colour of the window."""
-    sigma: np.ndarray
-    """(N,) of the blur in pixels; 0 for no blur."""
-    solarize: np.ndarray
-    """(N,) 1 where the view is solarized, else 0."""
+    roi_start: np.ndarray  # (N, 2) y, x as shares of the sides; the right edge if flipped
+    roi_end: np.ndarray  # (N, 2) of the window's end, likewise
+    color: np.ndarray  # (N, 3, 3) the matrix A
+    color_mean: np.ndarray  # (N, 3, 3) the matrix B, applied to the mean colour of the window
+    sigma: np.ndarray  # (N,) of the blur in pixels; 0 for no blur
+    solarize: np.ndarray  # (N,) 1 where the view is solarized, else 0
 
 
 def draws_in_graph(view: AugmentConfig, *, colors: bool) -> list[str]:
     """Names of the draws (ViewDraws' fields) that a view's part of the graph takes."""
-    taken = {
-        "roi_start": True,
-        "roi_end": True,
-        "color": colors,
-        "color_mean": colors,
-        "sigma": colors and view.blur > 0,
-        "solarize": colors and view.solarize > 0,
-    }
-    return [name for name, is_taken in taken.items() if is_taken]
+    optional = ["sigma"] * (view.blur > 0) + ["solarize"] * (view.solarize > 0)
+    return ["roi_start", "roi_end", *(["color", "color_mean", *optional] if colors else [])]
 
 
 def draw_views(
@@ -109,7 +93,7 @@ def draw_views(
     rows: slice,
     total: int,
 ) -> list[ViewDraws]:
-    """Draw the views, one for each of `configs`, of `total` images and give those of `rows`.
+    """Draw the views, one for each of `configs`, of `total` images; return those of `rows`.
 
     Shapes: sizes (rows, 2) heights and widths in pixels of this rank's images.
     """
@@ -122,19 +106,10 @@ def draw_views(
         low, high = config.blur_sigma
         has_blur = rng.random(total) < config.blur
         sigma = np.where(has_blur, rng.uniform(low, high, total), 0.0)[rows]
-        # a number that no view needs is not drawn: those of the views without it stay as they are
+        # drawn only where a view needs it: the numbers of the others do not depend on it
         solarize = rng.random(total) < config.solarize if config.solarize else np.zeros(total)
-        arrays = {
-            "roi_start": start,
-            "roi_end": end,
-            "color": color,
-            "color_mean": color_mean,
-            "sigma": sigma,
-            "solarize": solarize[rows],
-        }
-        views.append(
-            ViewDraws(**{name: np.ascontiguousarray(a, np.float32) for name, a in arrays.items()})
-        )
+        arrays = (start, end, color, color_mean, sigma, solarize[rows])
+        views.append(ViewDraws(*(np.ascontiguousarray(array, np.float32) for array in arrays)))
     return views
 
 
@@ -204,9 +179,8 @@ def color_steps(
     angle = 2 * np.pi * hue[:, None, None]
     turn = np.cos(angle) * eye + np.sin(angle) * axis + (1 - np.cos(angle)) / 3
     zero = np.zeros_like(turn)
-    return np.stack([b * eye, c * eye, s * eye + (1 - s) * gray, turn]), np.stack(
-        [zero, (1 - c) * gray, zero, zero]
-    )
+    colors = np.stack([b * eye, c * eye, s * eye + (1 - s) * gray, turn])
+    return colors, np.stack([zero, (1 - c) * gray, zero, zero])
 
 
 def compose(

@@ -1,9 +1,8 @@
 """Colour, blur and solarize of views on the CPU, by OpenCV: what the DALI graph does on a GPU.
 
-DALI's CPU operators for the two take 1.5 ms (coord_transform) and 4.2 ms (gaussian_blur) of a
-core for a view of 224 pixels; OpenCV's 0.03 and 0.1 to 0.4 (profiling/LOG.md, 2026-11-24). They are
-applied after the graph, on as many threads, and let go of Python's lock.
-A newcomer's mistake: changing one of the two. tests/test_augment.py holds them together.
+DALI's CPU operators take 1.5 ms (coord_transform) and 4.2 ms (gaussian_blur) of a core for a view
+of 224 pixels; OpenCV's 0.03 and 0.1 to 0.4 (profiling/LOG.md, 2026-11-24), without Python's lock.
+tests/test_augment.py holds the two implementations together.
 """
 
 from collections.abc import Sequence
@@ -35,39 +34,23 @@ def finish_views(
 
     def finish(places: list[tuple[int, int]]) -> None:
         for view, row in places:
-            draw = draws[view]
-            finish_view(
-                crops[view][row],
-                draw.color[row],
-                draw.color_mean[row],
-                float(draw.sigma[row]),
-                solarize=bool(draw.solarize[row]),
-                out=out[view][row],
-            )
+            finish_view(crops[view][row], draws[view], row, out=out[view][row])
 
     size = -(-len(rows) // TASKS)  # a task for each view costs as much as a view of 32 pixels
     for _ in pool.map(finish, [rows[i : i + size] for i in range(0, len(rows), size)]):
         pass
 
 
-def finish_view(
-    crop: np.ndarray,
-    color: np.ndarray,
-    color_mean: np.ndarray,
-    sigma: float,
-    *,
-    solarize: bool,
-    out: np.ndarray,
-) -> None:
+def finish_view(crop: np.ndarray, draws: ViewDraws, row: int, *, out: np.ndarray) -> None:
     """out = solarize(blur(clamp(A crop + B mean(crop)))), rounded to uint8 after each step.
 
-    Shapes: crop, out (S, S, 3) uint8; color, color_mean (3, 3). sigma in pixels, 0 for none.
+    Shapes: crop, out (S, S, 3) uint8.
     """
     mean = np.array(cv2.mean(crop)[:3], dtype=np.float32)
-    shift = color_mean @ mean
-    cv2.transform(crop, np.concatenate([color, shift[:, None]], axis=1), dst=out)
-    if sigma > 0:
+    shift = draws.color_mean[row] @ mean
+    cv2.transform(crop, np.concatenate([draws.color[row], shift[:, None]], axis=1), dst=out)
+    if (sigma := float(draws.sigma[row])) > 0:
         side = 2 * int(np.ceil(3 * sigma)) + 1
         cv2.GaussianBlur(out, (side, side), sigma, dst=out, borderType=cv2.BORDER_REFLECT_101)
-    if solarize:
+    if draws.solarize[row]:
         cv2.LUT(out, SOLARIZE, dst=out)

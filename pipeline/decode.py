@@ -1,8 +1,6 @@
 """How DALI decodes: the --dali flags, the decoder's arguments on each device, what it reserves.
 
-For pipeline/graph.py. DALI is imported by the functions: the configuration needs the flags where
-DALI is not installed too.
-A newcomer's mistake: the training pipeline's reserves for every pipeline. They are held by each.
+DALI is imported by the functions: the configuration needs the flags also where it is missing.
 """
 
 # DALI makes its types at import, where pyright cannot see them:
@@ -12,19 +10,21 @@ from dataclasses import dataclass
 
 import torch
 
+from pipeline.machine import refuse_old_dali
+
 RESERVED = 2 << 30
-"""Bytes of device memory, and of pinned memory, that a decoder reserves unless told otherwise."""
+"""Bytes of device memory, and of pinned memory, that a decoder reserves by default."""
 HW_DECODER_LOADS = {(8, 0): 0.75, (9, 0): 0.99}
 """The fastest share for the hardware decoder by compute capability. A100: 0.75 of 5,000 to 7,000
 images/s (developer.nvidia.com/blog/loading-data-fast-with-dali-and-new-jpeg-decoder-in-a100).
 H200: 0.99, at 6 threads, in NVIDIA's MLPerf runs (training_results_v4.0, h200_ngc24.04_mxnet)."""
 DEFAULT_LOAD = 0.65
-"""DALI's own, which is what other GPUs get (NVIDIA/DALI pull request 6366)."""
+"""DALI's default, for other GPUs (NVIDIA/DALI pull request 6366)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeOptions:
-    """How DALI runs; what is marked GPU has no effect on the CPU placement."""
+    """How DALI runs; flags marked GPU have no effect on the CPU."""
 
     threads: int = 0
     """CPU threads of the graph; 0 takes this machine's cores, or the container's quota of them,
@@ -32,8 +32,8 @@ class DecodeOptions:
     prefetch: int = 0
     """Batches that DALI prepares ahead; 0 takes 5 on a GPU (MLPerf's value) and 2 on the CPU."""
     hw_decoder_load: float | None = None
-    """GPU: share of the JPEGs given to the hardware decoder; null takes what was fastest on the
-    GPU's architecture, as far as that was published (HW_DECODER_LOADS)."""
+    """GPU: share of the JPEGs given to the hardware decoder; null takes the fastest one that was
+    published for the GPU's architecture (HW_DECODER_LOADS)."""
     device_memory_padding: int = 0
     """GPU: bytes of device memory that each decoder thread reserves; 0 takes 256 MiB (MLPerf's
     value, at 6 threads), less where the threads are so many that they would hold over 2 GiB.
@@ -48,12 +48,12 @@ class DecodeOptions:
     """GPU: height of the largest image for the hardware decoder; 6430 for ImageNet, 0 to grow."""
 
     def __post_init__(self) -> None:
-        """Refuse what DALI would refuse later, with the flag's name."""
+        """Refuse what DALI would refuse later, without the flag's name."""
         if self.hw_decoder_load is not None and not 0 <= self.hw_decoder_load <= 1:
             raise ValueError(f"dali.hw_decoder_load is a share 0 .. 1, got {self.hw_decoder_load}")
         for name, value in (("threads", self.threads), ("prefetch", self.prefetch)):
-            if not 0 <= value <= 1024:  # DALI ends the process where no thread can be had
-                raise ValueError(f"dali.{name} must lie in 0 .. 1024, got {value}")
+            if not 0 <= value <= 1024:  # DALI ends the process if it cannot start a thread
+                raise ValueError(f"dali.{name} must be in 0 .. 1024, got {value}")
         for name in ("device_memory_padding", "host_memory_padding"):
             if getattr(self, name) < 0:
                 raise ValueError(f"dali.{name} is in bytes, got {getattr(self, name)}")
@@ -81,8 +81,6 @@ def decode_arguments(
     """
     from nvidia.dali import types
 
-    from pipeline.machine import refuse_old_dali
-
     refuse_old_dali()
     common = {"output_type": types.RGB, "adjust_orientation": False}
     if capability is None:
@@ -90,41 +88,29 @@ def decode_arguments(
     load = options.hw_decoder_load
     if load is None:
         load = HW_DECODER_LOADS.get(capability, DEFAULT_LOAD)
-    device, pinned = paddings(options, threads=threads) if has_reserve else (0, 0)
-    return {
-        "device": "mixed",
-        **common,
-        "hw_decoder_load": load,
-        "device_memory_padding": device,
-        "host_memory_padding": pinned,
-        "preallocate_width_hint": options.preallocate_width if has_reserve else 0,
-        "preallocate_height_hint": options.preallocate_height if has_reserve else 0,
-        "jpeg_fancy_upsampling": True,  # the same chroma upsampling as libjpeg on the CPU
-    }
+    names = ("device_memory_padding", "host_memory_padding", "preallocate_width_hint",
+             "preallocate_height_hint")  # fmt: skip
+    largest = options.preallocate_width, options.preallocate_height
+    sizes = (*paddings(options, threads=threads), *largest) if has_reserve else (0, 0, 0, 0)
+    common |= {"device": "mixed", "hw_decoder_load": load, **dict(zip(names, sizes, strict=True))}
+    return common | {"jpeg_fancy_upsampling": True}  # chroma upsampled as libjpeg does on the CPU
 
 
 def paddings(options: DecodeOptions, *, threads: int) -> tuple[int, int]:
     """Bytes that a decoder thread of the training pipeline reserves: device, each pinned buffer."""
-    share = RESERVED // decoder_threads(threads)
+    share = RESERVED // (threads + 1)  # the thread that calls holds buffers too (nvImageCodec)
     return (
         options.device_memory_padding or min(256 << 20, share),
         options.host_memory_padding or min(128 << 20, share // 2),
     )
 
 
-def decoder_threads(threads: int) -> int:
-    """Threads that hold buffers for good: the pipeline's, and the one that calls (nvImageCodec)."""
-    return threads + 1
-
-
 def reserve(options: DecodeOptions, *, threads: int) -> str:
     """What DALI reserves beside the images, to print: the training and the evaluation pipeline."""
-    device, pinned = (
-        decoder_threads(threads) * size for size in paddings(options, threads=threads)
-    )
+    device, pinned = ((threads + 1) * size / 2**30 for size in paddings(options, threads=threads))
     hints = options.preallocate_width, options.preallocate_height
     largest = "" if 0 in hints else " and the hardware decoder's for {} x {} pixels".format(*hints)
     return (
-        f"training {device / 2**30:.2f} GiB of device memory{largest}, {2 * pinned / 2**30:.2f} "
-        f"GiB pinned ({threads} threads); evaluation none"
+        f"training {device:.2f} GiB of device memory{largest}, {2 * pinned:.2f} GiB pinned "
+        f"({threads} threads); evaluation none"
     )

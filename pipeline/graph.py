@@ -1,18 +1,17 @@
 """The DALI graphs: encoded images -> uint8 NHWC views, or one centre crop for evaluation.
 
 One function, two placements: "gpu" decodes "mixed" and does all else on the GPU; "cpu" decodes and
-crops here, colour and blur follow in pipeline/color_blur.py. An image is decoded once and cropped
-for each view; flip is the crop's window turned over; colour is one linear map. Nothing here is
-random (see pipeline/augment.py).
-A newcomer's mistake: fp32 or NCHW output. uint8 NHWC is a quarter of the bytes, and normalise +
-cast is the first op of the training step.
+crops, colour and blur follow in pipeline/color_blur.py. An image is decoded once and cropped for
+each view; flip swaps the window's edges; colour is one linear map; nothing is random (see
+pipeline/augment.py). The training step casts and normalises: uint8 is a quarter of fp32's bytes.
 """
 
 # DALI makes its types and operators at import, where pyright cannot see them:
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypedDict, Unpack
 
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.pipeline import Pipeline
@@ -23,35 +22,31 @@ from pipeline.decode import DecodeOptions, capability_of, decode_arguments
 NDIM = {"roi_start": 1, "roi_end": 1, "color": 2, "color_mean": 2, "sigma": 0, "solarize": 0}
 
 
+class Settings(TypedDict):
+    """Of every pipeline. device_id None places all on the CPU."""
+
+    batch_size: int
+    prefetch: int
+    num_threads: int
+    device_id: int | None
+
+
 def build_view_pipeline(
     options: DecodeOptions,
     views: Sequence[AugmentConfig],
     *,
-    batch_size: int,
-    prefetch: int,
-    num_threads: int,
-    device_id: int | None,
     colors: bool,
+    **settings: Unpack[Settings],
 ) -> Pipeline:
     """The training graph. Inputs: "encoded" and, for each view v, "<name of a draw>_<v>".
 
-    Shapes: an output (N, size, size, 3) uint8 for each view. device_id None places all on the CPU.
-    Without `colors` the views are cropped alone, and the colour draws are no inputs.
+    Shapes: an output (N, size, size, 3) uint8 for each view. Without `colors` the views are only
+    cropped, and the colour draws are no inputs.
     """
-    placement = "cpu" if device_id is None else "gpu"
-    decode = decode_arguments(options, capability=capability_of(device_id), threads=num_threads)
+    placement = "cpu" if settings["device_id"] is None else "gpu"
 
-    @pipeline_def(
-        batch_size=batch_size,
-        num_threads=num_threads,
-        device_id=device_id,
-        prefetch_queue_depth=prefetch,
-        enable_conditionals=True,
-    )
-    def graph():
-        encoded = encoded_input()
-        image = fn.decoders.image(encoded, **decode)
-        outputs = []
+    def outputs(image):
+        made = []
         for number, config in enumerate(views):
             draw = {
                 name: draw_input(name, number) for name in draws_in_graph(config, colors=colors)
@@ -68,8 +63,49 @@ def build_view_pipeline(
                 if chosen > 0:
                     # 255 - x is x ^ 255: the mask is 255 where x is at least 128, else 0
                     view = view ^ fn.cast(255 * (view >= 128), dtype=types.UINT8)
-            outputs.append(view)
-        return tuple(outputs)
+            made.append(view)
+        return tuple(made)
+
+    return _build(outputs, options, has_reserve=True, **settings)
+
+
+def build_eval_pipeline(
+    options: DecodeOptions, *, size: int, **settings: Unpack[Settings]
+) -> Pipeline:
+    """The evaluation graph: a window of each image, antialiased. Inputs: encoded and its window.
+
+    Shapes: output (N, size, size, 3) uint8.
+    """
+
+    def outputs(image):
+        start, end = (
+            fn.external_source(name=name, dtype=types.FLOAT, ndim=1)
+            for name in ("roi_start", "roi_end")
+        )
+        return window(image, start, end, size=size)
+
+    return _build(outputs, options, has_reserve=False, **settings)
+
+
+def _build(
+    outputs: Callable, options: DecodeOptions, *, has_reserve: bool, **settings: Unpack[Settings]
+) -> Pipeline:
+    """The pipeline whose outputs the function makes of the decoded images."""
+    device_id, num_threads = settings["device_id"], settings["num_threads"]
+    capability = capability_of(device_id)
+    decode = decode_arguments(
+        options, capability=capability, threads=num_threads, has_reserve=has_reserve
+    )
+
+    @pipeline_def(
+        batch_size=settings["batch_size"],
+        num_threads=num_threads,
+        device_id=device_id,
+        prefetch_queue_depth=settings["prefetch"],
+        enable_conditionals=True,
+    )
+    def graph():
+        return outputs(fn.decoders.image(encoded_input(), **decode))
 
     pipeline = graph()
     pipeline.build()
@@ -77,16 +113,16 @@ def build_view_pipeline(
 
 
 def encoded_input():
-    """The images' bytes, read where they lie: whoever feeds them keeps them and changes nothing.
+    """The images' bytes, read in place: until their batch is released they must stay unchanged.
 
-    Until their batch is released. DALI holds no reference: ShareUserData in NVIDIA/DALI,
+    DALI holds no reference: ShareUserData in NVIDIA/DALI,
     dali/pipeline/operator/builtin/input_operator.h.
     """
     return fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True)
 
 
 def draw_input(name: str, number: int):
-    """A draw of view `number`, fed as "<name>_<number>"; it too is read where it lies."""
+    """A draw of view `number`, fed as "<name>_<number>"; it too is read in place."""
     return fn.external_source(
         name=f"{name}_{number}", dtype=types.FLOAT, ndim=NDIM[name], no_copy=True
     )
@@ -95,18 +131,11 @@ def draw_input(name: str, number: int):
 def window(image, start, end, *, size: int):
     """The window start .. end of an image, resized to (size, size) with antialiasing.
 
-    Relative coordinates: a window outside the image would crash DALI 2.4 (SIGSEGV), and a header
+    In relative coordinates: a window outside the image crashes DALI 2.4 (SIGSEGV), which a header
     that disagrees with the decoder about the size must not.
     """
-    return fn.resize(
-        image,
-        size=(size, size),
-        roi_start=start,
-        roi_end=end,
-        roi_relative=True,
-        interp_type=types.INTERP_LINEAR,
-        antialias=True,
-    )
+    common = {"interp_type": types.INTERP_LINEAR, "antialias": True, "roi_relative": True}
+    return fn.resize(image, size=(size, size), roi_start=start, roi_end=end, **common)
 
 
 def color_map(view, color, color_mean, *, placement: str):
@@ -116,45 +145,8 @@ def color_map(view, color, color_mean, *, placement: str):
     if placement == "cpu":
         shift = fn.reshape(shift, shape=[3])
         return fn.coord_transform(view, M=color, T=shift, dtype=types.UINT8)
-    # argument inputs must lie in host memory: on the GPU the shift is added instead
+    # argument inputs must be in host memory: on the GPU the shift is added instead
     return fn.cast(fn.coord_transform(view, M=color) + shift, dtype=types.UINT8)
-
-
-def build_eval_pipeline(
-    options: DecodeOptions,
-    *,
-    size: int,
-    batch_size: int,
-    prefetch: int,
-    num_threads: int,
-    device_id: int | None,
-) -> Pipeline:
-    """The evaluation graph: a window of each image, antialiased. Inputs: encoded and its window.
-
-    Shapes: output (N, size, size, 3) uint8.
-    """
-    decode = decode_arguments(
-        options, capability=capability_of(device_id), threads=num_threads, has_reserve=False
-    )
-
-    @pipeline_def(
-        batch_size=batch_size,
-        num_threads=num_threads,
-        device_id=device_id,
-        prefetch_queue_depth=prefetch,
-    )
-    def graph():
-        encoded = encoded_input()
-        image = fn.decoders.image(encoded, **decode)
-        start, end = (
-            fn.external_source(name=name, dtype=types.FLOAT, ndim=1)
-            for name in ("roi_start", "roi_end")
-        )
-        return window(image, start, end, size=size)
-
-    pipeline = graph()
-    pipeline.build()
-    return pipeline
 
 
 def undecodable(
@@ -162,32 +154,24 @@ def undecodable(
 ) -> dict[int, str]:
     """The first line of DALI's complaint, by position, for each image that it cannot decode.
 
-    Raises: RuntimeError where the device failed or memory lacked: that says nothing of an image.
+    Raises: RuntimeError where the device failed or memory ran out, whatever the image.
     """
-    # for one image at a time there is nothing to reserve, and a GPU in training is full
-    decode = decode_arguments(
-        options, capability=capability_of(device_id), threads=1, has_reserve=False
-    )
-
-    @pipeline_def(batch_size=1, num_threads=1, device_id=device_id, prefetch_queue_depth=1)
-    def graph():
-        data = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
-        return fn.decoders.image(data, **decode)
-
-    found, pipeline = {}, None
+    reasons, pipeline = {}, None
+    settings: Settings = {
+        "batch_size": 1, "prefetch": 1, "num_threads": 1, "device_id": device_id,
+    }  # fmt: skip
     for position, encoded in enumerate(images):
-        if pipeline is None:
-            pipeline = graph()
-            pipeline.build()
+        # without a reserve: a GPU in training is full
+        pipeline = pipeline or _build(lambda image: image, options, has_reserve=False, **settings)
         pipeline.feed_input("encoded", [encoded])
         try:
             pipeline.run()
         except (RuntimeError, UnicodeDecodeError) as error:
-            # DALI names the CUDA API that failed, and of the host's memory this alone
+            # DALI names the CUDA API that failed; of the host's memory only bad_alloc
             if "CUDA " in str(error) or "bad_alloc" in str(error):
                 raise
             lines = [line.strip() for line in str(error).splitlines()]
             complaint = (line for line in lines if "ailed" in line or "ailure" in line)
-            found[position] = next(complaint, lines[0])
+            reasons[position] = next(complaint, lines[0])
             pipeline = None  # not trusted after an error
-    return found
+    return reasons
