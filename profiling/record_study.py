@@ -1,9 +1,7 @@
 """Keep the studies of a folder: `python profiling/record_study.py runs/study`.
 
-Copies study-NAME.json and .png to profiling/results/, keeps what `all` took as study-all, and puts
-each table and figure between its marks in docs/study.md: <!-- study-NAME --> ... <!-- end -->.
-A newcomer's mistake: writing a figure into docs/study.md's tables by hand. The next run of this
-puts the recorded ones there.
+Copies study-NAME.json and .png to profiling/results/, result-all.json as study-all, and puts each
+table and figure between its marks in docs/study.md: <!-- study-NAME --> ... <!-- end -->.
 """
 
 import os
@@ -15,35 +13,32 @@ sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # profiling/ is no 
 
 import argparse
 import json
+import re
 import shutil
 from pathlib import Path
 
 from measure.results import result_path
-from train.run.program import refuse
+from train.run.program import exit_on_error
 from train.studies.report import markdown
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "study.md"
 
 
 def record_study(folder: Path) -> list[Path]:
-    """Keep every study of the folder. Raises: ValueError where runs are of several revisions."""
+    """Keep every study of the folder. Raises: ValueError if runs are of several revisions."""
     files = sorted(folder.glob("study-*.json"))
     if not files:
         raise ValueError(f"{folder} has no study-*.json: run train/study.py --out {folder} first")
     kept, text = [], DOCS.read_text()
     for file in files:
-        found = json.loads(file.read_text())
-        if len(found["revisions"]) != 1:
-            raise ValueError(
-                f"the runs of {file} are of {len(found['revisions'])} revisions: take a new --out"
-            )
-        targets = [
-            result_path(file.stem, found["environment"]["device"], kind)
-            for kind in (".json", ".png")
-        ]
+        study = json.loads(file.read_text())
+        if (revisions := len(study["revisions"])) != 1:
+            raise ValueError(f"the runs of {file} are of {revisions} revisions: take a new --out")
+        device = study["environment"]["device"]
+        targets = [result_path(file.stem, device, kind) for kind in (".json", ".png")]
         for target in targets:
             shutil.copyfile(file.with_suffix(target.suffix), target)
-        text = put_into(text, file.stem, shown(found, targets))
+        text = put_into(text, file.stem, block(study, targets))
         kept += targets
     if (whole := folder / "result-all.json").exists():
         device = json.loads(whole.read_text())["environment"]["device"]
@@ -52,31 +47,28 @@ def record_study(folder: Path) -> list[Path]:
     return kept
 
 
-def shown(found: dict, files: list[Path]) -> str:
-    """A study's table, figure and file as docs/study.md has them."""
+def block(study: dict, files: list[Path]) -> str:
+    """A study's table, figure and file for docs/study.md."""
     data, picture = (f"../profiling/results/{file.name}" for file in files)
-    return f"{markdown(found)}\n![{found['title']}]({picture})\n[all figures]({data})\n"
+    return f"{markdown(study)}\n![{study['title']}]({picture})\n[all figures]({data})\n"
 
 
-def put_into(text: str, name: str, block: str) -> str:
-    """The text with the block between the marks of that name. Raises: ValueError without them."""
-    mark, end = f"<!-- {name} -->\n", "<!-- end -->"
-    before, found, rest = text.partition(mark)
-    _, closed, after = rest.partition(end)
-    if not (found and closed) or mark in after:
+def put_into(text: str, name: str, content: str) -> str:
+    """The text with the content between the marks of that name. Raises: ValueError without them."""
+    marks = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
+    text, count = re.subn(marks, lambda m: m[1] + content + m[2], text, flags=re.DOTALL)
+    if count != 1:
         raise ValueError(f"docs/study.md needs one <!-- {name} --> ... <!-- end -->")
-    return before + mark + block + end + after
+    return text
 
 
 def main() -> None:
     """Read the flags, record, print the files' names as one JSON line."""
     parser = argparse.ArgumentParser(description="Keep the studies of a folder.")
     parser.add_argument("folder", type=Path, help="--out of train/study.py")
-    try:
-        files = record_study(parser.parse_args().folder)
-    except (ValueError, OSError) as error:
-        refuse(str(error), code=1)
-    print(json.dumps({"files": [str(file) for file in files]}))
+    folder = parser.parse_args().folder
+    with exit_on_error():
+        print(json.dumps({"files": [str(file) for file in record_study(folder)]}))
 
 
 if __name__ == "__main__":

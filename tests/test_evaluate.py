@@ -116,7 +116,7 @@ def test_an_evaluation_replaces_the_one_before_and_a_line_of_each_is_kept(run, t
 def test_neighbours_are_thumbnails_of_the_nearest_images(run, digits, tmp_path, capfd, monkeypatch):
     shown = {}
     monkeypatch.setattr(
-        evaluate, "draw_neighbours", lambda *arguments: shown.update(arguments=arguments)
+        evaluate.pictures, "draw_neighbours", lambda *arguments: shown.update(arguments=arguments)
     )
     val = tmp_path / "val"
     for path in sorted((digits / "train").rglob("*.jpg"))[::40]:  # test images that are in the bank
@@ -246,7 +246,7 @@ def test_too_large_a_size_ends_in_one_line(run, tmp_path, capfd, monkeypatch):
     def full(*_):
         raise RuntimeError("Critical error in pipeline:\nstd::bad_alloc")
 
-    monkeypatch.setattr(evaluate, "encode", full)
+    monkeypatch.setattr(evaluate.encoded, "encode", full)
     line = refusal(capfd, run, "--k=20", f"--out={tmp_path}/out")
     assert "out of memory (std::bad_alloc): lower --eval.batch_size" in line
 
@@ -263,7 +263,7 @@ def test_a_full_disk_is_named(run, tmp_path, capfd, monkeypatch):
 def test_too_many_neighbours_are_refused_before_the_first_forward_pass(
     run, tmp_path, capfd, monkeypatch
 ):
-    monkeypatch.setattr(evaluate, "encode", None)
+    monkeypatch.setattr(evaluate.encoded, "encode", None)
     line = refusal(capfd, run, "--k=10,20,201", f"--out={tmp_path}/out")
     assert "--k 201 exceeds the 200 training images" in line and "--k 10,20" in line
 
@@ -329,7 +329,7 @@ def changed(run: Path, copy: Path, change) -> Path:
     shutil.copytree(run, copy)
     found = newest_checkpoint(copy, log=print)
     model = change(found.tensors["model"])
-    checkpoint.save(copy / "checkpoints", 99, {"model": model}, found.state, about=found.facts)
+    checkpoint.save(copy / "checkpoints", 99, {"model": model}, found.state, facts=found.facts)
     return copy
 
 

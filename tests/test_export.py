@@ -39,7 +39,7 @@ def run(tmp_path):
 
 def test_torchvision_resnet50_loads_the_export_and_agrees(torchvision, run):
     folder, ours = run(arch="resnet50")
-    written = export.export_torchvision(folder, folder / "out")
+    written = export.export(folder, folder / "out", "torchvision")
     theirs = torchvision.models.resnet50()
     missing, unexpected = theirs.load_state_dict(load_file(written["file"]), strict=False)
     assert missing == ["fc.weight", "fc.bias"] and not unexpected
@@ -54,7 +54,7 @@ def test_timm_create_model_loads_the_export_and_agrees(torchvision, run, arch):
     import timm
 
     folder, ours = run(arch=arch)
-    written = export.export_timm(folder, folder / "out")
+    written = export.export(folder, folder / "out", "timm")
     theirs = timm.create_model(f"local-dir:{written['folder']}", pretrained=True)
     assert theirs.num_features == ours.num_features and theirs.num_classes == 0
     assert theirs.pretrained_cfg["mean"] == pytest.approx([0.485, 0.456, 0.406])
@@ -95,7 +95,7 @@ def detectron2_shapes(depth: int) -> dict[str, tuple]:
 @pytest.mark.parametrize("depth", [18, 50])
 def test_the_pickle_has_all_of_detectron2s_backbone_and_nothing_else(run, depth):
     folder, ours = run(arch=f"resnet{depth}")
-    written = export.export_detectron2(folder, folder / "out")
+    written = export.export(folder, folder / "out", "detectron2")
     content = pickle.loads((folder / "out" / f"resnet{depth}.pkl").read_bytes())
     assert content["matching_heuristics"] is True and content["__author__"]
     weights = content["model"]
@@ -122,7 +122,7 @@ def test_detectron2_loads_the_export_and_agrees(torchvision, run):
     from detectron2.modeling import build_backbone
 
     folder, ours = run(arch="resnet50")
-    written = export.export_detectron2(folder, folder / "out")
+    written = export.export(folder, folder / "out", "detectron2")
     settings = get_cfg()
     settings.merge_from_file(written["settings"])
     settings.MODEL.RESNETS.OUT_FEATURES = ["res5"]
@@ -138,17 +138,17 @@ def test_detectron2_loads_the_export_and_agrees(torchvision, run):
 def test_what_other_tools_do_not_have_is_refused(run):
     folder, _ = run(arch="resnet18", width=16)
     with pytest.raises(ValueError, match=r"model.width 16: .* train with --model.width 64"):
-        export.export_torchvision(folder, folder / "out")
+        export.export(folder, folder / "out", "torchvision")
     folder, _ = run(arch="resnet18", stem="cifar")
-    for write in (export.export_timm, export.export_detectron2):
+    for tool in ("timm", "detectron2"):
         with pytest.raises(ValueError, match="no CIFAR stem"):
-            write(folder, folder / "out")
+            export.export(folder, folder / "out", tool)
     assert not (folder / "out").exists()
 
 
 def test_a_cifar_stem_comes_with_what_to_do_in_torchvision(torchvision, run):
     folder, ours = run(arch="resnet18", stem="cifar")
-    written = export.export_torchvision(folder, folder / "out")
+    written = export.export(folder, folder / "out", "torchvision")
     model = torchvision.models.resnet18()
     exec(written["note"].partition("before loading, ")[2].replace(" and ", "; "))
     missing, unexpected = model.load_state_dict(load_file(written["file"]), strict=False)
@@ -164,7 +164,7 @@ def test_whoever_reads_other_files_reads_an_export(run):
     plain = folder / "plain"
     plain.write_text("")
     for write, name in (("timm", "model.safetensors"), ("torchvision", "resnet18.safetensors")):
-        export.EXPORTS[write](folder, folder / write)
+        export.export(folder, folder / write, write)
         assert (folder / write / name).stat().st_mode == plain.stat().st_mode
 
 
@@ -189,14 +189,14 @@ def test_a_damaged_config_is_named(run, content):
 
 
 @pytest.mark.parametrize("change", [{"width": 64}, {"arch": "resnet50"}, {"stem": "cifar"}])
-@pytest.mark.parametrize("tool", export.EXPORTS)
+@pytest.mark.parametrize("tool", export.TOOLS)
 def test_a_config_of_another_network_is_no_name_for_these_weights(run, change, tool):
     folder, _ = run(arch="resnet18", width=8)
     settings = yaml.safe_load((folder / "config.yaml").read_text())
     settings["model"] |= change
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     with pytest.raises(ValueError, match="holds another network than .*config.yaml names: "):
-        export.EXPORTS[tool](folder, folder / "out")
+        export.export(folder, folder / "out", tool)
     assert not (folder / "out").exists()
 
 
@@ -209,5 +209,5 @@ def test_a_failed_export_leaves_no_half_file(run, monkeypatch):
 
     monkeypatch.setattr(Path, "write_bytes", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        export.export_torchvision(folder, folder / "out")
+        export.export(folder, folder / "out", "torchvision")
     assert list((folder / "out").iterdir()) == []

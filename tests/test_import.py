@@ -169,7 +169,7 @@ def test_the_official_file_becomes_a_run_that_exports_and_starts_a_training(
     report = import_file(path, config(tmp_path / "run"))
     assert report["matched"] == {"backbone": 120, "projector": 16, "predictor": 8}
     assert (report["missing"], report["unexpected"], report["left_out"]) == ([], [], {})
-    written = export.export_torchvision(tmp_path / "run", tmp_path / "out")
+    written = export.export(tmp_path / "run", tmp_path / "out", "torchvision")
     theirs = torchvision.models.resnet18()
     missing, unexpected = theirs.load_state_dict(load_file(written["file"]), strict=False)
     assert missing == ["fc.weight", "fc.bias"] and not unexpected
@@ -238,7 +238,7 @@ def small(**changes) -> dict:
          "a batch norm follows each linear layer"),
         ({"projector.last.weight": torch.ones(4)}, "last.weight is not in a plain sequence"),
         ({f"predictor.{name}": None for name in mlp(4, 2, 4, norm_at_end=False).state_dict()},
-         "here is one alone"),
+         "this file has only one"),
     ],
 )  # fmt: skip
 def test_heads_that_compute_something_else_are_left_out_with_the_reason(changes, reason):

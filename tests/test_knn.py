@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from train.config import Config, DataConfig, EvalConfig
 from train.distributed import World
-from train.evaluation import embed, knn
+from train.evaluation import embed
 from train.network.resnet import ResNet
-from train.run.data import EvalSet, RunData
+from train.run.data import EvalSet, RunData, split_bank
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"), None)
 
@@ -34,7 +34,7 @@ def test_accuracy_equals_sklearn_with_the_same_weights(k):
     )  # |a - b|^2 = 2 - 2 cos
     reference.fit(bank.numpy(), bank_labels.numpy())
     expected = 100 * reference.score(queries.numpy(), query_labels.numpy())
-    found = knn.knn_top1(
+    found = embed.knn_top1(
         queries, query_labels, bank, bank_labels, k=k, temperature=0.1, num_classes=5, world=ALONE
     )
     assert found == pytest.approx(expected, abs=1e-4)
@@ -43,9 +43,9 @@ def test_accuracy_equals_sklearn_with_the_same_weights(k):
 
 def test_chunking_does_not_change_neighbours(monkeypatch):
     bank, _, queries, _ = problem()
-    whole = knn.nearest(queries, bank, 7)
-    monkeypatch.setattr(knn, "SIMILARITIES", 9 * len(bank))
-    for a, b in zip(whole, knn.nearest(queries, bank, 7), strict=True):
+    whole = embed.nearest(queries, bank, 7)
+    monkeypatch.setattr(embed, "SIMILARITIES", 9 * len(bank))
+    for a, b in zip(whole, embed.nearest(queries, bank, 7), strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -53,15 +53,15 @@ def test_bank_smaller_than_k_votes_with_what_there_is():
     bank, bank_labels, queries, query_labels = problem()
     args = (queries, query_labels, bank[:50], bank_labels[:50])
     options = {"temperature": 0.1, "num_classes": 5, "world": ALONE}
-    assert knn.knn_top1(*args, k=200, **options) == knn.knn_top1(*args, k=50, **options)
+    assert embed.knn_top1(*args, k=200, **options) == embed.knn_top1(*args, k=50, **options)
 
 
 def test_split_of_one_folder_is_disjoint_complete_and_repeatable():
     labels = np.arange(1000) % 7
-    bank, queries = knn.split_bank(labels, seed=3)
+    bank, queries = split_bank(labels, seed=3)
     assert len(queries) == 100
     assert sorted([*bank, *queries]) == list(range(1000))
-    np.testing.assert_array_equal(queries, knn.split_bank(labels, seed=3)[1])
+    np.testing.assert_array_equal(queries, split_bank(labels, seed=3)[1])
 
 
 @pytest.mark.parametrize("k", [10, 60])
@@ -72,8 +72,8 @@ def test_ranked_classes_are_sklearns_by_probability(k):
     )
     reference.fit(bank.numpy(), bank_labels.numpy())
     expected = reference.predict_proba(queries.numpy())
-    similarity, rows = knn.nearest(queries, bank, k)
-    found = knn.ranked(similarity, bank_labels[rows], num_classes=5, temperature=0.1, top=5)
+    similarity, rows = embed.nearest(queries, bank, k)
+    found = embed.ranked(similarity, bank_labels[rows], num_classes=5, temperature=0.1, top=5)
     for guesses, probabilities in zip(found.tolist(), expected, strict=True):
         named = [guess for guess in guesses if guess >= 0]
         assert named == np.argsort(-probabilities)[: len(named)].tolist()
@@ -82,12 +82,12 @@ def test_ranked_classes_are_sklearns_by_probability(k):
 
 def test_ranking_in_chunks_changes_nothing_and_agrees_with_the_vote(monkeypatch):
     bank, bank_labels, queries, _ = problem()
-    similarity, rows = knn.nearest(queries, bank, 20)
+    similarity, rows = embed.nearest(queries, bank, 20)
     options = {"num_classes": 5, "temperature": 0.1}
-    whole = knn.ranked(similarity, bank_labels[rows], top=3, **options)
-    assert torch.equal(whole[:, 0], knn.vote(similarity, bank_labels[rows], **options))
-    monkeypatch.setattr(knn, "SIMILARITIES", 7 * 5)
-    assert torch.equal(knn.ranked(similarity, bank_labels[rows], top=3, **options), whole)
+    whole = embed.ranked(similarity, bank_labels[rows], top=3, **options)
+    assert torch.equal(whole[:, 0], embed.vote(similarity, bank_labels[rows], **options))
+    monkeypatch.setattr(embed, "SIMILARITIES", 7 * 5)
+    assert torch.equal(embed.ranked(similarity, bank_labels[rows], top=3, **options), whole)
 
 
 @pytest.mark.parametrize("fault", ["none", "no bank", "no queries", "nan", "huge k"])

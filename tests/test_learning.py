@@ -10,7 +10,7 @@ from pipeline.loader import Batch
 from pipeline.order import SampleOrder
 from train.config import Config, DataConfig, ModelConfig, OptimConfig
 from train.distributed import World
-from train.evaluation.knn import nearest, vote
+from train.evaluation.embed import nearest, vote
 from train.loop import train_step
 from train.main import build_state
 from train.methods import MethodConfig

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from train.distributed import World
 from train.evaluation.config import FastProbeConfig, LinearProbeConfig
+from train.evaluation.encoded import Encoded
 from train.evaluation.fast_probe import fast_probe, train_heads
 from train.evaluation.linear_probe import (
     Head,
@@ -24,7 +25,7 @@ from train.evaluation.linear_probe import (
 from train.run.metrics import Log
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"), None)
-NEW: dict = {"world": ALONE, "folder": Path("nowhere"), "facts": {}}
+NEW: dict = {"world": ALONE, "folder": Path("nowhere"), "facts": {}, "log": Log(None)}
 
 
 def problem(spread: float, *, classes: int = 7, seed: int = 0):
@@ -37,15 +38,18 @@ def problem(spread: float, *, classes: int = 7, seed: int = 0):
     return x[:1000], labels[:1000], x[1000:], labels[1000:]
 
 
+def encoded(x: torch.Tensor, labels: torch.Tensor) -> Encoded:
+    return Encoded(x, labels, torch.arange(len(x)))
+
+
 @pytest.mark.parametrize("spread", [0.3, 1.5])  # separable; overlapping classes
 def test_fast_probe_reaches_what_logistic_regression_reaches(spread):
     x, labels, test_x, test_labels = problem(spread)
     mean, std = x.mean(0), x.std(0)
     reference = LogisticRegression(max_iter=2000).fit(((x - mean) / std).numpy(), labels.numpy())
     expected = 100 * reference.score(((test_x - mean) / std).numpy(), test_labels.numpy())
-    found, guesses = fast_probe(
-        x, labels, test_x, config=FastProbeConfig(), num_classes=7, top=5, seed=0
-    )
+    train, test = encoded(x, labels), encoded(test_x, test_labels)
+    found, guesses = fast_probe(train, test, config=FastProbeConfig(), num_classes=7, top=5, seed=0)
     top1 = 100 * (guesses[:, 0] == test_labels).float().mean().item()
     assert top1 > expected - 1
     assert (expected > 99.5) == (spread == 0.3)
@@ -56,10 +60,12 @@ def test_fast_probe_reaches_what_logistic_regression_reaches(spread):
 
 def test_classifiers_trained_together_are_those_trained_alone_by_plain_sgd():
     x, labels, _, _ = problem(1.5)
-    mean, std = x.mean(0), x.std(0)
     rows = torch.arange(200)
     config = FastProbeConfig(lrs=(0.03, 0.5), epochs=3, batch_size=64)
-    weight, bias = train_heads(x, labels, rows, mean, std, config=config, num_classes=7, seed=4)
+    heads = train_heads(encoded(x, labels), rows, config=config, num_classes=7, seed=4)
+    mean, std, weight, bias = heads
+    torch.testing.assert_close(mean, x.mean(0))
+    torch.testing.assert_close(std, x.std(0, correction=0))
     for number, lr in enumerate(config.lrs):
         alone = nn.Linear(32, 7)
         nn.init.zeros_(alone.weight)
@@ -77,18 +83,12 @@ def test_classifiers_trained_together_are_those_trained_alone_by_plain_sgd():
 
 
 def test_a_learning_rate_that_explodes_spoils_no_other_and_is_not_picked():
-    x, labels, test_x, _ = problem(0.3)
+    x, labels, test_x, test_labels = problem(0.3)
+    sets, options = (encoded(x, labels), encoded(test_x, test_labels)), {"num_classes": 7, "top": 5}
     config = FastProbeConfig(lrs=(1e38, 0.1), epochs=5)
-    found, guesses = fast_probe(x, labels, test_x, config=config, num_classes=7, top=5, seed=0)
-    alone, same = fast_probe(
-        x,
-        labels,
-        test_x,
-        config=FastProbeConfig(lrs=(0.1,), epochs=5),
-        num_classes=7,
-        top=5,
-        seed=0,
-    )
+    found, guesses = fast_probe(*sets, config=config, **options, seed=0)
+    config = FastProbeConfig(lrs=(0.1,), epochs=5)
+    alone, same = fast_probe(*sets, config=config, **options, seed=0)
     assert found["lr"] == 0.1 and (guesses == same).float().mean() > 0.99
     assert found["held_out_top1_by_lr"]["0.1"] == alone["held_out_top1_by_lr"]["0.1"] > 90
     assert found["held_out_top1_by_lr"]["1e+38"] < 50

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from train.evaluation.spread import measure_spread, rankme
+from train.evaluation.encoded import measure_spread, rankme
 from train.network.heads import build_projector
 from train.run.report import COLLAPSED
 

@@ -19,7 +19,15 @@ from train.distributed.startup import PR_SET_PDEATHSIG
 from train.run.metrics import Log
 from train.run.program import read_config
 from train.studies import runs as study_runs
-from train.studies.report import draw, markdown, otherwise, outcome, spread, summarize, thresholds
+from train.studies.report import (
+    draw,
+    markdown,
+    outcome,
+    spread,
+    summarize,
+    thresholds,
+    unlike_paper,
+)
 from train.studies.runs import Place, Run, plan_places, plan_runs, run_all
 from train.studies.variants import Row, Study, left_out, studies
 from train.study import ALL, StudyConfig, choose, read_flags, run_studies
@@ -193,7 +201,7 @@ def test_runs_go_on_beside_a_failed_one_no_more_than_there_are_places(tmp_path, 
     ("script", "reason"),
     [
         ("import os; os.abort()", "ended by SIGABRT"),
-        ("print('done')", "stopped by a signal; the same command goes on"),
+        ("print('done')", "stopped by a signal; the same command resumes"),
         ("print('half'); raise SystemExit(3)", "exit code 3: half"),
     ],
 )
@@ -297,7 +305,7 @@ def test_means_ranges_and_outcomes_are_those_worked_out_by_hand(tmp_path):
     assert [one["verdict"] for one in found["rows"]] == [
         "yes", "yes", "within the spread", "no", "", "", "",
     ]  # fmt: skip
-    assert otherwise(found) == ["apart"] and found["n"] == 3
+    assert unlike_paper(found) == [rows["apart"]] and found["n"] == 3
     assert found["revisions"] == ["abc"]
     assert rows["gone"]["runs"][1]["curves"]["eval/knn_top1"] == [[0.0, 40.0], [1.0, 36.0]]
     lines = markdown(found).splitlines()
@@ -307,7 +315,7 @@ def test_means_ranges_and_outcomes_are_those_worked_out_by_hand(tmp_path):
     )
     assert "| NOT | 50.0 | \\|says\\| not | left out: too few images |" in lines[8]
     assert "(n = 1)" in lines[7] and "(1 failed)" in lines[9]
-    assert lines[-1] == "Otherwise than in the paper: APART (worse here, the same there)."
+    assert lines[-1] == "Unlike the paper: APART (worse; in the paper the same)."
     draw(found, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
 
@@ -414,7 +422,7 @@ def test_recording_a_study_puts_its_table_between_the_marks_of_the_docs(
     data, picture = record_study.record_study(out)
     assert json.loads(data.read_text())["study"] == "small" and picture.read_bytes() == b"png"
     assert data.name.startswith("study-small_a-cpu_") and data.stem == picture.stem
-    block = record_study.shown(found, [data, picture])
+    block = record_study.block(found, [data, picture])
     assert markdown(found) in block and f"(../profiling/results/{picture.name})" in block
     assert record_study.DOCS.read_text() == mark.format(block)
     (out / "study-small.json").write_text(json.dumps(found | {"revisions": ["a", "b"]}))

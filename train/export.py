@@ -1,11 +1,10 @@
 """Write the backbone for other tools: `python train/export.py RUN --to TOOL`.
 
 Takes the newest valid checkpoint of a run folder. torchvision: one safetensors file with the names
-of torchvision.models (without fc). timm: a folder in Hugging Face's layout (config.json,
-model.safetensors) for timm.create_model("local-dir:FOLDER"), also read by transformers' AutoModel.
-detectron2: a pickle for MODEL.WEIGHTS and a YAML file with the settings that go with it.
-A newcomer's mistake: loading with strict=True into a network that has a classifier. There is none:
-build it with num_classes=0 (timm) or ignore fc.* (torchvision).
+of torchvision.models. timm: a folder in Hugging Face's layout (config.json, model.safetensors) for
+timm.create_model("local-dir:FOLDER"), also read by transformers' AutoModel. detectron2: a pickle
+for MODEL.WEIGHTS and a YAML file with its settings. None has a classifier: build the network with
+num_classes=0 (timm) or load with strict=False (torchvision).
 """
 
 import os
@@ -18,7 +17,6 @@ import argparse
 import json
 import pickle
 import re
-import shutil
 from pathlib import Path
 
 import torch
@@ -29,52 +27,47 @@ from torch import Tensor
 from pipeline.sources.folder import named_path
 from train.network.resnet import LAYERS, ResNet
 from train.run.folder import CONFIG, newest_checkpoint
-from train.run.program import error_text, first_line, refuse
+from train.run.program import exit_on_error, first_line
 
 PREFIX = "backbone."
-NEEDED = ("data", "mean"), ("data", "std"), ("eval", "size"), ("eval", "resize")
 CIFAR_STEM = (
     "the stem is CIFAR's: before loading, model.conv1 = torch.nn.Conv2d(3, 64, 3, 1, 1, bias=False)"
     " and model.maxpool = torch.nn.Identity()"
 )
+DETECTRON2_NOTE = (
+    "RGB in 0..255, stride on the 3x3 convolution: merge the settings after those of the detector; "
+    "the paper's transfer also has NORM SyncBN, FREEZE_AT 0 (MoCo's detection/)"
+)
+Files = dict[str, bytes]  # by name
 
 
 def backbone_weights(run: Path) -> tuple[dict[str, Tensor], dict]:
-    """The backbone's tensors under torchvision's names, and the run's configuration.
+    """The backbone's tensors under torchvision's names, and the run's configuration with its step.
 
     Raises: ValueError if `run` is no run folder; CheckpointError if no checkpoint is valid.
     """
-    found = newest_checkpoint(run, log=lambda line: print(line, file=sys.stderr))
+    saved = newest_checkpoint(run, log=lambda line: print(line, file=sys.stderr))
     try:
         config = yaml.safe_load((run / CONFIG).read_text())
         model = {name: config["model"][name] for name in ("arch", "stem", "width")}
-        for part, name in NEEDED:
+        for part, name in ("data", "mean"), ("data", "std"), ("eval", "size"), ("eval", "resize"):
             config[part][name]
         with torch.device("meta"):
             expected = ResNet(**model).state_dict()
-    except (
-        yaml.YAMLError,
-        AttributeError,
-        ValueError,
-        LookupError,
-        TypeError,
-        RuntimeError,
-    ) as error:
-        raise ValueError(
-            f"{run / CONFIG} is not a training's ({first_line(error)}): restore it"
-        ) from error
+    except (yaml.YAMLError, AttributeError, ValueError, LookupError, TypeError, RuntimeError) as e:
+        raise ValueError(f"{run / CONFIG} is not a training's ({first_line(e)}): restore it") from e
     tensors = {
         name.removeprefix(PREFIX): tensor
-        for name, tensor in found.tensors["model"].items()
+        for name, tensor in saved.tensors["model"].items()
         if name.startswith(PREFIX)
     }
-    here, there = ({n: tuple(t.shape) for n, t in part.items()} for part in (expected, tensors))
-    if odd := [name for name in {**here, **there} if here.get(name) != there.get(name)]:
+    wanted, given = ({n: tuple(t.shape) for n, t in part.items()} for part in (expected, tensors))
+    if odd := [name for name in {**wanted, **given} if wanted.get(name) != given.get(name)]:
         raise ValueError(
-            f"{found.path} holds another network than {run / CONFIG} names: {odd[0]} is "
-            f"{there.get(odd[0], 'missing')} and must be {here.get(odd[0], 'absent')}: restore it"
+            f"{saved.path} holds another network than {run / CONFIG} names: {odd[0]} is "
+            f"{given.get(odd[0], 'missing')} and must be {wanted.get(odd[0], 'absent')}: restore it"
         )
-    return tensors, config | {"step": found.step}
+    return tensors, config | {"step": saved.step}
 
 
 def check_exchangeable(config: dict, tool: str) -> None:
@@ -92,50 +85,32 @@ def check_exchangeable(config: dict, tool: str) -> None:
         )
 
 
-def export_torchvision(run: Path, target: Path) -> dict:
-    """Write target/<arch>.safetensors, complete or not at all."""
-    tensors, config = backbone_weights(run)
-    check_exchangeable(config, "torchvision")
-    path = target / f"{config['model']['arch']}.safetensors"
-    about = {"format": "pt", "arch": config["model"]["arch"], "stem": config["model"]["stem"]}
-    write_whole(path, lambda temporary: temporary.write_bytes(save(tensors, about)))
-    found = {"file": str(path), "tensors": len(tensors), "step": config["step"]}
-    return found | ({"note": CIFAR_STEM} if config["model"]["stem"] == "cifar" else {})
+def for_torchvision(tensors: dict[str, Tensor], config: dict, target: Path) -> tuple[Files, dict]:
+    """<arch>.safetensors."""
+    arch, stem = config["model"]["arch"], config["model"]["stem"]
+    name = f"{arch}.safetensors"
+    note = {"note": CIFAR_STEM} if stem == "cifar" else {}
+    weights = save(tensors, {"format": "pt", "arch": arch, "stem": stem})
+    return {name: weights}, {"file": str(target / name)} | note
 
 
-def export_timm(run: Path, target: Path) -> dict:
-    """Write target/{config.json,model.safetensors} in the layout of timm's save_for_hf."""
-    tensors, config = backbone_weights(run)
-    check_exchangeable(config, "timm")
-    size = config["eval"]["size"]
+def for_timm(tensors: dict[str, Tensor], config: dict, target: Path) -> tuple[Files, dict]:
+    """config.json and model.safetensors in the layout of timm's save_for_hf."""
+    size, data = config["eval"]["size"], config["data"]
     last = "conv3" if "layer4.0.conv3.weight" in tensors else "conv2"
+    pretrained = {"tag": "twinturbo", "custom_load": False, "input_size": [3, size, size]}
+    pretrained |= {"interpolation": "bilinear", "crop_pct": size / config["eval"]["resize"]}
+    pretrained |= {"mean": data["mean"], "std": data["std"], "num_classes": 0}
+    pretrained |= {"pool_size": [7, 7], "first_conv": "conv1", "classifier": "fc"}
     settings = {
         "architecture": config["model"]["arch"],
         "num_classes": 0,
         "num_features": tensors[f"layer4.0.{last}.weight"].shape[0],
-        "pretrained_cfg": {
-            "tag": "twinturbo",
-            "custom_load": False,
-            "input_size": [3, size, size],
-            "interpolation": "bilinear",
-            "crop_pct": size / config["eval"]["resize"],
-            "mean": config["data"]["mean"],
-            "std": config["data"]["std"],
-            "num_classes": 0,
-            "pool_size": [7, 7],
-            "first_conv": "conv1",
-            "classifier": "fc",
-        },
+        "pretrained_cfg": pretrained,
     }
-    write_whole(
-        target / "model.safetensors",
-        lambda temporary: temporary.write_bytes(save(tensors, {"format": "pt"})),
-    )
-    write_whole(
-        target / "config.json",
-        lambda temporary: temporary.write_text(json.dumps(settings, indent=2) + "\n"),
-    )
-    return {"folder": str(target), "tensors": len(tensors), "step": config["step"]}
+    text = json.dumps(settings, indent=2) + "\n"
+    files = {"model.safetensors": save(tensors, {"format": "pt"}), "config.json": text.encode()}
+    return files, {"folder": str(target)}
 
 
 def detectron2_name(name: str) -> str:
@@ -150,79 +125,60 @@ def detectron2_name(name: str) -> str:
     return name.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
 
 
-def export_detectron2(run: Path, target: Path) -> dict:
-    """Write target/<arch>.pkl, in the pickle of detectron2's model zoo, and target/<arch>.yaml."""
-    tensors, config = backbone_weights(run)
-    check_exchangeable(config, "detectron2")
-    arch = config["model"]["arch"]
+def for_detectron2(tensors: dict[str, Tensor], config: dict, target: Path) -> tuple[Files, dict]:
+    """<arch>.pkl, in the pickle of detectron2's model zoo, and <arch>.yaml."""
+    arch, data = config["model"]["arch"], config["data"]
     path, settings_path = target / f"{arch}.pkl", target / f"{arch}.yaml"
-    is_basic = LAYERS[arch][0] == "basic"
-    settings = {
-        "VERSION": 2,
-        "MODEL": {
-            "WEIGHTS": str(path.absolute()),
-            "PIXEL_MEAN": [255 * value for value in config["data"]["mean"]],
-            "PIXEL_STD": [255 * value for value in config["data"]["std"]],
-            "RESNETS": {
-                "DEPTH": int(arch.removeprefix("resnet")),
-                "STRIDE_IN_1X1": False,
-                "RES2_OUT_CHANNELS": 64 if is_basic else 256,
-            },
-        },
-        "INPUT": {"FORMAT": "RGB"},
+    resnets = {"DEPTH": int(arch.removeprefix("resnet")), "STRIDE_IN_1X1": False}
+    resnets["RES2_OUT_CHANNELS"] = 64 if LAYERS[arch][0] == "basic" else 256
+    model = {
+        "WEIGHTS": str(path.absolute()),
+        "PIXEL_MEAN": [255 * value for value in data["mean"]],
+        "PIXEL_STD": [255 * value for value in data["std"]],
+        "RESNETS": resnets,
     }
-    weights = {
-        "model": {detectron2_name(name): tensor.numpy() for name, tensor in tensors.items()},
-        "__author__": "TwinTurbo",
-        "matching_heuristics": True,
-    }
-    write_whole(path, lambda temporary: temporary.write_bytes(pickle.dumps(weights)))
-    write_whole(settings_path, lambda temporary: temporary.write_text(yaml.safe_dump(settings)))
-    return {
-        "file": str(path),
-        "settings": str(settings_path),
-        "tensors": len(tensors),
-        "step": config["step"],
-        "note": "RGB in 0..255, stride on the 3x3 convolution: merge the settings after those of "
-        "the detector; the paper's transfer also has NORM SyncBN, FREEZE_AT 0 (MoCo's detection/)",
-    }
+    settings = yaml.safe_dump({"VERSION": 2, "MODEL": model, "INPUT": {"FORMAT": "RGB"}})
+    weights: dict = {"model": {detectron2_name(name): t.numpy() for name, t in tensors.items()}}
+    weights |= {"__author__": "TwinTurbo", "matching_heuristics": True}
+    files = {path.name: pickle.dumps(weights), settings_path.name: settings.encode()}
+    about = {"file": str(path), "settings": str(settings_path), "note": DETECTRON2_NOTE}
+    return files, about
 
 
-def write_whole(path: Path, write) -> None:
-    """Write beside `path` and rename, so that a kill leaves the file absent or complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        shutil.move(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+TOOLS = {"torchvision": for_torchvision, "timm": for_timm, "detectron2": for_detectron2}
 
 
-EXPORTS = {
-    "torchvision": export_torchvision,
-    "timm": export_timm,
-    "detectron2": export_detectron2,
-}
+def export(run: Path, target: Path, tool: str) -> dict:
+    """Write the tool's files into `target`, each complete or not at all; returns their names."""
+    tensors, config = backbone_weights(run)
+    check_exchangeable(config, tool)
+    files, about = TOOLS[tool](tensors, config, target)
+    target.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        temporary = target / f".{name}.{os.getpid()}"
+        try:
+            temporary.write_bytes(content)
+            temporary.replace(target / name)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return about | {"tensors": len(tensors), "step": config["step"]}
 
 
 def main() -> None:
     """Read the flags, export, print what was written as one JSON line."""
     parser = argparse.ArgumentParser(description="Export the backbone of a run.")
     parser.add_argument("run", type=Path, help="the --out folder of a training")
-    parser.add_argument("--to", choices=tuple(EXPORTS), required=True)
+    parser.add_argument("--to", choices=tuple(TOOLS), required=True)
     parser.add_argument(
         "--out", type=named_path, help="folder to write into; default RUN/export-<to>"
     )
     arguments = parser.parse_args()
     target = arguments.out or arguments.run / f"export-{arguments.to}"
-    try:
-        found = EXPORTS[arguments.to](arguments.run, target)
-        if "note" in found:
-            print(f"note: {found['note']}", file=sys.stderr)
-        print(json.dumps(found))
-    except (ValueError, OSError) as error:
-        refuse(error_text(error, target), code=1)
+    with exit_on_error(target):
+        about = export(arguments.run, target, arguments.to)
+        if "note" in about:
+            print(f"note: {about['note']}", file=sys.stderr)
+        print(json.dumps(about))
 
 
 if __name__ == "__main__":

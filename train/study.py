@@ -3,10 +3,9 @@
     python train/study.py all                                        # the digits, on a CPU
     python train/study.py all --config configs/cifar10.yaml --data.root DIR          # a GPU
 
-train/studies/variants.py says what each study compares, train/studies/runs.py does the runs,
-several at once, train/studies/report.py makes study-NAME.json, .md and .png of them, in --out. The
-same command goes on with a study that was stopped. A newcomer's mistake: one more seed for one
-variant. --seeds is for all; what is there is kept.
+train/studies/variants.py defines what each study compares, runs.py executes the runs, several at
+once, report.py writes study-NAME.json, .md and .png to --out. The same command resumes a study that
+was stopped; with more --seeds it adds runs to all variants and keeps the finished ones.
 """
 
 import os
@@ -37,8 +36,8 @@ from train.distributed import resolve_device
 from train.run.data import DIGITS, check_apart
 from train.run.folder import environment
 from train.run.metrics import Log
-from train.run.program import error_text, print_result, refuse
-from train.studies.report import draw, markdown, otherwise, summarize
+from train.run.program import exit_on_error, print_result, refuse
+from train.studies.report import draw, markdown, summarize, unlike_paper
 from train.studies.runs import plan_places, plan_runs, run_all
 from train.studies.variants import Study, studies
 
@@ -48,12 +47,12 @@ PRESET = Path(__file__).parent.parent / "configs" / "study.yaml"
 
 @dataclass(frozen=True, kw_only=True)
 class StudyConfig:
-    """How often and how many at once; every other flag is train/main.py's and goes to all runs."""
+    """How many runs; every other flag is train/main.py's and goes to all runs."""
 
     seeds: int = 3
     """Runs of each variant: the seeds --seed, --seed + 1, ..."""
     jobs: int = 0
-    """Runs at once; 0: one for each GPU, or each core where there is none."""
+    """Runs at once; 0: one for each GPU, or each core without GPUs."""
 
     def __post_init__(self) -> None:
         """Refuse impossible values."""
@@ -63,23 +62,20 @@ class StudyConfig:
 
 def read_flags(words: Sequence[str]) -> tuple[str, StudyConfig, Config]:
     """The study's name, its flags and the baseline. Exits with 2 and one line for a mistake."""
-    parser = build_parser(
-        "train/study.py", "Run the paper's studies over seeds.", usage="[flags] NAME", root=DIGITS
-    )
-    parser.add_argument(
-        "name",
-        help="stop-gradient, predictor, batch-norm, symmetry, similarity, dimension, batch-size, "
-        "alternation, moving-average, methods, or all.",
-    )
+    description = "Run the paper's studies over seeds."
+    parser = build_parser("train/study.py", description, usage="[flags] NAME", root=DIGITS)
+    names = "stop-gradient, predictor, batch-norm, symmetry, similarity, dimension, batch-size"
+    names += ", alternation, moving-average, methods, or all."
+    parser.add_argument("name", help=names)
     parser.add_class_arguments(StudyConfig, as_group=True)
     if not any(word.split("=")[0] == "--config" for word in words):
         words = [f"--config={PRESET}", *words]
     try:
-        found = vars(parser.instantiate(parser.parse_args(words)))
-        found.pop("config", None)
-        name, names = found.pop("name"), [part.name for part in dataclasses.fields(StudyConfig)]
-        own = StudyConfig(**{name: found.pop(name) for name in names})
-        base = Config(**found)
+        values = vars(parser.instantiate(parser.parse_args(words)))
+        values.pop("config", None)
+        name = values.pop("name")
+        own = StudyConfig(**{key: values.pop(key) for key in flags(StudyConfig)})
+        base = Config(**values)
         varied = base.method, base.model.head_norm, base.optim.constant_predictor_lr
         if varied != (MethodConfig(), "default", True):
             raise ValueError(
@@ -92,7 +88,7 @@ def read_flags(words: Sequence[str]) -> tuple[str, StudyConfig, Config]:
 
 
 def choose(name: str, known: Mapping[str, Study]) -> list[Study]:
-    """The studies of a name. Exits with 2 and the nearest name for an unknown one."""
+    """The studies of a name. Exits with 2 and the nearest name if it is unknown."""
     if name == ALL:
         return list(known.values())
     if name not in known:
@@ -102,7 +98,7 @@ def choose(name: str, known: Mapping[str, Study]) -> list[Study]:
 
 
 def run_studies(chosen: Sequence[Study], own: StudyConfig, base: Config, out: Path) -> dict:
-    """Do what is left of the runs and write every study's table and figure; the result."""
+    """Execute the unfinished runs and write every study's table and figure; returns the result."""
     began, log = time.monotonic(), Log(out / "log.txt")
     root = str(write_digits(out / "digits-jpeg")) if base.data.root == DIGITS else base.data.root
     images = len(list_images(split_root(root)[0]))
@@ -112,20 +108,18 @@ def run_studies(chosen: Sequence[Study], own: StudyConfig, base: Config, out: Pa
     runs, reasons = plan_runs(rows.values(), base, out=out, root=root, images=images, seeds=seeds)
     if not runs:
         raise ValueError(f"no variant can be run: {next(iter(reasons.values()))}")
-    # one seed of all variants, then the next: a study that is stopped has something of each
+    # one seed of all variants, then the next: a stopped study has runs of each
     wanted = {run.folder: run for of_seed in zip(*runs.values(), strict=True) for run in of_seed}
     left = [run for run in wanted.values() if run.result() is None]
     device = resolve_device(base.device)
     places = plan_places(own.jobs, with_gpus=device == "cuda")
     log(f"{len(wanted)} runs, {len(wanted) - len(left)} of them done, {len(places)} at once")
     failed, stopped = run_all(left, places, log)
-    about = {
-        "command": shlex.join(["python", "train/study.py", *sys.argv[1:]]),
-        "images": images,
-        "config": dataclasses.asdict(base),
-        "environment": environment(1, torch.device(device)),
-    }
-    found = [summarize(study, runs, reasons=reasons, failed=failed) | about for study in chosen]
+    command = shlex.join(["python", "train/study.py", *sys.argv[1:]])
+    about: dict = {"command": command, "images": images, "config": dataclasses.asdict(base)}
+    about["environment"] = environment(1, torch.device(device))
+    summaries = [summarize(study, runs, reasons=reasons, failed=failed) | about for study in chosen]
+    unlike = {s["study"]: [row["name"] for row in unlike_paper(s)] for s in summaries}
     return {
         "state": "preempted" if stopped else "failed" if failed else "finished",
         "n": own.seeds,
@@ -135,40 +129,39 @@ def run_studies(chosen: Sequence[Study], own: StudyConfig, base: Config, out: Pa
         "left_out": reasons,
         "at_once": len(places),
         "seconds": round(time.monotonic() - began, 1),
-        "otherwise": {one["study"]: names for one in found if (names := otherwise(one))},
-        "files": [str(path) for one in found for path in write(one, out)],
+        "otherwise": {study: names for study, names in unlike.items() if names},
+        "files": [str(path) for summary in summaries for path in write(summary, out)],
         "environment": about["environment"],
     }
 
 
-def write(found: dict, out: Path) -> list[Path]:
+def write(summary: dict, out: Path) -> list[Path]:
     """A study's JSON file, table and figure; the table goes to stderr too."""
-    base = out / f"study-{found['study']}"
-    text, table = json.dumps(found, indent=1), markdown(found)
+    files = [out / f"study-{summary['study']}{kind}" for kind in (".json", ".md", ".png")]
+    text, table = json.dumps(summary, indent=1), markdown(summary)
     text = re.sub(r"\[[-\d.,\s]+\]", lambda numbers: re.sub(r"\s+", "", numbers[0]), text)
-    base.with_suffix(".json").write_text(text + "\n")
-    base.with_suffix(".md").write_text(
-        f"# {found['title']} ({found['source']}), n = {found['n']}\n\n{table}"
-    )
-    draw(found, base.with_suffix(".png"))
-    print(f"\n{found['title']}, n = {found['n']}\n{table}", file=sys.stderr)
-    return [base.with_suffix(kind) for kind in (".json", ".md", ".png")]
+    title, n = summary["title"], summary["n"]
+    files[0].write_text(text + "\n")
+    files[1].write_text(f"# {title} ({summary['source']}), n = {n}\n\n{table}")
+    draw(summary, files[2])
+    print(f"\n{title}, n = {n}\n{table}", file=sys.stderr)
+    return files
 
 
 def main() -> None:
     """Read the flags, run, print the result as the last line of stdout."""
     name, own, base = read_flags(sys.argv[1:])
     chosen, out = choose(name, studies(base)), Path(base.out or "runs/study")
-    try:
+    path = out / f"result-{name}.json"
+    with exit_on_error(out):
         out.mkdir(parents=True, exist_ok=True)
-        with FileLock(out / ".lock", timeout=0):
-            result = run_studies(chosen, own, base, out)
-            (out / f"result-{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    except Timeout:
-        refuse(f"--out {out} is in use by another study: wait, or choose another folder", code=1)
-    except (ValueError, OSError) as error:
-        refuse(error_text(error, out), code=1)
-    print_result(result, kept=out / f"result-{name}.json")
+        try:
+            with FileLock(out / ".lock", timeout=0):
+                result = run_studies(chosen, own, base, out)
+                path.write_text(json.dumps(result, indent=1) + "\n")
+        except Timeout:
+            refuse(f"--out {out} is in use by another study: wait, or choose another", code=1)
+    print_result(result, kept=path)
     if result["failed"]:
         refuse(f"{len(result['failed'])} of {result['runs']} runs failed, see above", code=1)
 

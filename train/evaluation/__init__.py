@@ -1,4 +1,4 @@
-"""How good an encoder is: features, kNN, linear probe, spread, pictures.
+"""How good an encoder is: features, kNN, RankMe, linear probes, pictures.
 
-embed.py makes the features that all others take. Imports run/ and the folders below it.
+embed.py computes the features for all others. Imports run/ and the folders below it.
 """

@@ -1,7 +1,7 @@
-"""The flags of train/evaluate.py; what is not given is the run's own.
+"""The flags of train/evaluate.py; what is not given is the run's.
 
-A newcomer's mistake: looking for --model.width or --data.mean. They belong to the weights, and are
-read from the run's config.yaml.
+--model.* and --data.mean are not among them: they belong to the weights, and are read from the
+run's config.yaml.
 """
 
 import dataclasses
@@ -19,29 +19,27 @@ from train.network.precision import Precision
 from train.run.folder import CONFIG
 from train.run.program import refuse
 
-LISTS = ("--k", "--fast.lrs", "--linear.lrs")
-
 
 @dataclass(frozen=True, kw_only=True)
 class ImagesConfig:
-    """Which images; null takes the run's own."""
+    """Which images; null: the run's."""
 
     root: str | None = None
-    """Folder of images with class folders, or one with train/ and val/ of them, as in training."""
+    """Folder of images in class folders, or of train/ and val/ with these, as in training."""
     val: str | None = None
     """Folder of labelled test images, with the same class folders as root."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LookConfig:
-    """How images are looked at and neighbours vote; null is as in the run."""
+    """How images are resized and cropped, and how neighbours vote; null: as in the run."""
 
     resize: int | None = None
     """Shorter side before the centre crop, pixels."""
     size: int | None = None
     """Side of the crop, pixels; of the linear probe's random crops too."""
     batch_size: int | None = None
-    """Images a forward pass and process."""
+    """Images per forward pass and process."""
     temperature: float | None = None
     """A neighbour of cosine similarity s votes with weight exp(s / temperature)."""
 
@@ -55,13 +53,7 @@ class FastProbeConfig:
     epochs: int = 50
     """Passes over the cached features."""
     batch_size: int = 256
-    """Rows a step."""
-
-    def __post_init__(self) -> None:
-        """Refuse impossible values."""
-        check_rates("fast.lrs", self.lrs)
-        for name in ("epochs", "batch_size"):
-            at_least(f"fast.{name}", getattr(self, name), 1)
+    """Rows per step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,15 +64,9 @@ class LinearProbeConfig:
     """Learning rates for a batch of 256, scaled linearly with the batch: the paper's and the
     official code's. A classifier for each is trained on the same features."""
     batch_size: int = 4096
-    """Images a step over all processes; fewer, with a warning, where there are fewer images."""
+    """Images per step over all processes; lowered, with a warning, if there are fewer images."""
     epochs: int = 90
     """Passes over the training images; the cosine schedule ends there."""
-
-    def __post_init__(self) -> None:
-        """Refuse impossible values."""
-        check_rates("linear.lrs", self.lrs)
-        for name in ("epochs", "batch_size"):
-            at_least(f"linear.{name}", getattr(self, name), 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,10 +81,10 @@ class EvaluateConfig:
     out: str = ""
     """Folder for evaluation.json, pictures and the linear probe. Empty: RUN/evaluation.
 
-    Each evaluation replaces the one before in it; evaluations.jsonl keeps a line of each.
+    Each evaluation replaces the previous one in it; evaluations.jsonl keeps a line of each.
     """
     device: Literal["auto", "cpu", "cuda"] | None = None
-    """auto: a CUDA device where there is one; null: as in the run."""
+    """auto: a CUDA device if there is one; null: as in the run."""
     precision: Precision | None = None
     """Of the backbone; probes are fp32, or tf32 with it. null: as in the run."""
     data: ImagesConfig = field(default_factory=ImagesConfig)
@@ -110,17 +96,24 @@ class EvaluateConfig:
         """Refuse impossible values."""
         for k in self.k:
             at_least("k", k, 1)
-        for name, part, probes in (
-            ("fast", self.fast != FastProbeConfig(), ("fast", "both")),
-            ("linear", self.linear != LinearProbeConfig(), ("linear", "both")),
-        ):
-            if part and self.probe not in probes:
+        for name, probe in ("fast", self.fast), ("linear", self.linear):
+            if not probe.lrs or not all(0 < lr < float("inf") for lr in probe.lrs):
+                raise ValueError(
+                    f"{name}.lrs takes learning rates > 0, such as 0.02,0.1, got {list(probe.lrs)}"
+                )
+            at_least(f"{name}.epochs", probe.epochs, 1)
+            at_least(f"{name}.batch_size", probe.batch_size, 1)
+            if probe != type(probe)() and not self.runs(name):
                 raise ValueError(
                     f"--{name}.* has no effect with --probe {self.probe}: leave it out, or take "
-                    f"--probe {' or '.join(probes)}"
+                    f"--probe {name} or both"
                 )
         if self.eval.temperature is not None and not self.k:
             raise ValueError("--eval.temperature has no effect with --k []: leave it out")
+
+    def runs(self, probe: str) -> bool:
+        """Whether the probe "fast" or "linear" is asked for."""
+        return self.probe in (probe, "both")
 
     @property
     def needs_labels(self) -> bool:
@@ -128,14 +121,8 @@ class EvaluateConfig:
         return bool(self.k) or self.probe != "none"
 
 
-def check_rates(name: str, rates: tuple[float, ...]) -> None:
-    """Raise ValueError for an empty sweep or an impossible learning rate."""
-    if not rates or not all(0 < rate < float("inf") for rate in rates):
-        raise ValueError(f"{name} takes learning rates > 0, such as 0.02,0.1, got {list(rates)}")
-
-
 def read_flags(arguments: Sequence[str] | None = None) -> tuple[Path, EvaluateConfig]:
-    """The run folder and what to do with it. Exits with 2 and one line for a mistake in it."""
+    """The run folder and the options. Exits with 2 and one line for a mistake in them."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
         prog="train/evaluate.py",
@@ -145,34 +132,35 @@ def read_flags(arguments: Sequence[str] | None = None) -> tuple[Path, EvaluateCo
     )
     parser.add_argument("run", type=str, help="the --out folder of a training")
     parser.add_class_arguments(EvaluateConfig, as_group=True)
-    words = with_brackets(sys.argv[1:] if arguments is None else arguments, LISTS)
+    lists = ("--k", "--fast.lrs", "--linear.lrs")
+    words = with_brackets(sys.argv[1:] if arguments is None else arguments, lists)
     try:
-        found = vars(parser.instantiate(parser.parse_args(words)))
-        return Path(found.pop("run")), EvaluateConfig(**found)
+        values = vars(parser.instantiate(parser.parse_args(words)))
+        return Path(values.pop("run")), EvaluateConfig(**values)
     except (ArgumentError, ValueError, TypeError, OSError) as error:
         refuse(explain(str(error), flags(EvaluateConfig)))
 
 
-def run_config(run: Path, chosen: EvaluateConfig) -> Config:
-    """The run's configuration with the images, device and look that were asked for."""
+def run_config(run: Path, options: EvaluateConfig) -> Config:
+    """The run's configuration with the images, device and crops of the options."""
     try:
         saved = parse_config(["--config", str(run / CONFIG)])
     except ValueError as error:
         raise ValueError(f"{run / CONFIG} is not a training's: {error}") from error
     data = saved.data
-    if chosen.data.root is not None:  # the run's --data.val goes with its --data.root
-        data = dataclasses.replace(data, root=chosen.data.root, val=None)
-    if chosen.data.val is not None:
-        data = dataclasses.replace(data, val=chosen.data.val)
+    if options.data.root is not None:  # the run's --data.val belongs to its --data.root
+        data = dataclasses.replace(data, root=options.data.root, val=None)
+    if options.data.val is not None:
+        data = dataclasses.replace(data, val=options.data.val)
     if not data.root:
-        raise ValueError(f"{run} was imported and has no images of its own: give --data.root DIR")
-    look = {name: v for name, v in dataclasses.asdict(chosen.eval).items() if v is not None}
+        raise ValueError(f"{run} was imported and names no images: give --data.root DIR")
+    look = {name: v for name, v in dataclasses.asdict(options.eval).items() if v is not None}
     return dataclasses.replace(
         saved,
         data=data,
         eval=dataclasses.replace(saved.eval, **look),
-        device=chosen.device or saved.device,
-        precision=chosen.precision or saved.precision,
+        device=options.device or saved.device,
+        precision=options.precision or saved.precision,
         # a run of a GPU may be evaluated without one
         model=dataclasses.replace(saved.model, kernels="auto", recompute=False),
     )

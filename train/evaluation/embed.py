@@ -1,7 +1,10 @@
 """Backbone features of clean images, and the kNN accuracy of the encoder as it stands.
 
-A newcomer's mistake: features in training mode. Batch norm would take its statistics from the
-images looked at, and update them.
+Features are pooled backbone outputs of centre crops, in evaluation mode: in training mode batch
+norm would take its statistics from these images, and update them. The k nearest training images by
+cosine similarity s vote with weight exp(s / T). Each rank embeds and keeps its share of the bank.
+
+Source: Wu et al., CVPR 2018 (InstDisc), as monitored in SimSiam section 4.1.
 """
 
 import math
@@ -9,6 +12,7 @@ import time
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -16,30 +20,25 @@ from kernels.normalize import normalize_views
 from pipeline.loader import eval_loader
 from train.config import Config
 from train.distributed import World, gather
-from train.evaluation.knn import knn_top1
 from train.network.precision import DTYPES, autocast
 from train.network.resnet import ResNet
 from train.run.data import EvalSet, RunData
 
-TELL_S = 15  # seconds between two lines about a long evaluation
+PROGRESS_S = 15  # seconds between two lines about a long evaluation
+SIMILARITIES = 1 << 27  # in memory at once: 512 MiB of fp32
 
 
 @torch.no_grad()
 def features_of(backbone: nn.Module, images: Tensor, config: Config) -> Tensor:
-    """What a backbone in evaluation mode gives: (N, S, S, 3) uint8 -> (N, D) fp32."""
-    x = normalize_views(
-        images,
-        config.data.mean,
-        config.data.std,
-        DTYPES[config.precision],
-        kernels=config.model.kernels,
-    )
+    """Outputs of a backbone in evaluation mode: (N, S, S, 3) uint8 -> (N, D) fp32."""
+    dtype, data = DTYPES[config.precision], config.data
+    x = normalize_views(images, data.mean, data.std, dtype, kernels=config.model.kernels)
     with autocast(config.precision, images.device):
         return backbone(x).float()
 
 
 class EvaluationStopped(Exception):
-    """A signal came while features were made; on every rank in the same round."""
+    """A signal came while features were computed; raised on every rank in the same round."""
 
 
 @torch.no_grad()
@@ -53,18 +52,17 @@ def embed(
     tell: Callable[[str], None] = lambda line: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """This rank's share of the set: features, their labels and ids.
+    """Features of this rank's share of the set, their labels and ids.
 
     Shapes: (M, D) fp32, (M,), (M,) int64, on the training device. Unreadable images are left out.
-    `normalized` features have length 1, as kNN takes them; else they are the backbone's own.
-    `tell` hears how far it is, now and then. `stop` is asked after each batch, by all ranks equally
-    often. Raises: EvaluationStopped when it says so.
+    `normalized` features have length 1, as kNN takes them. `tell` receives lines of progress.
+    `stop` is called after each batch, equally often on all ranks. Raises: EvaluationStopped when it
+    returns true.
     """
-    share = slice(world.rank, None, world.size)
     labels = torch.from_numpy(images.labels_by_id())
     loader = eval_loader(
         images.reader,
-        images.ids[share],
+        images.ids[world.rank :: world.size],
         resize=config.eval.resize,
         size=config.eval.size,
         batch_size=config.eval.batch_size,
@@ -72,35 +70,36 @@ def embed(
         device=world.device,
         local_world=world.local_size,
     )
+    parts, ids = [], []
+    last_line = time.monotonic()
     was_training = backbone.training
     backbone.eval()
-    features, ids = [], []
-    told = time.monotonic()
+    try:
+        for batch in loader:
+            out = features_of(backbone, batch.images, config)
+            parts.append(F.normalize(out, dim=1) if normalized else out)
+            ids.append(batch.ids)
+            if time.monotonic() - last_line > PROGRESS_S:
+                last_line = time.monotonic()
+                tell(f"features of {len(ids)} of {len(loader)} batches")
+            if stop():
+                raise EvaluationStopped
+    finally:
+        backbone.train(was_training)
     rounds = math.ceil(math.ceil(len(images.ids) / world.size) / config.eval.batch_size)
-    for batch in loader:
-        out = features_of(backbone, batch.images, config)
-        features.append(F.normalize(out, dim=1) if normalized else out)
-        ids.append(batch.ids)
-        if time.monotonic() - told > TELL_S:
-            told = time.monotonic()
-            tell(f"features of {len(ids)} of {len(loader)} batches")
-        if stop():
-            backbone.train(was_training)
-            raise EvaluationStopped
-    backbone.train(was_training)
-    asked = [stop() for _ in range(rounds - len(ids))]  # by a rank with a batch less than others
-    if any(asked):
+    # a rank may have a batch less than others; a list, so that each call is made
+    if any([stop() for _ in range(rounds - len(ids))]):
         raise EvaluationStopped
-    if not ids:  # a rank without a share: fewer images than ranks
+    if not ids:  # fewer images than ranks
         none = torch.empty(0, dtype=torch.int64, device=world.device)
         return torch.empty(0, backbone.num_features, device=world.device), none, none
-    found = torch.cat(ids)
-    good = found >= 0
-    chosen = torch.cat(features)
-    features.clear()  # of ImageNet 10 GB: not once more beside what follows
+    all_ids = torch.cat(ids)
+    good = all_ids >= 0
+    features = torch.cat(parts)
+    parts.clear()  # 10 GB for ImageNet: free them before what follows
     if not good.all():
-        chosen = chosen[good.to(world.device)]
-    return chosen, labels[found[good]].to(world.device), found[good].to(world.device)
+        features = features[good.to(world.device)]
+    return features, labels[all_ids[good]].to(world.device), all_ids[good].to(world.device)
 
 
 def knn_accuracy(
@@ -112,7 +111,7 @@ def knn_accuracy(
     tell: Callable[[str], None] = lambda line: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> float | None:
-    """kNN top-1 in percent, or None where there are no labels or no features, which `tell` hears.
+    """kNN top-1 in percent, or None without labels or usable features; `tell` receives the reason.
 
     Raises: EvaluationStopped.
     """
@@ -120,7 +119,7 @@ def knn_accuracy(
         return None
     bank, bank_labels, _ = embed(backbone, data.bank, config, world, tell=tell, stop=stop)
     queries, query_labels, _ = embed(backbone, data.queries, config, world, tell=tell, stop=stop)
-    finite = bool(bank.sum().isfinite())  # as bank.isfinite().all(), without two copies of it
+    finite = bool(bank.sum().isfinite())  # bank.isfinite().all() would copy it twice
     counts = gather(world, (len(bank), len(queries), finite))
     num_bank, num_queries, all_finite = (list(column) for column in zip(*counts, strict=True))
     if not (sum(num_bank) and sum(num_queries)):
@@ -140,3 +139,93 @@ def knn_accuracy(
         num_classes=len(data.class_names),
         world=world,
     )
+
+
+def nearest(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest similarities and their rows in the bank, chunked over the queries.
+
+    Shapes: queries (Q, D), bank (M, D), both of length 1; returns (Q, min(k, M)) twice.
+    """
+    k = min(k, len(bank))
+    chunks = queries.split(max(1, SIMILARITIES // max(1, len(bank))))
+    parts = [torch.topk(chunk @ bank.T, k, dim=1) for chunk in chunks]
+    return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
+
+
+def class_scores(
+    similarity: Tensor, labels: Tensor, *, num_classes: int, temperature: float
+) -> Tensor:
+    """Each class's sum of exp(similarity / temperature). (Q, k) twice -> (Q, num_classes)."""
+    scores = similarity.new_zeros(len(similarity), num_classes)
+    return scores.scatter_add_(1, labels, (similarity / temperature).exp())
+
+
+def vote(similarity: Tensor, labels: Tensor, *, num_classes: int, temperature: float) -> Tensor:
+    """The class with the largest score. (Q, k) twice -> (Q,)."""
+    scores = class_scores(similarity, labels, num_classes=num_classes, temperature=temperature)
+    return scores.argmax(1)
+
+
+def ranked(
+    similarity: Tensor, labels: Tensor, *, num_classes: int, temperature: float, top: int
+) -> Tensor:
+    """The `top` classes with the largest scores, best first; -1 if fewer have a neighbour.
+
+    Shapes: (Q, k) twice -> (Q, top). A class without a neighbour is no guess: 10 neighbours of two
+    classes would otherwise name three more, and hit by chance.
+    """
+    rows = max(1, SIMILARITIES // num_classes)
+    parts = []
+    for chunk, names in zip(similarity.split(rows), labels.split(rows), strict=True):
+        scores = class_scores(chunk, names, num_classes=num_classes, temperature=temperature)
+        best = scores.topk(top, dim=1)
+        parts.append(best.indices.where(best.values > 0, -1))
+    return torch.cat(parts)
+
+
+def knn_top1(
+    queries: Tensor,
+    query_labels: Tensor,
+    bank: Tensor,
+    bank_labels: Tensor,
+    *,
+    k: int,
+    temperature: float,
+    num_classes: int,
+    world: World,
+) -> float:
+    """Top-1 accuracy in percent; every rank gives its share of queries and bank.
+
+    Shapes: queries (Q, D), bank (M, D), fp32 of length 1; labels (Q,), (M,) int64.
+    """
+    queries, query_labels = gather_rows(world, queries), gather_rows(world, query_labels)
+    similarity, index = nearest(queries, bank, k)
+    missing = (0, k - similarity.shape[1])  # of a small bank; a similarity of -1e4 has weight 0
+    similarity, labels = F.pad(similarity, missing, value=-1e4), F.pad(bank_labels[index], missing)
+    if world.size > 1:  # the k nearest overall are among the k nearest of each rank
+        similarity, labels = (
+            torch.cat(all_gather(world, part.contiguous()), dim=1) for part in (similarity, labels)
+        )
+        similarity, best = torch.topk(similarity, k, dim=1)
+        labels = labels.gather(1, best)
+    predicted = vote(similarity, labels, num_classes=num_classes, temperature=temperature)
+    return 100 * (predicted == query_labels).float().mean().item()
+
+
+def all_gather(world: World, x: Tensor) -> list[Tensor]:
+    """The tensors of all ranks, which must have one shape."""
+    parts = [torch.empty_like(x) for _ in range(world.size)]
+    dist.all_gather(parts, x, group=world.group)
+    return parts
+
+
+def gather_rows(world: World, x: Tensor) -> Tensor:
+    """Rows of all ranks, concatenated; the number of rows may differ."""
+    if world.size == 1:
+        return x
+    counts = torch.zeros(world.size, dtype=torch.int64, device=x.device)
+    counts[world.rank] = len(x)
+    dist.all_reduce(counts, group=world.group)
+    padded = torch.cat([x, x.new_zeros(int(counts.max()) - len(x), *x.shape[1:])])
+    parts = all_gather(world, padded)
+    return torch.cat([part[:count] for part, count in zip(parts, counts.tolist(), strict=True)])

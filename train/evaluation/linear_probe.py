@@ -1,13 +1,13 @@
 """The paper's linear evaluation: a linear classifier on augmented images, trained with LARS.
 
 The backbone is frozen and in evaluation mode; images are cropped at random (8 to 100 % of the area)
-and flipped as in training, by training's own pipeline. 90 epochs in batches of 4,096, LARS with
-trust coefficient 0.001 on weights and biases, momentum 0.9, no weight decay, a cosine schedule set
-at each epoch. One classifier for each learning rate: the forward passes are what costs. Reported is
-the last epoch, not the one that did best on the test images.
-A newcomer's mistake: this recipe on a small set. LARS moves a weight by 0.1 % of its size a step
-(times lr); ImageNet gives it 28,000 steps. 450 steps on the digits' 1,437 images end at 11 %
-where learning rate 30 ends at 93 and the fast probe at 96 (the demo's encoder, 50 epochs).
+and flipped as in training, by the training pipeline. 90 epochs in batches of 4,096, LARS with trust
+coefficient 0.001 on weights and biases, momentum 0.9, no weight decay, a cosine schedule set at
+each epoch. One classifier for each learning rate: the forward passes dominate the cost. The last
+epoch is reported, not the best one on the test images.
+A newcomer's mistake: this recipe on a small set. LARS moves a weight by 0.1 % of its size per step
+(times lr); ImageNet gives it 28,000 steps. 450 steps on the digits' 1,437 images end at 11 %, where
+learning rate 30 ends at 93 and the fast probe at 96 (the demo's encoder, 50 epochs).
 
 Source: SimSiam appendix A and the official main_lincls.py.
 """
@@ -30,6 +30,7 @@ from train.config import Config
 from train.distributed import World
 from train.evaluation.config import LinearProbeConfig
 from train.evaluation.embed import features_of
+from train.evaluation.encoded import Encoded
 from train.run import checkpoint
 from train.run.data import EvalSet
 from train.run.lars import LARS
@@ -42,12 +43,12 @@ FEW_STEPS = 2800  # a tenth of ImageNet's
 
 
 class Head(nn.Module):
-    """A linear classifier, drawn as the official one: N(0, 0.01), bias 0."""
+    """A linear classifier, initialised as the official one: N(0, 0.01), bias 0."""
 
     def __init__(self, features: int, classes: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(classes, features).normal_(std=0.01))
-        # (1, C) and not (C,): LARS here adapts what has two dimensions, the official code all
+        # (1, C), not (C,): our LARS adapts tensors of two dimensions, the official code's all
         self.bias = nn.Parameter(torch.zeros(1, classes))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -58,37 +59,46 @@ class Head(nn.Module):
 def build_lars(heads: nn.ModuleList) -> torch.optim.Optimizer:
     """LARS with a parameter group for each classifier, whose learning rate is set later.
 
-    buffer = 0.9 buffer + 0.001 |w| / |g| g (g alone where |w| or |g| is 0); w = w - lr buffer
+    buffer = 0.9 buffer + 0.001 |w| / |g| g (g alone if |w| or |g| is 0); w = w - lr buffer
     """
     groups = [{"params": list(head.parameters())} for head in heads]
     return LARS(groups, lr=0.0, momentum=MOMENTUM, trust=TRUST)
 
 
 class LinearProbe:
-    """Owns the classifiers, their optimizer, how far they are, and their way to disk and back.
+    """The classifiers, their optimizer, the epochs done, and their checkpoints in `folder`.
 
-    `about` is what a checkpoint in `folder` must agree with to be continued: plain values.
+    A checkpoint is continued only if its `facts` are these.
     """
 
     def __init__(
-        self, config: LinearProbeConfig, *, features: int, classes: int, world: World, folder: Path,
+        self,
+        config: LinearProbeConfig,
+        *,
+        features: int,
+        classes: int,
         facts: dict,
-    ):  # fmt: skip
-        self.config, self.world, self.folder, self.facts = config, world, folder, facts
+        folder: Path,
+        world: World,
+        log: Log,
+    ):
+        self.config, self.facts, self.folder = config, facts, folder
+        self.world, self.log = world, log
         self.heads = nn.ModuleList([Head(features, classes) for _ in config.lrs]).to(world.device)
+        self.names = {parameter: name for name, parameter in self.heads.named_parameters()}
         self.optimizer = build_lars(self.heads)
         self.epochs_done = 0
 
     def set_rates(self) -> None:
-        """The learning rates of the coming epoch, for the whole batch."""
+        """Set the learning rates of the next epoch."""
         for group, lr in zip(self.optimizer.param_groups, self.config.lrs, strict=True):
             base = lr * self.config.batch_size / 256
             group["lr"] = lr_at(self.epochs_done, base=base, total=self.config.epochs)
 
     def step(self, x: Tensor, labels: Tensor) -> Tensor:
-        """One step of every classifier on this rank's rows of a batch; their losses (L,)."""
+        """One step of every classifier on this rank's rows of a batch; returns losses (L,)."""
         losses = torch.stack([F.cross_entropy(head(x), labels) for head in self.heads])
-        losses.sum().backward()  # the classifiers share nothing
+        losses.sum().backward()  # the classifiers share no parameter
         for parameter in self.heads.parameters():
             assert parameter.grad is not None
             distributed.mean(self.world, parameter.grad)
@@ -101,59 +111,53 @@ class LinearProbe:
         """Each classifier's `top` guesses, best first: (N, D) -> (N, top)."""
         return [head(x).topk(top).indices for head in self.heads]
 
-    @property
-    def names(self) -> dict[nn.Parameter, str]:
-        """Parameter names, by which the optimizer's state is kept."""
-        return {parameter: name for name, parameter in self.heads.named_parameters()}
-
     def save(self) -> None:
         """Write a checkpoint of the epochs done, on rank 0. Raises: CheckpointError."""
         if not self.world.is_main:
             return
         state, options = checkpoint.flatten_optimizer(self.optimizer, self.names)
         tensors = {"heads": dict(self.heads.state_dict()), "optimizer": state}
-        values = {"optimizer": options}
-        checkpoint.save(self.folder, self.epochs_done, tensors, values, facts=self.facts)
+        plain = {"optimizer": options}
+        checkpoint.save(self.folder, self.epochs_done, tensors, plain, facts=self.facts)
 
-    def restore(self, log: Log) -> None:
-        """Go on from the newest checkpoint, if there is one. Raises: ValueError for another's."""
-        found = checkpoint.load_newest(self.folder, log=log.warn)
-        if found is None:
+    def restore(self) -> None:
+        """Resume from the newest checkpoint, if any. Raises: ValueError for other settings."""
+        saved = checkpoint.load_newest(self.folder, log=self.log.warn)
+        if saved is None:
             return
         changed = [
-            f"{name} was {found.facts.get(name)} and is {value}"
+            f"{name} was {saved.facts.get(name)} and is {value}"
             for name, value in self.facts.items()
-            if found.facts.get(name) != value
+            if saved.facts.get(name) != value
         ]
         if changed:
             raise ValueError(
                 f"{self.folder} holds a linear probe of other settings: {'; '.join(changed)}. "
                 "Give the same ones to continue it, or another --out"
             )
-        self.heads.load_state_dict(found.tensors["heads"])
-        checkpoint.restore_optimizer(
-            self.optimizer, self.names, found.tensors["optimizer"], found.state["optimizer"]
-        )
-        self.epochs_done = found.step
-        log(f"linear probe: {self.epochs_done} of {self.config.epochs} epochs are done")
+        self.heads.load_state_dict(saved.tensors["heads"])
+        tensors, plain = saved.tensors["optimizer"], saved.state["optimizer"]
+        checkpoint.restore_optimizer(self.optimizer, self.names, tensors, plain)
+        self.epochs_done = saved.step
+        self.log(f"linear probe: {self.epochs_done} of {self.config.epochs} epochs are done")
 
 
 def fit_batch(config: LinearProbeConfig, images: int, log: Log) -> LinearProbeConfig:
-    """The recipe itself, or, with a warning, with a smaller batch where the images fill none."""
+    """The recipe, with a smaller batch and a warning if there are fewer images than one batch."""
     if images >= config.batch_size:
         return config
     batch = 1 << images.bit_length() - 1
     log.warn(
         f"linear probe: {images} training images do not fill --linear.batch_size "
-        f"{config.batch_size}: it is {batch} here, and the learning rates are scaled for it"
+        f"{config.batch_size}: lowered to {batch}, and the learning rates scaled for it"
     )
     return dataclasses.replace(config, batch_size=batch)
 
 
 def images_a_pass(config: LinearProbeConfig, *, per_rank: int, world: World) -> int:
-    """Images of all ranks in one forward pass: as many as fit `per_rank` and divide the batch.
+    """Images of all ranks in one forward pass: at most `per_rank` each, and a divisor of the batch.
 
-    Raises: ValueError where the ranks do not divide the batch.
+    Raises: ValueError if the ranks do not divide the batch.
     """
     batch = config.batch_size
     if batch % world.size:
@@ -165,35 +169,28 @@ def images_a_pass(config: LinearProbeConfig, *, per_rank: int, world: World) -> 
 
 
 def train_probe(
-    probe: LinearProbe, backbone: nn.Module, images: EvalSet, test: tuple[Tensor, Tensor], *,
-    config: Config, log: Log,
-) -> None:  # fmt: skip
-    """Train for the epochs that are left, with a checkpoint and a line after each.
-
-    Shapes: test is features (M, D) and labels (M,), of which an epoch's accuracy is logged.
-    """
-    test_features, test_labels = test
-    first, last, start = probe.epochs_done, probe.config.epochs, time.monotonic()
+    probe: LinearProbe, backbone: nn.Module, images: EvalSet, test: Encoded, config: Config
+) -> None:
+    """Train for the remaining epochs, with a checkpoint and a line with the losses after each."""
+    first, last, start, log = probe.epochs_done, probe.config.epochs, time.monotonic(), probe.log
     if (steps := last * (len(images.ids) // probe.config.batch_size)) < FEW_STEPS:
         log.warn(
-            f"linear probe: {steps} steps in all, where the recipe's learning rates are for "
-            "ImageNet's 28,000: try --linear.lrs 0.1,1,10,30, or take the fast probe's figure"
+            f"linear probe: {steps} steps in all, but the recipe's learning rates are for "
+            "ImageNet's 28,000: try --linear.lrs 0.1,1,10,30, or use the fast probe's figure"
         )
     log.start_bar(last, first)
     try:
         while probe.epochs_done < last:
-            loss = train_epoch(probe, backbone, images, config)
+            losses = train_epoch(probe, backbone, images, config).tolist()
             probe.epochs_done += 1
             probe.save()
-            top1 = [
-                100 * (guess[:, 0] == test_labels).float().mean()
-                for guess in probe.guesses(test_features, top=1)
-            ]
+            guesses = probe.guesses(test.features, top=1)
+            top1 = [100 * (guess[:, 0] == test.labels).float().mean() for guess in guesses]
             epoch_s = (time.monotonic() - start) / (probe.epochs_done - first)
             log.advance(probe.epochs_done, "linear probe")
             log(
                 f"linear probe: epoch {probe.epochs_done}/{last}  "
-                f"loss {' '.join(f'{value:.4f}' for value in loss.tolist())}  "
+                f"loss {' '.join(f'{loss:.4f}' for loss in losses)}  "
                 f"top-1 {' '.join(f'{value:.2f}' for value in top1)} %  {epoch_s:.1f} s an epoch  "
                 f"ETA {epoch_s * (last - probe.epochs_done):.0f} s"
             )
@@ -203,21 +200,18 @@ def train_probe(
 
 def train_epoch(probe: LinearProbe, backbone: nn.Module, images: EvalSet, config: Config) -> Tensor:
     """One pass over the images; the mean loss of each classifier (L,)."""
-    losses = []
-    x: list[Tensor] = []
-    labels: list[Tensor] = []
+    losses, rows = [], []
     probe.set_rates()
-    for features, target in augmented_features(probe, backbone, images, config):
-        x.append(features)
-        labels.append(target)
-        if sum(map(len, x)) * probe.world.size == probe.config.batch_size:
-            losses.append(probe.step(torch.cat(x), torch.cat(labels)))
-            x, labels = [], []
+    for passed in augmented_features(probe, backbone, images, config):
+        rows.append(passed)
+        if sum(len(x) for x, _ in rows) * probe.world.size == probe.config.batch_size:
+            losses.append(probe.step(*map(torch.cat, zip(*rows, strict=True))))
+            rows = []
     return distributed.mean(probe.world, torch.stack(losses).mean(0))
 
 
 class PartOrder(SampleOrder):
-    """SampleOrder over the samples of `ids` alone: the training part of a folder or of shards."""
+    """SampleOrder over the samples `ids` alone: the training part of a folder or of shards."""
 
     def __init__(self, ids: np.ndarray, *, batch_size: int, seed: int):
         super().__init__(len(ids), batch_size=batch_size, seed=seed)
@@ -228,16 +222,16 @@ class PartOrder(SampleOrder):
         return self.ids[super().permutation(epoch)]
 
     def replacement(self, step: int, row: int, attempt: int) -> int:
-        """A stand-in out of the part."""
+        """A replacement from the part."""
         return int(self.ids[super().replacement(step, row, attempt)])
 
 
 def augmented_features(
     probe: LinearProbe, backbone: nn.Module, images: EvalSet, config: Config
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Features and labels of this rank's part of the coming epoch, a forward pass at a time.
+    """Features and labels of this rank's part of the next epoch, one forward pass at a time.
 
-    Whole batches only: what is left of the epoch is another random part in the next one.
+    Whole batches only; the remainder of an epoch is random, another part in the next one.
     """
     world = probe.world
     labels = torch.from_numpy(images.labels_by_id())
@@ -249,9 +243,13 @@ def augmented_features(
         size=config.eval.size, scale=CROP_SCALE, flip=config.augment.flip, jitter=0, gray=0, blur=0
     )
     loader = view_loader(
-        images.reader, order, range(start, start + passes),
-        views=[view], options=config.dali, device=world.device,
+        images.reader,
+        order,
+        range(start, start + passes),
+        views=[view],
+        options=config.dali,
+        device=world.device,
         ranks=Ranks(world.rank, world.size, world.local_size),
-    )  # fmt: skip
+    )
     for batch in loader:
         yield features_of(backbone, batch.images, config), labels[batch.ids].to(world.device)

@@ -1,18 +1,17 @@
-"""What other tools call SimSiam's tensors, and how they become ours (train/import_checkpoint.py).
+"""Other tools' names of SimSiam's tensors, and their conversion (train/import_checkpoint.py).
 
-The heads are taken where they compute what ours do. A bias before a batch norm, which cancels in
-training, goes into the running mean: norm(W x + b; mean) = norm(W x; mean - b).
-A newcomer's mistake: taking equal names for equal networks. A projector whose last batch norm has a
-weight and a bias (the paper's baseline) is another one, and is left out with that reason.
+Heads are imported if they compute what ours do. A bias before a batch norm, which cancels in
+training, goes into the running mean: norm(W x + b; mean) = norm(W x; mean - b). Equal names are not
+equal networks: a projector whose last batch norm has a weight and a bias (the paper's baseline) is
+another one, and is left out with that reason.
 
 Sources: facebookresearch/simsiam@a7bc177, facebookresearch/moco@132aea9, lightly@e8d317f,
 solo-learn@9187ea3 and 1.0.2.
 """
 
-import dataclasses
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,8 +19,7 @@ from train.network.resnet import LAYERS
 from train.run.checkpoint import Tensors
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """The prefixes of a tool's names, without the "module." of DataParallel."""
 
     tool: str
@@ -46,8 +44,8 @@ NOT_NEEDED = (
 
 
 @dataclass
-class Found:
-    """What was taken from a file, under our names, and what was not."""
+class Imported:
+    """The tensors of a file under our names, and those left out."""
 
     tool: str
     network: dict[str, Any]
@@ -71,11 +69,11 @@ def detect(names: list[str]) -> Layout:
         raise ValueError(
             f"it has no tensors named {', '.join(known)}, but {', '.join(names[:3]) or 'none'}"
         )
-    headless = dataclasses.replace(fitting[0], tool="a backbone without heads")
+    headless = fitting[0]._replace(tool="a backbone without heads")
     return next((layout for layout in fitting if has(layout.projector)), headless)
 
 
-def convert(source: Tensors) -> Found:
+def convert(source: Tensors) -> Imported:
     """Another tool's tensors under our names. Raises: ValueError if the backbone is not ours."""
     layout = detect(list(source))
     parts: dict[str, Tensors] = {"projector": {}, "predictor": {}, "backbone": {}}
@@ -88,17 +86,24 @@ def convert(source: Tensors) -> Found:
             parts[owner][name.removeprefix(getattr(layout, owner))] = tensor
     backbone = torchvision_names(parts["backbone"])
     network = describe_backbone(backbone)
-    found = Found(layout.tool, network, {f"backbone.{name}": t for name, t in backbone.items()})
-    sort_out(found, rest)
+    tensors = {f"backbone.{name}": tensor for name, tensor in backbone.items()}
+    imported = Imported(layout.tool, network, tensors)
+    for name in rest:  # of none of the three networks
+        reason = next((text for pattern, text in NOT_NEEDED if re.match(pattern, name)), None)
+        if reason is None:
+            imported.unexpected.append(name)
+        else:
+            owner, dot, _ = name.partition(".")
+            imported.left_out[owner + dot + "*" * len(dot)] = reason
     try:
-        take_heads(found, parts["projector"], parts["predictor"])
+        take_heads(imported, parts["projector"], parts["predictor"])
     except ValueError as error:
         for part in ("projector", "predictor"):
             if parts[part]:
-                found.left_out[f"{getattr(layout, part)}*"] = str(error)
+                imported.left_out[f"{getattr(layout, part)}*"] = str(error)
     if layout.tool == "solo-learn" and network["stem"] == "cifar":
-        found.notes.append("solo-learn pads its 3x3 stem by 2, ours by 1: features differ")
-    return found
+        imported.notes.append("solo-learn pads its 3x3 stem by 2, ours by 1: features differ")
+    return imported
 
 
 def torchvision_names(backbone: Tensors) -> Tensors:
@@ -117,7 +122,7 @@ def torchvision_names(backbone: Tensors) -> Tensors:
 
 
 def describe_backbone(backbone: Tensors) -> dict[str, Any]:
-    """Architecture, stem and width, read off names and shapes. Raises: ValueError."""
+    """Architecture, stem and width, from names and shapes. Raises: ValueError."""
     kind = "bottleneck" if "layer1.0.conv3.weight" in backbone else "basic"
     blocks = {tuple(name.split(".")[:2]) for name in backbone if name.startswith("layer")}
     depths = tuple(sum(layer == f"layer{i}" for layer, _ in blocks) for i in range(1, 5))
@@ -132,33 +137,21 @@ def describe_backbone(backbone: Tensors) -> dict[str, Any]:
     return {"arch": arch, "stem": kind_of_stem, "width": stem.shape[0]}
 
 
-def sort_out(found: Found, names: list[str]) -> None:
-    """What belongs to none of the three networks: left out for a reason, or unexpected."""
-    for name in names:
-        reason = next((text for pattern, text in NOT_NEEDED if re.match(pattern, name)), None)
-        if reason is None:
-            found.unexpected.append(name)
-        else:
-            owner, dot, _ = name.partition(".")
-            found.left_out[owner + dot + "*" * len(dot)] = reason
-
-
-def take_heads(found: Found, projector: Tensors, predictor: Tensors) -> None:
-    """Both heads under our names, or neither. Raises: ValueError with what is not as in SimSiam."""
+def take_heads(imported: Imported, projector: Tensors, predictor: Tensors) -> None:
+    """Add both heads under our names, or neither. Raises: ValueError if they are not SimSiam's."""
     if not (projector and predictor):
-        raise ValueError("SimSiam's heads are a projector and a predictor; here is one alone")
-    layers, end = layers_of(projector), layers_of(predictor)
+        raise ValueError("SimSiam's heads are a projector and a predictor; this file has only one")
+    layers, end = split_layers(projector), split_layers(predictor)
     if len(layers) % 2 or len(end) != 3 or end[2].keys() != {"weight", "bias"}:
         raise ValueError("not SimSiam's: linear, norm, ..., norm and linear, norm, linear")
     pairs = list(zip(layers[::2], layers[1::2], strict=True))
-    tensors: Tensors = {}
+    tensors = linear_norm("predictor.0", end[0], end[1], affine=True)
     for index, (linear, norm) in enumerate(pairs):
         is_last = index == len(pairs) - 1
         tensors |= linear_norm(f"projector.{index}", linear, norm, affine=not is_last)
-    tensors |= linear_norm("predictor.0", end[0], end[1], affine=True)
     tensors |= {f"predictor.1.{name}": tensor for name, tensor in end[2].items()}
-    found.tensors |= tensors
-    found.network |= {
+    imported.tensors |= tensors
+    imported.network |= {
         "head_norm": "default",
         "projector_layers": len(pairs),
         "projector_hidden": len(layers[0]["weight"]),
@@ -168,11 +161,13 @@ def take_heads(found: Found, projector: Tensors, predictor: Tensors) -> None:
     biased = {f"projector.{index}": "bias" in linear for index, (linear, _) in enumerate(pairs)}
     biased["predictor.0"] = "bias" in end[0]
     if names := [name for name, is_biased in biased.items() if is_biased]:
-        found.notes.append(f"bias of {', '.join(names)}: moved into the batch norm's running mean")
+        imported.notes.append(
+            f"bias of {', '.join(names)}: moved into the batch norm's running mean"
+        )
 
 
-def layers_of(head: Tensors) -> list[Tensors]:
-    """The tensors of linear, norm, linear, ..., a ReLU between. Raises: ValueError if it is not."""
+def split_layers(head: Tensors) -> list[Tensors]:
+    """Tensors by layer of linear, norm, (ReLU,) linear, ... Raises: ValueError if it is not."""
     layers: dict[int, Tensors] = {}
     for name, tensor in head.items():
         index, _, leaf = name.partition(".")

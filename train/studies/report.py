@@ -1,11 +1,13 @@
-"""A study's table and figure from its runs: mean and spread over seeds beside the paper's number.
+"""A study's table and figure from its runs: mean and range over seeds beside the paper's number.
 
-A newcomer's mistake: taking every difference for one. Two variants count as different where their
-ranges over seeds do not overlap; of two equal ones three seeds each part in one case of ten.
+Two variants count as different if their ranges over seeds do not overlap; of two equal ones, three
+seeds each part in one case of ten.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
 
 from train.run.metrics import read_metrics
 from train.studies.runs import Run
@@ -16,31 +18,29 @@ LABELS = {
     "train/z_std": "std(z/|z|) sqrt(d)",
     "eval/knn_top1": "kNN top-1 [%]",
 }
-WORDS = {
-    "learns": "learns", "fails": "does not learn", "collapse": "collapses", "worse": "worse",
-    "same": "the same", "better": "better", "mixed": "collapses with some seeds",
-}  # fmt: skip
+WORDS = {"learns": "learns", "fails": "does not learn", "collapse": "collapses", "worse": "worse"}
+WORDS |= {"same": "the same", "better": "better", "mixed": "collapses with some seeds"}
+FIGURES = ("knn_top1", "knn_top1_untrained", "loss", "z_std")
 
 
 def summarize(
-    study: Study, runs: Mapping[str, Sequence[Run]], *, reasons: Mapping[str, str],
-    failed: Mapping[Run, str],
-) -> dict:  # fmt: skip
-    """What the study found, for its JSON file, its table and its figure.
+    study: Study, runs: dict[str, list[Run]], *, reasons: dict[str, str], failed: dict[Run, str]
+) -> dict:
+    """The content of a study's JSON file, for its table and its figure.
 
     reasons: why variants were left out; failed: why runs were.
     """
-    rows = []
+    rows: list[dict] = []
     for row in study.rows:
-        found = summarize_row(row, runs.get(row.name, ()))
-        errors = [failed[run] for run in runs.get(row.name, ()) if run in failed]
+        of_row = runs.get(row.name, [])
+        summary = summarize_row(row, of_row)
         if row.name in reasons:
-            found["left_out"] = reasons[row.name]
-        if errors:
-            found["failed"] = errors
-        found["outcome"] = outcome(found, rows[0] if rows else None)
-        found["verdict"] = verdict(row.outcome, found["outcome"])
-        rows.append(found)
+            summary["left_out"] = reasons[row.name]
+        if errors := [failed[run] for run in of_row if run in failed]:
+            summary["failed"] = errors
+        summary["outcome"] = outcome(summary, rows[0] if rows else None)
+        summary["verdict"] = verdict(row.outcome, summary["outcome"])
+        rows.append(summary)
     return {
         "study": study.name,
         "title": study.title,
@@ -54,36 +54,26 @@ def summarize(
 
 def summarize_row(row: Row, runs: Sequence[Run]) -> dict:
     """The finished runs of a variant."""
-    found = {run: result for run in runs if (result := run.result()) is not None}
-    results = list(found.values())
-    return {
-        "name": row.name,
-        "label": row.label,
-        "flags": row.flags,
-        "paper": row.paper,
-        "paper_outcome": row.outcome,
-        "paper_says": row.says,
-        "n": len(found),
-        "collapsed": sum(bool(result["collapsed"]) for result in results),
-        "collapse_threshold": next((result["collapse_threshold"] for result in results), None),
-        **{
-            key: spread([result[key] for result in results])
-            for key in ("knn_top1", "knn_top1_untrained", "loss", "z_std", "train_s")
-        },
-        "runs": [
-            {
-                "seed": run.seed,
-                **{key: result[key] for key in ("knn_top1", "knn_top1_untrained", "loss", "z_std")},
-                "revision": str(run.read("env.json").get("revision")),
-                "curves": read_curves(run.folder / "metrics.jsonl"),
-            }
-            for run, result in found.items()
-        ],
-    }
+    results = {run: result for run in runs if (result := run.result()) is not None}
+    values = list(results.values())
+    summary: dict = {"name": row.name, "label": row.label, "flags": row.flags, "paper": row.paper}
+    summary |= {"paper_outcome": row.outcome, "paper_says": row.says, "n": len(results)}
+    summary["collapsed"] = sum(bool(result["collapsed"]) for result in values)
+    summary["collapse_threshold"] = values[0]["collapse_threshold"] if values else None
+    for key in *FIGURES, "train_s":
+        summary[key] = spread([result[key] for result in values])
+    summary["runs"] = [
+        {"seed": run.seed}
+        | {key: result[key] for key in FIGURES}
+        | {"revision": str(run.read("env.json").get("revision"))}
+        | {"curves": read_curves(run.folder / "metrics.jsonl")}
+        for run, result in results.items()
+    ]
+    return summary
 
 
 def spread(values: Sequence[float | None]) -> dict[str, float] | None:
-    """Mean, least and largest; None where there is nothing to tell."""
+    """Mean, least and largest; None without values."""
     known = [value for value in values if value is not None]
     if not known:
         return None
@@ -100,10 +90,10 @@ def read_curves(metrics: Path) -> dict[str, list[list[float]]]:
 
 
 def outcome(row: dict, reference: dict | None) -> Outcome | str | None:
-    """What happened in a row; None where that cannot be said.
+    """The outcome of a row; None if the runs cannot show it.
 
-    A collapse is one of all runs by the meter. Otherwise kNN counts: of the first row against the
-    untrained encoder's, of the others against the first row's.
+    A row collapses if all its runs do by the meter. Otherwise kNN decides: the first row is
+    compared with the untrained encoder, the others with the first row.
     """
     if not row["n"] or row["knn_top1"] is None:
         return None
@@ -120,62 +110,55 @@ def outcome(row: dict, reference: dict | None) -> Outcome | str | None:
     return "better" if row["knn_top1"]["min"] > other["max"] else "same"
 
 
-def verdict(paper: Outcome | None, here: str | None) -> str:
-    """Whether it is as in the paper."""
-    if paper is None or here is None:
+def verdict(paper: Outcome | None, ours: str | None) -> str:
+    """Whether the outcome is the paper's."""
+    if paper is None or ours is None:
         return ""
-    if paper == here:
-        return "yes"
-    return "within the spread" if here == "same" else "no"
+    return "yes" if paper == ours else "within the spread" if ours == "same" else "no"
 
 
-def markdown(found: dict) -> str:
+def markdown(summary: dict) -> str:
     """The table of a study."""
-    reference = found["rows"][0]
     lines = [
-        "| | paper: top-1 | | here: kNN top-1 [%] | loss | std(z/\\|z\\|) sqrt(d) | | as there |",
+        "| | paper: top-1 | | ours: kNN top-1 [%] | loss | std(z/\\|z\\|) sqrt(d) | "
+        "| as in the paper |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    if (untrained := reference["knn_top1_untrained"]) is not None:
+    if (untrained := summary["rows"][0]["knn_top1_untrained"]) is not None:
         lines.append(f"| untrained encoder | | | {cell(untrained, 1)} | | | | |")
-    for row in found["rows"]:
+    for row in summary["rows"]:
         paper = "" if row["paper"] is None else f"{row['paper']:.1f}"
         label, says = (row[key].replace("|", r"\|") for key in ("label", "paper_says"))
         start = f"| {label} | {paper} | {says} |"
         if "left_out" in row:
             lines.append(f"{start} left out: {row['left_out']} | | | | |")
             continue
-        here = WORDS.get(row["outcome"] or "", "")
-        if row["n"] < found["n"]:
-            here += f" (n = {row['n']})"
-        if "failed" in row:
-            here += f" ({len(row['failed'])} failed)"
+        ours = WORDS.get(row["outcome"] or "", "")
+        ours += f" (n = {row['n']})" if row["n"] < summary["n"] else ""
+        ours += f" ({len(row['failed'])} failed)" if "failed" in row else ""
         cells = cell(row["knn_top1"], 1), cell(row["loss"], 3), cell(row["z_std"], 2)
-        lines.append(f"{start} {' | '.join(cells)} | {here.strip()} | {row['verdict']} |")
-    if len(levels := thresholds(found)) > 1:
+        lines.append(f"{start} {' | '.join(cells)} | {ours.strip()} | {row['verdict']} |")
+    if len(levels := thresholds(summary)) > 1:
         words = [f"below {level:.2f} for {', '.join(names)}" for level, names in levels.items()]
         lines.append(f"\nA run collapses where the std is {'; '.join(words)}.")
-    lines += [
-        f"\nOtherwise than in the paper: {row['label']} ({WORDS[row['outcome']]} here, "
-        f"{WORDS[row['paper_outcome']]} there)."
-        for row in found["rows"]
-        if row["verdict"] == "no"
-    ]
+    for row in unlike_paper(summary):
+        ours, paper = WORDS[row["outcome"]], WORDS[row["paper_outcome"]]
+        lines.append(f"\nUnlike the paper: {row['label']} ({ours}; in the paper {paper}).")
     return "\n".join(lines) + "\n"
 
 
-def thresholds(found: dict) -> dict[float, list[str]]:
-    """Below which value of the collapse meter which rows count as collapsed."""
+def thresholds(summary: dict) -> dict[float, list[str]]:
+    """The rows by the value of the collapse meter below which they count as collapsed."""
     levels: dict[float, list[str]] = {}
-    for row in found["rows"]:
+    for row in summary["rows"]:
         if row["n"]:
             levels.setdefault(row["collapse_threshold"], []).append(row["label"])
     return levels
 
 
-def otherwise(found: dict) -> list[str]:
-    """The variants whose outcome is not the paper's."""
-    return [row["name"] for row in found["rows"] if row["verdict"] == "no"]
+def unlike_paper(summary: dict) -> list[dict]:
+    """The rows whose outcome is not the paper's."""
+    return [row for row in summary["rows"] if row["verdict"] == "no"]
 
 
 def cell(value: dict[str, float] | None, digits: int) -> str:
@@ -186,36 +169,29 @@ def cell(value: dict[str, float] | None, digits: int) -> str:
     return mean if low == high else f"{mean} ({low} to {high})"
 
 
-def draw(found: dict, picture: Path) -> None:
+def draw(summary: dict, picture: Path) -> None:
     """The curves of all rows over epochs: the mean over seeds, and the range as a band."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    panels = found["panels"]
+    panels = summary["panels"]
     figure = Figure(figsize=(4.4 * len(panels), 3.8), layout="constrained")
-    FigureCanvasAgg(figure)
     row_of_axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, tag in zip(row_of_axes, panels, strict=True):
-        for number, row in enumerate(found["rows"]):
-            points = [run["curves"][tag] for run in row["runs"] if run["curves"][tag]]
-            if not points:
-                continue
-            epochs = [epoch for epoch, _ in points[0]]
-            values = [[value for _, value in at] for at in zip(*points, strict=True)]
-            means, color = [sum(at) / len(at) for at in values], f"C{number}"
-            axes.plot(epochs, means, color=color, label=row["label"])
-            axes.fill_between(
-                epochs, list(map(min, values)), list(map(max, values)), color=color, alpha=0.2
-            )
-        axes.set_xlabel("epoch")
-        axes.set_ylabel(LABELS[tag])
+        for number, row in enumerate(summary["rows"]):
+            if points := [run["curves"][tag] for run in row["runs"] if run["curves"][tag]]:
+                epochs, values = np.moveaxis(np.array(points), 2, 0)  # (runs, points) each
+                color = f"C{number}"
+                axes.plot(epochs[0], values.mean(0), color=color, label=row["label"])
+                low, high = values.min(0), values.max(0)
+                axes.fill_between(epochs[0], low, high, color=color, alpha=0.2)
+        axes.set(xlabel="epoch", ylabel=LABELS[tag])
         axes.grid(alpha=0.3)
         if tag == "train/z_std":
-            for level in thresholds(found):
+            for level in thresholds(summary):
                 axes.axhline(level, linestyle=":", color="gray")
             axes.set_ylim(bottom=0)
     handles, labels = row_of_axes[-1].get_legend_handles_labels()
-    # below the panels: inside, it hid the bands of the runs that it names
+    # below the panels: inside, it would hide the bands of the runs
     figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=8)
-    figure.suptitle(f"{found['title']}, n = {found['n']}", fontsize=10)
+    figure.suptitle(f"{summary['title']}, n = {summary['n']}", fontsize=10)
     figure.savefig(picture, dpi=110)

@@ -1,9 +1,7 @@
 """The runs of a study: each a process of train/main.py, as many at once as there are places.
 
-A place is a share of this machine's cores, with a GPU where the runs use one. A run whose folder
-holds a finished result is not started again; one that was stopped goes on from its checkpoint.
-A newcomer's mistake: two studies in one folder at the same time. The second one's runs that the
-first has open fail with that reason.
+A place is a share of this machine's cores, with a GPU if the runs use one. A run whose folder holds
+a finished result is not started again; a stopped one resumes from its checkpoint.
 """
 
 import dataclasses
@@ -45,30 +43,29 @@ class Run:
 
     @property
     def output(self) -> Path:
-        """What the process of its last start wrote."""
+        """Stdout and stderr of its last start."""
         return self.folder.with_suffix(".out")
 
     def result(self) -> dict | None:
-        """What it found, if it is finished."""
-        found = self.read("result.json")
-        return found if found.get("state") == "finished" else None
+        """Its result, if it is finished."""
+        result = self.read("result.json")
+        return result if result.get("state") == "finished" else None
 
     def read(self, name: str) -> dict:
-        """A file of the run; nothing where it is missing or damaged: a new start writes it."""
+        """A JSON file of the run; {} if it is missing or damaged: the next start writes it."""
         try:
-            found = json.loads((self.folder / name).read_text())
+            content = json.loads((self.folder / name).read_text())
         except (FileNotFoundError, ValueError):
             return {}
-        return found if isinstance(found, dict) else {}
+        return content if isinstance(content, dict) else {}
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run may work."""
+    """Cores of one run, and its GPU, if any, as CUDA_VISIBLE_DEVICES names it."""
 
     cores: frozenset[int]
     gpu: str | None
-    """As CUDA_VISIBLE_DEVICES names it; None: the run has none."""
 
 
 def plan_runs(
@@ -77,7 +74,7 @@ def plan_runs(
     """The runs of each variant, by seed, and why others are left out.
 
     root: the folder of the images. Variants of the same settings share their runs. A folder's name
-    holds a hash of the settings, so that no run of other flags is taken for one of these.
+    holds a hash of the settings, so that runs of other flags are not mistaken for these.
     Raises: ValueError for a variant whose flags are impossible with the baseline's.
     """
     preset = out / f"baseline-{settings_key(base)}.yaml"
@@ -103,13 +100,13 @@ def plan_runs(
 
 
 def settings_key(config: Config) -> str:
-    """Eight hex digits that stand for all settings but folder and seed."""
+    """Eight hex digits of a hash of all settings but folder and seed."""
     settings = {**dataclasses.asdict(config), "out": None, "seed": None}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def plan_places(jobs: int, *, with_gpus: bool) -> list[Place]:
-    """Places for so many runs at once; 0: one for each GPU, or each core where there is none."""
+    """Places for `jobs` runs at once; 0: one for each GPU, or each core without GPUs."""
     cores = sorted(os.sched_getaffinity(0))
     gpus: list[str | None] = [None]
     if with_gpus:
@@ -122,16 +119,16 @@ def plan_places(jobs: int, *, with_gpus: bool) -> list[Place]:
 
 
 def run_all(runs: Sequence[Run], places: Sequence[Place], log: Log) -> tuple[dict[Run, str], bool]:
-    """Do the runs; why those failed that did, and whether a signal stopped the rest.
+    """Execute the runs; the reasons of those that failed, and whether a signal stopped the rest.
 
-    SIGTERM and Ctrl-C are handed on to the runs, which save.
+    SIGTERM and Ctrl-C are passed to the runs, which save.
     """
-    progress = Progress(len(runs), at_once=len(places), log=log)
-    stop = StopSignal(ALONE)
+    log.start_bar(len(runs), 0)
+    stop, stopping = StopSignal(ALONE), False
     waiting, free = deque(runs), list(places)
     busy: dict[subprocess.Popen, tuple[Run, Place, float]] = {}
     failed: dict[Run, str] = {}
-    stopping = False
+    seconds: list[float] = []
     try:
         while waiting or busy:
             if stop.agreed() and not stopping:
@@ -144,15 +141,22 @@ def run_all(runs: Sequence[Run], places: Sequence[Place], log: Log) -> tuple[dic
                 run, place = waiting.popleft(), free.pop()
                 busy[start(run, place)] = run, place, time.monotonic()
             time.sleep(POLL_S)
-            for process in [one for one in busy if one.poll() is not None]:
+            for process in [process for process in busy if process.poll() is not None]:
                 run, place, since = busy.pop(process)
                 free.append(place)
                 reason = failure(run, process.returncode)
                 if reason is not None and stopping:
                     continue
+                seconds.append(time.monotonic() - since)
+                line = f"{len(seconds)}/{len(runs)}  {run.variant}, seed {run.seed}"
                 if reason is not None:
                     failed[run] = reason
-                progress(run, time.monotonic() - since, reason)
+                    log.warn(f"{line} failed: {reason}")
+                else:
+                    left = sum(seconds) / len(seconds) * (len(runs) - len(seconds)) / len(places)
+                    took = f"{seconds[-1]:.0f} s; about {left / 60:.0f} min left"
+                    log(f"{line}: {figures(run)}, {took}")
+                log.advance(len(seconds))
     finally:
         log.stop_bar()
         for process in busy:
@@ -164,54 +168,33 @@ def run_all(runs: Sequence[Run], places: Sequence[Place], log: Log) -> tuple[dic
 def start(run: Run, place: Place) -> subprocess.Popen:
     """The run's process, in its place.
 
-    It counts as started by a launcher, so that it ends when this process is killed, and is in a
+    It counts as started by a launcher, so that it ends when this process is killed, and has a
     session of its own: a Ctrl-C in the terminal reaches it once, through us.
     """
-    environment = {**os.environ, **AS_TORCHRUN}
+    environment = os.environ | AS_TORCHRUN
     if place.gpu is not None:
         environment["CUDA_VISIBLE_DEVICES"] = place.gpu
     run.output.parent.mkdir(parents=True, exist_ok=True)
-    everywhere = os.sched_getaffinity(0)
+    all_cores = os.sched_getaffinity(0)
     with run.output.open("w") as output:
-        os.sched_setaffinity(0, place.cores)  # a child has its parent's; torch and DALI follow it
+        streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
+        os.sched_setaffinity(0, place.cores)  # inherited by the child; torch and DALI follow it
         try:
-            return subprocess.Popen(
-                run.command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                env=environment, start_new_session=True,
-            )  # fmt: skip
+            return subprocess.Popen(run.command, **streams, env=environment, start_new_session=True)
         finally:
-            os.sched_setaffinity(0, everywhere)
+            os.sched_setaffinity(0, all_cores)
 
 
-class Progress:
-    """Counts the runs that ended and says what came of each."""
-
-    def __init__(self, total: int, *, at_once: int, log: Log):
-        self.total, self.at_once, self.log = total, at_once, log
-        self.seconds: list[float] = []
-        log.start_bar(total, 0)
-
-    def __call__(self, run: Run, seconds: float, reason: str | None) -> None:
-        """A run ended after so many seconds; reason: why it failed, if it did."""
-        self.seconds.append(seconds)
-        done = len(self.seconds)
-        left_min = sum(self.seconds) / done * (self.total - done) / self.at_once / 60
-        line = f"{done}/{self.total}  {run.variant}, seed {run.seed}"
-        result = run.result()
-        if result is None:
-            self.log.warn(f"{line} failed: {reason}")
-        else:
-            knn = result["knn_top1"]
-            self.log(
-                f"{line}: {'no kNN' if knn is None else f'kNN {knn:.1f} %'}, "
-                f"loss {result['loss']:.3f}, std {result['z_std']:.2f}, {seconds:.0f} s; "
-                f"about {left_min:.0f} min left"
-            )
-        self.log.advance(done)
+def figures(run: Run) -> str:
+    """The figures of a finished run in one line."""
+    result = run.result()
+    assert result is not None
+    knn = "no kNN" if result["knn_top1"] is None else f"kNN {result['knn_top1']:.1f} %"
+    return f"{knn}, loss {result['loss']:.3f}, std {result['z_std']:.2f}"
 
 
 def failure(run: Run, code: int) -> str | None:
-    """One line that says why a run that ended has no result, and where to read on."""
+    """Why a run that ended has no result, and the file with its output; None if it has one."""
     if code == 0 and run.result() is not None:
         return None
     lines = run.output.read_text(errors="replace").splitlines()
@@ -221,7 +204,7 @@ def failure(run: Run, code: int) -> str | None:
     elif code < 0:
         reason = f"ended by {signal.Signals(-code).name}"
     elif code == 0:
-        reason = "stopped by a signal; the same command goes on"
+        reason = "stopped by a signal; the same command resumes"
     else:
-        reason = f"exit code {code}: {lines[-1] if lines else 'no word'}"
+        reason = f"exit code {code}: {lines[-1] if lines else 'no output'}"
     return f"{reason} ({run.output})"

@@ -1,9 +1,9 @@
-"""The paper's experiments as data: which variants stand beside which, and what it found.
+"""The paper's experiments as data: the variants of each study, and what the paper reports of them.
 
-train/study.py runs them. A variant that stands in several studies has one name and runs once.
-A newcomer's mistake: comparing our percentages with the paper's. Theirs are of a linear classifier
-on ImageNet after 100 epochs of a ResNet-50; what can be compared is what happens in each row.
-Source: Chen & He, CVPR 2021, where each study says.
+train/study.py runs them. A variant of several studies has one name and runs once. Our percentages
+cannot be compared with the paper's, which are of a linear classifier on ImageNet after 100 epochs
+of a ResNet-50; the outcome of each row can.
+Source: Chen & He, CVPR 2021, in the section that each study names.
 """
 
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ from typing import Literal
 from train.config import Config
 
 Outcome = Literal["learns", "collapse", "worse", "same", "better"]
-LEAST_BATCH = 16  # images of which batch norm's statistics are still of use
-PAPER_BATCH, PAPER_DIM = 512, 2048  # the baseline's
+LEAST_BATCH = 16  # images; fewer are too few for the statistics of batch norm
+PAPER_BATCH, PAPER_DIM, PAPER_TOP1 = 512, 2048, 68.1  # the baseline's
 
 
 @dataclass(frozen=True)
 class Row:
-    """A variant, and what the paper has of it."""
+    """A variant, and the paper's result."""
 
     name: str
     """Of the variant and its folder."""
@@ -30,7 +30,7 @@ class Row:
     """In the paper. A study's first row learns or collapses; the others are worse, the same (less
     than one point apart) or better than it, or collapse. None: the paper does not say."""
     says: str
-    """What the paper says happens."""
+    """The paper's result in words."""
     flags: tuple[str, ...] = ()
     """What differs from the baseline."""
 
@@ -42,155 +42,125 @@ class Study:
     name: str
     title: str
     source: str
-    """Where the paper has it."""
+    """Section, figure or table of the paper."""
     rows: tuple[Row, ...]
     panels: tuple[str, ...] = ("train/loss", "train/z_std", "eval/knn_top1")
     """Of the figure, over epochs."""
 
 
-def studies(base: Config) -> dict[str, Study]:
-    """Every study by name, around this baseline."""
-    found = (
-        stop_gradient(), predictor(), batch_norm(base), symmetry(), similarity(), dimension(base),
-        batch_size(base), alternation(), moving_average(), methods(base),
-    )  # fmt: skip
-    return {study.name: study for study in found}
-
-
-def baseline(says: str, *, paper: float = 68.1) -> Row:
-    """SimSiam as it is."""
-    return Row("baseline", "SimSiam", paper, "learns", says)
-
-
+NO_LOSS = "train/z_std", "eval/knn_top1"  # panels where losses of several kinds share no axis
 NO_PREDICTOR = Row(
     "no-predictor", "no predictor", 0.1, "collapse", "collapses", ("--method.predictor=none",)
 )
 
 
+def baseline(says: str, *, paper: float = PAPER_TOP1) -> Row:
+    """SimSiam with its defaults."""
+    return Row("baseline", "SimSiam", paper, "learns", says)
+
+
+def beside(paper: float) -> Outcome:
+    """How a number of the paper compares with its baseline."""
+    return "worse" if paper <= PAPER_TOP1 - 1 else "same"
+
+
+def studies(base: Config) -> dict[str, Study]:
+    """Every study by name, around this baseline."""
+    of_flags = stop_gradient(), predictor(), batch_norm(base), symmetry(), similarity()
+    of_sizes = dimension(base), batch_size(base), alternation(), moving_average(), methods(base)
+    return {study.name: study for study in (*of_flags, *of_sizes)}
+
+
 def stop_gradient() -> Study:
-    """What keeps the constant solution away."""
-    without = Row(
-        "no-stop-gradient", "without stop-gradient", 0.1, "collapse",
-        "the loss reaches -1, the std 0", ("--method.stop_gradient=false",),
-    )  # fmt: skip
-    with_it = baseline("std(z/|z|) sqrt(d) near 1", paper=67.7)
-    return Study("stop-gradient", "Stop-gradient", "section 4.1, figure 2", (with_it, without))
+    """What prevents the constant solution."""
+    says, flags = "the loss reaches -1, the std 0", ("--method.stop_gradient=false",)
+    without = Row("no-stop-gradient", "without stop-gradient", 0.1, "collapse", says, flags)
+    rows = baseline("std(z/|z|) sqrt(d) near 1", paper=67.7), without
+    return Study("stop-gradient", "Stop-gradient", "section 4.1, figure 2", rows)
 
 
 def predictor() -> Study:
-    """What h must do."""
-    decayed = Row(
-        "decayed-predictor", "its learning rate decays too", 67.7, "same", "works",
-        ("--optim.constant_predictor_lr=false",),
-    )  # fmt: skip
-    fixed = Row(
-        "fixed-predictor", "fixed at its random start", 1.5, "worse",
-        "does not converge: the loss stays high", ("--method.predictor=fixed",),
-    )  # fmt: skip
+    """What the predictor must do."""
+    label, flags = "its learning rate decays too", ("--optim.constant_predictor_lr=false",)
+    decayed = Row("decayed-predictor", label, 67.7, "same", "works", flags)
+    label, flags = "fixed at its random start", ("--method.predictor=fixed",)
+    says = "does not converge: the loss stays high"
+    fixed = Row("fixed-predictor", label, 1.5, "worse", says, flags)
     rows = baseline("its learning rate is constant"), decayed, fixed, NO_PREDICTOR
     return Study("predictor", "Predictor", "section 4.2, table 1", rows)
 
 
 def batch_norm(base: Config) -> Study:
     """Where the heads need it."""
-    hidden = Row(
-        "norm-hidden", "hidden layers", 67.4, "same", "works", ("--model.head_norm=hidden",)
-    )
-    none = Row(
-        "norm-none", "none", 34.6, "worse", "hard to optimise, no collapse",
-        ("--model.head_norm=none", warm_up(base)),
-    )  # fmt: skip
-    everywhere = Row(
-        "norm-all", "all layers", None, None, "unstable: the loss oscillates; no collapse",
-        ("--model.head_norm=all",),
-    )  # fmt: skip
+    flag = "--model.head_norm"
+    hidden = Row("norm-hidden", "hidden layers", 67.4, "same", "works", (f"{flag}=hidden",))
+    says, flags = "hard to optimise, no collapse", (f"{flag}=none", warm_up(base))
+    none = Row("norm-none", "none", 34.6, "worse", says, flags)
+    says = "unstable: the loss oscillates; no collapse"
+    everywhere = Row("norm-all", "all layers", None, None, says, (f"{flag}=all",))
     rows = baseline("all but the predictor's output"), hidden, none, everywhere
     return Study("batch-norm", "Batch norm in the heads", "section 4.4, table 3", rows)
 
 
 def symmetry() -> Study:
     """Whether both views must be predicted."""
-    once = Row(
-        "asymmetric", "asymmetric", 64.8, "worse", "less accurate, no collapse",
-        ("--method.symmetry=asymmetric",),
-    )  # fmt: skip
-    twice = Row(
-        "asymmetric-2x", "asymmetric, two pairs of views", 67.3, "same", "makes up for it",
-        ("--method.symmetry=asymmetric_2x",),
-    )  # fmt: skip
-    return Study("symmetry", "Symmetric loss", "section 4.6", (baseline("symmetric"), once, twice))
+    says, flags = "less accurate, no collapse", ("--method.symmetry=asymmetric",)
+    single = Row("asymmetric", "asymmetric", 64.8, "worse", says, flags)
+    label, flags = "asymmetric, two pairs of views", ("--method.symmetry=asymmetric_2x",)
+    double = Row("asymmetric-2x", label, 67.3, "same", "makes up for it", flags)
+    rows = baseline("symmetric"), single, double
+    return Study("symmetry", "Symmetric loss", "section 4.6", rows)
 
 
 def similarity() -> Study:
-    """Whether it must be the cosine; losses of two kinds share no axis."""
-    other = Row(
-        "cross-entropy", "cross-entropy", 63.2, "worse", "less accurate, no collapse",
-        ("--method.similarity=cross_entropy",),
-    )  # fmt: skip
-    return Study(
-        "similarity", "Similarity function", "section 4.5", (baseline("cosine"), other),
-        ("train/z_std", "eval/knn_top1"),
-    )  # fmt: skip
+    """Whether it must be the cosine."""
+    says, flags = "less accurate, no collapse", ("--method.similarity=cross_entropy",)
+    rows = baseline("cosine"), Row("cross-entropy", "cross-entropy", 63.2, "worse", says, flags)
+    return Study("similarity", "Similarity function", "section 4.5", rows, NO_LOSS)
 
 
 def dimension(base: Config) -> Study:
-    """d of z and p, the predictor's hidden layer a quarter of it: the paper's shares of ours."""
-    measured: tuple[tuple[int, float, Outcome], ...] = (
-        (2, 67.5, "same"), (4, 67.2, "same"), (8, 65.3, "worse"),
-    )  # fmt: skip
+    """d of z and p, the predictor's hidden layer a quarter of it: the paper's fractions of ours."""
     rows = [baseline(f"d = {PAPER_DIM}")]
-    for part, paper, outcome in measured:
-        dim = base.model.projector_dim // part
+    for part, paper in (2, 67.5), (4, 67.2), (8, 65.3):
+        dim, says = base.model.projector_dim // part, f"d = {PAPER_DIM // part}"
         flags = f"--model.projector_dim={dim}", f"--model.predictor_hidden={max(1, dim // 4)}"
-        says = f"d = {PAPER_DIM // part}"
-        rows.append(Row(f"dimension-{dim}", f"d = {dim}", paper, outcome, says, flags))
+        rows.append(Row(f"dimension-{dim}", f"d = {dim}", paper, beside(paper), says, flags))
     return Study("dimension", "Output dimension", "appendix B", tuple(rows))
 
 
 def batch_size(base: Config) -> Study:
     """The paper's multiples of our batch; the learning rate follows it (train/config/schema.py)."""
-    measured: tuple[tuple[int, float, Outcome], ...] = (
-        (64, 66.1, "worse"), (128, 67.3, "same"), (256, 68.1, "same"), (1024, 68.0, "same"),
-        (2048, 67.9, "same"), (4096, 64.0, "worse"),
-    )  # fmt: skip
-    rows = [baseline(f"{PAPER_BATCH} images")]
-    for images, paper, outcome in measured:
+    rows, top1 = [baseline(f"{PAPER_BATCH} images")], (66.1, 67.3, 68.1, 68.0, 67.9, 64.0)
+    for images, paper in zip((64, 128, 256, 1024, 2048, 4096), top1, strict=True):
         size = base.data.batch_size * images // PAPER_BATCH
-        flags = (f"--data.batch_size={size}",)
-        if images >= 1024:
-            flags += (warm_up(base),)
-        says = f"{images} images"
-        rows.append(Row(f"batch-{size}", f"{size} images", paper, outcome, says, flags))
+        name, label, says = f"batch-{size}", f"{size} images", f"{images} images"
+        flags = f"--data.batch_size={size}", *([warm_up(base)] if images >= 1024 else [])
+        rows.append(Row(name, label, paper, beside(paper), says, flags))
     return Study("batch-size", "Batch size", "section 4.3, table 2", tuple(rows))
 
 
 def alternation() -> Study:
     """k SGD steps on targets computed before them."""
-    measured: tuple[tuple[int, str, float, Outcome, str], ...] = (
-        (10, "k = 10", 68.7, "same", "a little better"),
-        (100, "k = 100", 68.9, "same", "a little better"),
-        (0, "k = one epoch", 67.0, "worse", "a little worse"),
-    )
-    rows = [baseline("k = 1 is SimSiam")]
-    for steps, label, paper, outcome, says in measured:
-        name = f"alternation-{steps or 'epoch'}"
-        rows.append(Row(name, label, paper, outcome, says, (f"--method.target_steps={steps}",)))
+    rows, better = [baseline("k = 1 is SimSiam")], "a little better"
+    for k, paper, says in (10, 68.7, better), (100, 68.9, better), (0, 67.0, "a little worse"):
+        name, label = f"alternation-{k or 'epoch'}", f"k = {k or 'one epoch'}"
+        flags = (f"--method.target_steps={k}",)
+        rows.append(Row(name, label, paper, beside(paper), says, flags))
     return Study("alternation", "Multi-step alternation", "section 5.2", tuple(rows))
 
 
 def moving_average() -> Study:
     """The mean over views that the predictor stands for, taken over epochs instead."""
-    kept = Row(
-        "moving-average", "moving average of 0.8 for each image", 55.0, "better",
-        "learns without a predictor", ("--method.predictor=none", "--method.moving_average=0.8"),
-    )  # fmt: skip
-    return Study(
-        "moving-average", "Targets without a predictor", "section 5.2", (NO_PREDICTOR, kept)
-    )
+    label, says = "moving average of 0.8 for each image", "learns without a predictor"
+    flags = "--method.predictor=none", "--method.moving_average=0.8"
+    kept = Row("moving-average", label, 55.0, "better", says, flags)
+    rows = NO_PREDICTOR, kept
+    return Study("moving-average", "Targets without a predictor", "section 5.2", rows)
 
 
 def methods(base: Config) -> Study:
-    """The methods that it is compared with; losses of several kinds share no axis.
+    """The methods that it is compared with.
 
     With the baseline's backbone, projector layers and SGD; each method's own settings by default,
     but for what is named here, which a few hundred steps on the digits need: less momentum of
@@ -198,38 +168,21 @@ def methods(base: Config) -> Study:
     solarize, which inverts a digit; sharper assignments and queries; and for MoCo a small step
     while the queue still holds random vectors.
     """
-    dim, queue = "--model.projector_dim=128", 16 * base.data.batch_size
-    simclr = Row(
-        "simclr", "SimCLR", 66.5, "worse", "a little worse, with a batch of 4096",
-        ("--method.name=simclr", "--method.simclr.temperature=0.5", dim),
-    )  # fmt: skip
-    moco = Row(
-        "moco", "MoCo v2", 67.4, "same", "the same",
-        (
-            "--method.name=moco", f"--method.moco.queue={queue}", "--method.moco.temperature=0.07",
-            dim, warm_up(base),
-        ),
-    )  # fmt: skip
-    byol = Row(
-        "byol", "BYOL", 66.5, "worse", "a little worse, with a batch of 4096",
-        (
-            "--method.name=byol", "--method.byol.momentum=0.97",
-            "--method.byol.second_solarize=0", f"--optim.lr={base.optim.lr / 2:g}", dim,
-            f"--model.predictor_hidden={4 * base.model.predictor_hidden}",
-        ),
-    )  # fmt: skip
-    swav = Row(
-        "swav", "SwAV without multi-crop", 66.5, "worse", "a little worse, with a batch of 4096",
-        (
-            "--method.name=swav", "--method.swav.prototypes=50", "--method.swav.epsilon=0.025",
-            "--model.projector_dim=32",
-        ),
-    )  # fmt: skip
-    return Study(
-        "methods", "Methods", "section 6.1, table 4, 100 epochs",
-        (baseline("the best of them after 100 epochs"), simclr, moco, byol, swav),
-        ("train/z_std", "eval/knn_top1"),
-    )  # fmt: skip
+    dim, worse = "--model.projector_dim=128", "a little worse, with a batch of 4096"
+    flags = "--method.name=simclr", "--method.simclr.temperature=0.5", dim
+    simclr = Row("simclr", "SimCLR", 66.5, "worse", worse, flags)
+    queue, temperature = f"queue={16 * base.data.batch_size}", "temperature=0.07"
+    flags = "--method.name=moco", f"--method.moco.{queue}", f"--method.moco.{temperature}"
+    moco = Row("moco", "MoCo v2", 67.4, "same", "the same", (*flags, dim, warm_up(base)))
+    flags = "--method.name=byol", "--method.byol.momentum=0.97", "--method.byol.second_solarize=0"
+    hidden = f"--model.predictor_hidden={4 * base.model.predictor_hidden}"
+    flags = *flags, f"--optim.lr={base.optim.lr / 2:g}", dim, hidden
+    byol = Row("byol", "BYOL", 66.5, "worse", worse, flags)
+    flags = "--method.name=swav", "--method.swav.prototypes=50", "--method.swav.epsilon=0.025"
+    flags = *flags, "--model.projector_dim=32"
+    swav = Row("swav", "SwAV without multi-crop", 66.5, "worse", worse, flags)
+    rows = baseline("the best of them after 100 epochs"), simclr, moco, byol, swav
+    return Study("methods", "Methods", "section 6.1, table 4, 100 epochs", rows, NO_LOSS)
 
 
 def warm_up(base: Config) -> str:
@@ -238,15 +191,12 @@ def warm_up(base: Config) -> str:
 
 
 def left_out(config: Config, images: int) -> str | None:
-    """Why a variant cannot be trained on so many images, if it cannot."""
-    batch = config.data.batch_size
-    steps_per_epoch = images // batch
-    if batch < LEAST_BATCH:
-        return f"{batch} images are too few for the statistics of batch norm"
-    if not steps_per_epoch:
-        return f"there are {images} images"
-    if config.method.spec.least_images > images:
-        return f"there are {images} images, fewer than its queue holds"
-    if config.method.target_steps > steps_per_epoch:
-        return f"an epoch has {steps_per_epoch} steps"
-    return None
+    """Why a variant cannot be trained on this many images; None if it can."""
+    batch, method = config.data.batch_size, config.method
+    reasons = {
+        f"{batch} images are too few for the statistics of batch norm": batch < LEAST_BATCH,
+        f"there are {images} images": images < batch,
+        f"there are {images} images, fewer than its queue holds": method.spec.least_images > images,
+        f"an epoch has {images // batch} steps": method.target_steps > images // batch,
+    }
+    return next((reason for reason, applies in reasons.items() if applies), None)
