@@ -1,5 +1,6 @@
 """How a run ends where the machine is at fault: nothing is lost, and one line says what to do."""
 
+import contextlib
 import errno
 import json
 import os
@@ -23,7 +24,7 @@ from train.run import state
 from train.run.data import open_data
 from train.run.folder import RunFolder, revision
 from train.run.metrics import Log, Metrics
-from train.run.program import is_disk_full, is_out_of_memory, print_result
+from train.run.program import exit_on_error, is_disk_full, is_out_of_memory, print_result
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"), None)
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -197,6 +198,48 @@ def test_out_of_memory_and_a_full_disk_are_known_by_whom_they_come_from():
     assert all(is_out_of_memory(RuntimeError(f"x {text} y")) for text in texts)
     assert is_out_of_memory(MemoryError()) and not is_out_of_memory(RuntimeError("shape"))
     assert is_disk_full(FULL) and not is_disk_full(OSError(errno.EIO, "x"))
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (ValueError("--epochs must be at least 1"), 1, "--epochs must be at least 1"),
+        (FloatingPointError("lower --optim.lr"), 1, "lower --optim.lr"),
+        (FULL, 1, f"{FULL} (--out runs/a)"),
+        (MemoryError(), 1, "out of memory (): lower the batch"),
+        (RuntimeError("x\nDefaultCPUAllocator: can't allocate memory"), 1,
+         "out of memory (DefaultCPUAllocator: can't allocate memory): lower the batch"),
+        (KeyboardInterrupt(), 130, "stopped"),
+    ],
+)  # fmt: skip
+def test_what_a_user_can_fix_ends_a_program_with_one_line(error, code, line, capsys):
+    with (
+        pytest.raises(SystemExit) as ended,
+        exit_on_error(Path("runs/a"), memory_remedy="lower the batch", stopped="stopped"),
+    ):
+        raise error
+    assert ended.value.code == code and capsys.readouterr().err == f"error: {line}\n"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shape"), MemoryError(), KeyboardInterrupt()])
+def test_an_error_for_which_a_program_has_no_remedy_keeps_its_traceback(error):
+    with pytest.raises(type(error)), exit_on_error(Path("runs/a")):
+        raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "state"),
+    [(None, "running"), (ValueError("x"), "failed"), (RuntimeError("x"), "failed"),
+     (SystemExit(1), "failed"), (KeyboardInterrupt(), "preempted")],
+)  # fmt: skip
+def test_the_folder_of_a_training_says_how_it_ended_and_is_free_again(error, state, tmp_path):
+    with contextlib.suppress(BaseException), RunFolder(str(tmp_path / "run")) as folder:
+        folder.status("running", 7)
+        if error is not None:
+            raise error
+    assert json.loads((tmp_path / "run/status.json").read_text()) == {"state": state, "step": 7}
+    assert ("Traceback" in (tmp_path / "run/log.txt").read_text()) == (state == "failed")
+    RunFolder(str(tmp_path / "run")).close()
 
 
 def test_a_result_holds_no_number_that_json_lacks():

@@ -14,8 +14,8 @@ if not __package__:  # run as a script: the repo root, not this folder, heads sy
 
 import dataclasses
 import time
-import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -36,14 +36,7 @@ from train.run.data import open_data
 from train.run.folder import SLOW_PRECISION, RunFolder, environment, is_slow_precision
 from train.run.metrics import Log, Metrics
 from train.run.optim import GuardedStep, build_optimizer
-from train.run.program import (
-    error_text,
-    is_out_of_memory,
-    memory_line,
-    print_result,
-    read_config,
-    refuse,
-)
+from train.run.program import exit_on_error, print_result, read_config
 from train.run.state import TrainState
 from train.session import Session
 
@@ -127,45 +120,26 @@ def main() -> None:
     """Read the flags, train, print the result as the last line of stdout."""
     config = read_config()
     folder, log = None, Log(None)
-    try:
-        with distributed.start(config.device, config) as world:
-            distributed.stop_at_once(world)
-            versions.refuse_misfits(config.device)
-            if not config.out and may_restart():
-                raise ValueError("--max-restarts needs --out DIR: a restart would begin a new run")
-            out = Path(config.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
-            out = Path(from_main(world, str(out)))
-            if world.is_main:
-                folder = RunFolder(str(out))
-                log = Log(folder.path / "log.txt")
-                if world.watch is not None:
-                    world.watch.on_end = folder.fail
-            result = run(config, world, out, folder, log)
-    except (ValueError, OSError, FloatingPointError) as error:
-        if folder is not None:
-            folder.give_up(traceback.format_exc())
-        refuse(str(error) if folder is None else error_text(error, folder.path), code=1)
-    except (RuntimeError, MemoryError) as error:
-        if folder is not None:
-            folder.fail(traceback.format_exc())
-        if not is_out_of_memory(error):
-            raise
-        refuse(
-            f"out of memory ({memory_line(error)}): lower --data.batch_size, the sizes of views or "
-            "--model, or use more GPUs for the same batch",
-            code=1,
-        )
-    except KeyboardInterrupt:
-        if folder is not None:
-            folder.stop()
-        refuse("stopped; the same command with its --out goes on from its checkpoint", code=130)
-    except BaseException:
-        if folder is not None:
-            folder.fail(traceback.format_exc())
-        raise
-    finally:
-        if folder is not None:
-            folder.close()
+    out = Path(config.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
+    memory = "lower --data.batch_size, the sizes of views or --model, or use more GPUs"
+    stopped = "stopped; the same command with its --out continues from its checkpoint"
+    # the folder closes after the world, whose end may name the rank that is gone
+    with (
+        exit_on_error(out, memory_remedy=f"{memory} for the same batch", stopped=stopped),
+        ExitStack() as opened,
+        distributed.start(config.device, config) as world,
+    ):
+        distributed.stop_at_once(world)
+        versions.refuse_misfits(config.device)
+        if not config.out and may_restart():
+            raise ValueError("--max-restarts needs --out DIR: a restart would begin a new run")
+        out = Path(from_main(world, str(out)))
+        if world.is_main:
+            folder = opened.enter_context(RunFolder(str(out)))
+            log = Log(folder.path / "log.txt")
+            if world.watch is not None:
+                world.watch.on_end = folder.fail
+        result = run(config, world, out, folder, log)
     if folder is not None:
         print_result(result, kept=folder.path / "result.json")
 

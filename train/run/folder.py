@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -135,8 +136,23 @@ class RunFolder:
             shutil.rmtree(self.path)
 
     def close(self) -> None:
-        """Let another process have the folder."""
+        """Let another process have the folder; contextlib.closing does this alone."""
         self._lock.release()
+
+    def __enter__(self) -> "RunFolder":
+        """Of a training: status.json says at the end how it ended."""
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        """Keep the error, if any, and close."""
+        text = "".join(traceback.format_exception(error)) if error is not None else ""
+        if isinstance(error, (ValueError, OSError, FloatingPointError)):
+            self.give_up(text)
+        elif isinstance(error, KeyboardInterrupt):
+            self.stop()
+        elif error is not None:
+            self.fail(text)
+        self.close()
 
 
 def newest_checkpoint(run: Path, *, log: Callable[[str], None]) -> checkpoint.Checkpoint:

@@ -4,7 +4,8 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -43,6 +44,36 @@ def is_out_of_memory(error: BaseException) -> bool:
 def memory_line(error: BaseException) -> str:
     """Of the text of such an error the line that says how much was asked for, or where."""
     return next((line.strip() for line in str(error).splitlines() if "alloc" in line), "")
+
+
+@contextmanager
+def exit_on_error(
+    out: Path | None = None, *, memory_remedy: str = "", stopped: str = ""
+) -> Iterator[None]:
+    """Print what the user can fix as one line on stderr and exit; the body of a program's main().
+
+        out = Path(chosen.out)
+        with exit_on_error(out, memory_remedy="lower --eval.batch_size", stopped="stopped; ..."):
+            found = newest_checkpoint(run, log=log)      # raises ValueError
+            with closing(RunFolder(str(out))) as folder:     # its own errors are printed too
+                ...
+
+    ValueError, OSError and FloatingPointError exit with 1 and their text; where the disk is full it
+    names `out`. Running out of memory exits with 1 where there is a `memory_remedy`, Ctrl-C with
+    130 where there is a text for `stopped`. All else passes through, with its traceback.
+    """
+    try:
+        yield
+    except (ValueError, OSError, FloatingPointError) as error:
+        refuse(str(error) if out is None else error_text(error, out), code=1)
+    except (RuntimeError, MemoryError) as error:
+        if not (memory_remedy and is_out_of_memory(error)):
+            raise
+        refuse(f"out of memory ({memory_line(error)}): {memory_remedy}", code=1)
+    except KeyboardInterrupt:
+        if not stopped:
+            raise
+        refuse(stopped, code=130)
 
 
 def print_result(result: dict, *, kept: Path) -> None:
