@@ -21,6 +21,7 @@ sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # profiling/ is no 
 
 import json
 import re
+from functools import partial
 
 from rich.console import Console
 from rich.table import Table
@@ -28,7 +29,7 @@ from rich.table import Table
 from measure.harness import read_flags
 from measure.kernel_checks import jit_functions
 from measure.results import newest
-from measure.step_times import open_session, our_step, random_batch
+from measure.step_times import open_step, random_batch
 from measure.step_trace import device_work, trace_of
 from train import distributed
 from train.config import Config
@@ -129,7 +130,7 @@ def main() -> None:
         with distributed.start(config.device, config) as world:
             if world.device.type != "cuda":
                 raise ValueError("--device cpu launches no kernel: a CUDA device is needed")
-            step = our_step(open_session(config, world), random_batch(config, world))
+            step = partial(open_step(config, world)[1], random_batch(config, world))
             for _ in range(WARMUP):
                 step()
             found = counted(trace_of(step, world.device, steps=STEPS), steps=STEPS)

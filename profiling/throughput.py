@@ -24,7 +24,7 @@ import torch
 from measure.charts import draw, print_tables
 from measure.harness import MeasureConfig, open_images, read_flags, with_batch
 from measure.results import result_path, save_json
-from measure.step_times import measure_end_to_end, measure_step, open_session, random_batch
+from measure.step_times import measure_end_to_end, measure_step, open_step, random_batch
 from measure.step_trace import collectives, timeline, trace_of
 from measure.turns import Timing, ratios
 from pipeline.cores import usable_cores
@@ -34,7 +34,6 @@ from predict.limit import measure_limit, most_times
 from train import distributed
 from train.config import Config
 from train.distributed import World, gather
-from train.loop import train_step
 from train.run.folder import environment, has_fast_bf16
 from train.run.program import refuse
 from train.window import peak_gib
@@ -158,8 +157,8 @@ def compare_with_limit(config: Config, world: World, found: dict) -> None:
 
 def measure_ranks(config: Config, m: MeasureConfig, world: World, before: dict) -> dict:
     """Where a step goes, its collectives, and how ranks scale against one in this run."""
-    session, batch = open_session(config, world), random_batch(config, world)
-    trace = trace_of(lambda: train_step(session, batch), world.device)
+    (state, step), batch = open_step(config, world), random_batch(config, world)
+    trace = trace_of(lambda: step(batch), world.device)
     found: dict = {"timeline": timeline(trace)}
     if world.size == 1 or "ranks" not in before:
         return found
@@ -173,7 +172,7 @@ def measure_ranks(config: Config, m: MeasureConfig, world: World, before: dict) 
         )["ours"]  # fmt: skip
         alone = None if timing.not_measured else timing.rate()
     alone = distributed.from_main(world, alone)
-    learned = (p for p in session.state.model.parameters() if p.requires_grad)
+    learned = (p for p in state.model.parameters() if p.requires_grad)
     parameters = sum(p.numel() for p in learned)
     found["ranks"] = before["ranks"] | {
         "one_rank_alone_images_per_s": alone,

@@ -22,10 +22,9 @@ from torch.profiler import record_function
 
 from measure.harness import open_images, read_flags
 from measure.loader_times import endless_order, open_loader
-from measure.step_times import open_session
+from measure.step_times import open_step
 from measure.step_trace import timeline, trace_of
 from train import distributed
-from train.loop import train_step
 from train.run.program import refuse
 
 
@@ -38,14 +37,14 @@ def main() -> None:
     try:
         with distributed.start(config.device, config) as world:
             reader = open_images(config, world)
-            session = open_session(config, world)
+            _, train = open_step(config, world)
             order, _ = endless_order(reader, config, world)
             batches = iter(open_loader(reader, order, config, world, range(8)))
 
             def step() -> None:
                 with record_function("data"):
                     batch = next(batches)
-                train_step(session, batch)
+                train(batch)
 
             trace = trace_of(step, world.device)
             if world.is_main:

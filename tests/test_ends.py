@@ -14,17 +14,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from train import session
 from train.config import DataConfig
 from train.distributed import StopSignal, World, startup, stop_at_once
 from train.distributed.signals import STOP_SIGNALS
 from train.distributed.startup import open_store, read_ranks
-from train.finish import finite
 from train.run import state
 from train.run.data import open_data
 from train.run.folder import RunFolder, revision
 from train.run.metrics import Log, Metrics
 from train.run.program import exit_on_error, is_disk_full, is_out_of_memory, print_result
+from train.run.report import finite
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"), None)
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -43,14 +42,14 @@ def test_a_result_that_stdout_does_not_take_is_said_to_be_in_the_run_folder(monk
 def test_a_full_disk_ends_the_run_only_where_the_last_checkpoint_is_lost(monkeypatch):
     told = []
     monkeypatch.setattr(state, "save", lambda *args: (_ for _ in ()).throw(FULL))
-    run = types.SimpleNamespace(checkpoints=Path("x"))
-    fake = types.SimpleNamespace(
-        run=run, state=None, facts={}, log=types.SimpleNamespace(warn=told.append)
-    )
-    session.save(fake)
-    assert "No space left" in told[0] and "Training goes on" in told[0]
+    run = types.SimpleNamespace(
+        folder=types.SimpleNamespace(checkpoints=Path("x")), facts={},
+        log=types.SimpleNamespace(warn=told.append),
+    )  # fmt: skip
+    state.save_checkpoint(None, run)
+    assert "No space left" in told[0] and "Training continues" in told[0]
     with pytest.raises(OSError, match="No space left"):
-        session.save(fake, is_last=True)
+        state.save_checkpoint(None, run, is_last=True)
 
 
 def test_a_full_disk_takes_no_line_of_the_log_from_the_user(monkeypatch, tmp_path, capsys):

@@ -31,10 +31,10 @@ RUN = """
 import ctypes, os, time
 from train import loop, main
 step = loop.train_step
-def stands_here(session, batch):
+def stands_here(*arguments):
     if batch.step == 2 and os.environ.get("RANK", "1") == "1":
         {hang}
-    return step(session, batch)
+    return step(*arguments)
 loop.train_step = stands_here
 main.main()
 """

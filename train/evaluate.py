@@ -46,7 +46,6 @@ from train.evaluation.knn import nearest, ranked
 from train.evaluation.linear_probe import LinearProbe, fit_batch, images_a_pass, train_probe
 from train.evaluation.pictures import draw_confusion, draw_neighbours
 from train.evaluation.spread import measure_spread
-from train.finish import thumbnails
 from train.network.resnet import ResNet
 from train.run.checkpoint import Checkpoint
 from train.run.data import EvalSet, check_apart, open_data
@@ -59,7 +58,7 @@ from train.run.folder import (
 )
 from train.run.metrics import Log
 from train.run.program import error_text, is_out_of_memory, memory_line, print_result, refuse
-from train.run.report import print_evaluation
+from train.run.report import print_evaluation, thumbnails
 
 QUERIES, NEIGHBOURS, SIDE = 10, 8, 96  # test images shown, neighbours of each, pixels
 CONFUSION, CONFUSION_LINEAR = "confusion.png", "confusion_linear.png"

@@ -6,6 +6,7 @@ A newcomer's mistake: zeros as images. Random ones draw more power, and clocks a
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,22 +22,21 @@ from train.distributed import World
 from train.loop import train_step
 from train.main import build_state
 from train.run.folder import has_fast_bf16
+from train.run.optim import Schedule
 from train.run.program import first_line
-from train.session import Session
-from train.wait_clock import WaitClock
+from train.run.state import TrainState
+from train.window import WaitClock
 
 PEERS = ("official", "eager_bf16", "compiled_plain", "lightly", "solo_learn")
 NEEDS = {"lightly": ("lightly", "torchvision"), "solo_learn": ("solo", "torchvision")}
 
 
-def open_session(config: Config, world: World) -> Session:
-    """What train_step works with, as train/main.py puts it together; no data and no run folder."""
-    order = SampleOrder(
-        1000 * config.data.batch_size, batch_size=config.data.batch_size, seed=config.seed
-    )
-    state, ddp = build_state(config, world, order.num_samples)
-    # train_step reads neither data nor log
-    return Session(config, world, None, order, state, ddp, {}, None, None, None)  # type: ignore[arg-type]
+def open_step(config: Config, world: World) -> tuple[TrainState, Callable[[Batch], object]]:
+    """The state and the training step on it, as train/main.py has them; no data, no run folder."""
+    size = config.data.batch_size
+    order = SampleOrder(1000 * size, batch_size=size, seed=config.seed)
+    state = build_state(config, world, order.num_samples)
+    return state, partial(train_step, state, config, Schedule(order, config.epochs))
 
 
 def random_batch(config: Config, world: World) -> Batch:
@@ -53,16 +53,6 @@ def random_batch(config: Config, world: World) -> Batch:
     if spec.num_small_views:
         small = draw(spec.num_small_views, config.views[-1].size)
     return Batch(0, large, torch.arange(rows), small)
-
-
-def our_step(session: Session, batch: Batch) -> Callable[[], None]:
-    """A training step of ours."""
-
-    def step() -> None:
-        train_step(session, batch)
-        session.state.step += 1
-
-    return step
 
 
 def repeated(
@@ -103,8 +93,7 @@ def measure_step(
 ) -> dict[str, Timing]:
     """Our step and, with `peers`, the others, taking turns."""
     batch = random_batch(config, world)
-    session = open_session(config, world)
-    todo: dict[str, Callable[[], object]] = {"ours": our_step(session, batch)}
+    todo: dict[str, Callable[[], object]] = {"ours": partial(open_step(config, world)[1], batch)}
     left_out = {}
     view1, view2 = (
         normalize_views(view, config.data.mean, config.data.std, torch.float32, kernels="plain")
@@ -140,7 +129,7 @@ def measure_end_to_end(
     from measure.loader_times import endless_order, num_filling, open_loader  # imports DALI
 
     order, rows = endless_order(reader, config, world)
-    session = open_session(config, world)
+    _, step = open_step(config, world)
     begin, waited, total = 0, 0.0, 0.0
     filling = num_filling(config, world.device)
 
@@ -150,14 +139,13 @@ def measure_end_to_end(
         begin += filling + steps
         batches = iter(loader)
         for _ in range(filling):
-            train_step(session, next(batches))
+            step(next(batches))
         waiting = WaitClock(world.device)
 
         def work() -> None:
             for batch in batches:
                 waiting.data_arrived()
-                train_step(session, batch)
-                session.state.step += 1
+                step(batch)
                 waiting.work_queued()
 
         seconds = seconds_of(work, world.device)  # waits for the device

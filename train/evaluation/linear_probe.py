@@ -32,9 +32,8 @@ from train.evaluation.config import LinearProbeConfig
 from train.evaluation.embed import features_of
 from train.run import checkpoint
 from train.run.data import EvalSet
-from train.run.lars import LARS
 from train.run.metrics import Log
-from train.run.optim import lr_at
+from train.run.optim import LARS, lr_at
 
 CROP_SCALE = (0.08, 1.0)  # torchvision's RandomResizedCrop, as the official code has it
 TRUST, MOMENTUM = 0.001, 0.9

@@ -28,7 +28,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from train.run import checkpoint
-from train.run.metrics import append
+from train.run.metrics import Log, Metrics, append
 
 PACKAGES = ("torch", "triton", "numpy", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "apex",
             "tensorboard", "safetensors", "opencv-python-headless", "torchvision", "lightly",
@@ -153,6 +153,17 @@ class RunFolder:
         elif error is not None:
             self.fail(text)
         self.close()
+
+
+class RunWriter:
+    """Log, metrics and files of a training; on ranks other than 0 nothing is written.
+
+    folder: None on those. facts: what a checkpoint must agree with to be resumed.
+    """
+
+    def __init__(self, folder: RunFolder | None, log: Log, facts: dict, *, step: int):
+        self.folder, self.log, self.facts = folder, log, facts
+        self.metrics = Metrics(None if folder is None else folder.path, step=step, log=log)
 
 
 def newest_checkpoint(run: Path, *, log: Callable[[str], None]) -> checkpoint.Checkpoint:

@@ -83,8 +83,12 @@ class Log:
 class Metrics:
     """metrics.jsonl and TensorBoard from `step` on; what a resumed run will repeat is cut off."""
 
-    def __init__(self, folder: Path, *, step: int, log: Log):
-        self.path, self.log = folder / "metrics.jsonl", log
+    def __init__(self, folder: Path | None, *, step: int, log: Log):
+        """folder None: nothing is written (every rank but 0)."""
+        self.path, self.log = folder and folder / "metrics.jsonl", log
+        self.writer = None
+        if folder is None or self.path is None:
+            return
         if self.path.exists():
             kept = [row for row in read_metrics(self.path) if row["step"] <= step]
             whole = self.path.with_suffix(".tmp")
@@ -92,13 +96,13 @@ class Metrics:
             whole.replace(self.path)
         from torch.utils.tensorboard import SummaryWriter  # imports slowly; only rank 0 needs it
 
-        self.writer: SummaryWriter | None = SummaryWriter(
-            str(folder / "tb"), purge_step=step + 1 if step else None
-        )
+        purge_step = step + 1 if step else None
+        self.writer = SummaryWriter(str(folder / "tb"), purge_step=purge_step)
 
     def scalars(self, step: int, values: dict[str, float], **other: float) -> None:
         """Append one row and the TensorBoard scalars of `values`; `other` is in the row only."""
-        append(self.path, json.dumps({"step": step, **other, **values}) + "\n")
+        if self.path is not None:
+            append(self.path, json.dumps({"step": step, **other, **values}) + "\n")
         self._board(lambda board: [board.add_scalar(tag, v, step) for tag, v in values.items()])
 
     def view_pairs(self, step: int, views: Tensor) -> None:
@@ -139,7 +143,9 @@ class Metrics:
                 self.writer.flush()
         except (OSError, RuntimeError) as error:
             self.writer = None
-            self.log.warn(f"TensorBoard stopped: {error}. Training goes on; metrics.jsonl is kept")
+            self.log.warn(
+                f"TensorBoard stopped: {error}. Training continues; metrics.jsonl is kept"
+            )
 
     def close(self) -> None:
         """Finish the event file."""

@@ -15,6 +15,7 @@ from train.config import Config, DataConfig, MethodConfig, flat
 from train.distributed import World
 from train.methods import Method, Scale
 from train.run import checkpoint
+from train.run.folder import RunWriter
 from train.run.optim import GuardedStep
 
 # what may differ between two starts of one run: it changes neither the weights nor the batches
@@ -31,6 +32,8 @@ class TrainState:
 
     model: Method
     """The method without DDP around it: its names are those in the checkpoint."""
+    ddp: nn.Module
+    """The model as it is called: with DDP around it where there are several ranks."""
     optimizer: torch.optim.Optimizer
     guard: GuardedStep
     step: int = 0
@@ -95,6 +98,22 @@ def save(state: TrainState, folder: Path, facts: dict) -> Path:
         "last": state.last,
     }
     return checkpoint.save(folder, state.step, tensors, values, facts=facts)
+
+
+def save_checkpoint(state: TrainState, run: RunWriter, *, is_last: bool = False) -> None:
+    """Save in the run folder on rank 0; a full disk is a warning, training continues.
+
+    Raises: CheckpointError where this `is_last`: no later step can be saved.
+    """
+    if run.folder is None:
+        return
+    try:
+        save(state, run.folder.checkpoints, run.facts)
+        run.folder.status("running", state.step)
+    except OSError as error:
+        if is_last:
+            raise
+        run.log.warn(f"{error}. Training continues; the checkpoint before, if any, is kept")
 
 
 def check_same_run(found: dict, facts: dict, run: Path) -> None:
