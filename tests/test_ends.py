@@ -188,7 +188,7 @@ def test_a_port_that_is_taken_and_a_rank_0_that_nobody_started_are_told(monkeypa
 def test_a_run_folder_among_the_images_is_refused(tmp_path):
     (tmp_path / "images").mkdir()
     config = DataConfig(root=str(tmp_path / "images"))
-    with pytest.raises(ValueError, match="lies in the images' folder .* Give another"):
+    with pytest.raises(ValueError, match="is in the images' folder .* Choose another"):
         open_data(config, out=tmp_path / "images" / "runs" / "a", seed=0, world=ALONE)
 
 

@@ -32,7 +32,7 @@ import ctypes, os, time
 from train import loop, main
 step = loop.train_step
 def stands_here(*arguments):
-    if batch.step == 2 and os.environ.get("RANK", "1") == "1":
+    if arguments[-1].step == 2 and os.environ.get("RANK", "1") == "1":
         {hang}
     return step(*arguments)
 loop.train_step = stands_here

@@ -215,7 +215,7 @@ def test_targets_on_two_ranks_equal_those_of_one_with_the_whole_batch(kind):
         ({"target_steps": 10, "moving_average": 0.8}, "exclude each other"),
         ({"target_steps": 10, "stop_gradient": False}, "leave --method.stop_gradient true"),
         ({"moving_average": 0.8, "symmetry": "asymmetric"}, "needs --method.symmetry symmetric"),
-        ({"moving_average": 1.0}, "must lie in 0 .. 1"),
+        ({"moving_average": 1.0}, "must be in 0 .. 1"),
     ],
 )
 def test_switches_that_exclude_each_other_are_refused(options, message):

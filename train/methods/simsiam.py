@@ -60,7 +60,7 @@ class SimSiamConfig:
         """Refuse impossible values and switches that exclude each other."""
         at_least("method.target_steps", self.target_steps, 0)
         if not 0 <= self.moving_average < 1:
-            raise ValueError(f"method.moving_average must lie in 0 .. 1, got {self.moving_average}")
+            raise ValueError(f"method.moving_average must be in 0 .. 1, got {self.moving_average}")
         kept = "method.target_steps" if self.target_steps != 1 else "method.moving_average"
         if self.target_steps != 1 and self.moving_average:
             raise ValueError(

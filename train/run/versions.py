@@ -1,8 +1,4 @@
-"""Do driver, torch and DALI fit one another and this program? For the doctor and train/main.py.
-
-A newcomer's mistake: a driver that nvidia-smi shows on the host and the container was not given all
-of. Without the capability "video" the hardware JPEG decoders are lost, and nothing else says so.
-"""
+"""Checks that driver, torch and DALI fit one another, for the doctor and train/main.py."""
 
 import ctypes
 from pathlib import Path
@@ -19,7 +15,7 @@ DALI's installation page for its wheels."""
 
 
 class Finding(NamedTuple):
-    """What a check found. ok None: it does not apply here, and `found` says why."""
+    """The result of a check. ok None: it does not apply, for the reason in `found`."""
 
     name: str
     ok: bool | None
@@ -53,18 +49,15 @@ def driver() -> Finding:
     if supported is None:
         if not has_nvidia_gpu():
             return Finding("driver", None, "no NVIDIA GPU")
-        return Finding(
-            "driver", False, "an NVIDIA GPU, but libcuda.so.1 is not found",
-            "install NVIDIA's driver; in a container: docker run --gpus all",
-        )  # fmt: skip
+        remedy = "install NVIDIA's driver; in a container: docker run --gpus all"
+        return Finding("driver", False, "an NVIDIA GPU, but libcuda.so.1 is not found", remedy)
     found = f"supports CUDA {supported // 1000}.{supported % 1000 // 10}"
     if built is None or int(built.split(".")[0]) <= supported // 1000:
         return Finding("driver", True, found)
     major = int(built.split(".")[0])
-    return Finding(
-        "driver", False, f"{found}, but torch {torch.__version__} needs CUDA {major}",
-        f"{newer_driver(major)}, or install a torch built for CUDA {supported // 1000}",
-    )  # fmt: skip
+    found = f"{found}, but torch {torch.__version__} needs CUDA {major}"
+    remedy = f"{newer_driver(major)}, or install a torch built for CUDA {supported // 1000}"
+    return Finding("driver", False, found, remedy)
 
 
 def newer_driver(major: int) -> str:
@@ -74,20 +67,15 @@ def newer_driver(major: int) -> str:
 
 def torch_build() -> Finding:
     """A torch that is new enough."""
-    version = torch.__version__
-    if is_old("torch", version):
-        return Finding(
-            "torch", False, f"{version} is older than {least('torch')}",
-            f"pip install 'torch>={least('torch')}', or a newer base image",
-        )  # fmt: skip
-    return Finding("torch", True, version)
+    version, needed = torch.__version__, least("torch")
+    if not is_old("torch", version):
+        return Finding("torch", True, version)
+    remedy = f"pip install 'torch>={needed}', or a newer base image"
+    return Finding("torch", False, f"{version} is older than {needed}", remedy)
 
 
 def refuse_misfits(device: str) -> None:
-    """Raise ValueError for a torch or a DALI that is too old.
-
-    So too where --device auto would take the CPU for a driver too old for torch.
-    """
+    """Raise ValueError for a torch or a DALI that is too old, or a driver too old for torch."""
     if (found := torch_build()).ok is False:
         raise ValueError(f"torch {found.found}: {found.remedy}")
     from pipeline.dali_wheel import refuse_old_dali
@@ -113,20 +101,20 @@ def dali() -> Finding:
         return Finding("DALI", True, wheel)
     needed = int(built.split(".")[0])
     if major > supported // 1000:
-        return Finding(
-            "DALI", False, f"{wheel} needs a driver of CUDA {major}, here is {supported // 1000}",
-            newer_driver(major),
-        )  # fmt: skip
+        found = f"{wheel} needs a driver of CUDA {major}, this one has {supported // 1000}"
+        return Finding("DALI", False, found, newer_driver(major))
     if major != needed:
-        return Finding(
-            "DALI", False, f"{wheel} beside a torch of CUDA {built}",
-            f"pip uninstall nvidia-dali-cuda{major}0, then pip install nvidia-dali-cuda{needed}0",
-        )  # fmt: skip
+        new = f"then pip install nvidia-dali-cuda{needed}0"
+        remedy = f"pip uninstall nvidia-dali-cuda{major}0, {new}"
+        return Finding("DALI", False, f"{wheel} beside a torch of CUDA {built}", remedy)
     return Finding("DALI", True, wheel)
 
 
 def jpeg_decoders(device: torch.device) -> Finding:
-    """The GPU's hardware JPEG decoders, which DALI does without in silence."""
+    """The GPU's hardware JPEG decoders, without which DALI decodes on the SMs and does not warn.
+
+    nvidia-smi may work in a container that was started without the capability "video".
+    """
     name = "JPEG decoders"
     if device.type == "cpu":
         return Finding(name, None, "no CUDA device: libjpeg-turbo decodes")
@@ -135,11 +123,9 @@ def jpeg_decoders(device: torch.device) -> Finding:
 
         found = hardware_decoders()
     except (ImportError, OSError) as error:
-        return Finding(
-            name, False, f"none are found: {first_line(error)}",
-            "start the container with NVIDIA_DRIVER_CAPABILITIES=compute,utility,video; on a host "
-            "install all of the driver",
-        )  # fmt: skip
+        capabilities = "NVIDIA_DRIVER_CAPABILITIES=compute,utility,video"
+        remedy = f"start the container with {capabilities}; on a host install all of the driver"
+        return Finding(name, False, f"none are found: {first_line(error)}", remedy)
     if found.status or not found.engines:
         reason = f"nvJPEG's status {found.status}"
         return Finding(name, True, f"none in hardware ({reason}): CUDA decodes, on the SMs")
