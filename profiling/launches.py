@@ -20,7 +20,7 @@ from collections import defaultdict
 from measure.harness import read_flags
 from measure.kernel_checks import jit_functions
 from measure.results import errors_in_one_line, newest, print_table
-from measure.step_times import open_training, random_batch
+from measure.step_times import open_step, random_batch
 from measure.step_trace import device_work, trace_of
 from train import distributed
 from train.config import Config
@@ -118,7 +118,7 @@ def main() -> None:
     with errors_in_one_line(), distributed.start(config.device, config) as world:
         if world.device.type != "cuda":
             raise ValueError("--device cpu launches no kernel: a CUDA device is needed")
-        train, _ = open_training(config, world)
+        _, train = open_step(config, world)
         batch = random_batch(config, world)
         for _ in range(WARMUP):
             train(batch)

@@ -21,7 +21,7 @@ import torch
 from measure.charts import draw, print_tables
 from measure.harness import MeasureConfig, open_images, read_flags, with_batch
 from measure.results import errors_in_one_line, save_and_print
-from measure.step_times import measure_end_to_end, measure_step, open_training, random_batch
+from measure.step_times import measure_end_to_end, measure_step, open_step, random_batch
 from measure.step_trace import collectives, timeline, trace_of
 from measure.turns import Timing, ratios
 from pipeline.machine import usable_cores
@@ -136,7 +136,7 @@ class Bench:
     def ranks(self) -> None:
         """Where a step's time is spent, its collectives, and how ranks scale against one."""
         world, rows = self.world, self.config.data.batch_size // self.world.size
-        (train, model), batch = open_training(self.config, world), random_batch(self.config, world)
+        (state, train), batch = open_step(self.config, world), random_batch(self.config, world)
         trace = trace_of(lambda: train(batch), world.device)
         self.result["timeline"] = timeline(trace)
         if world.size == 1 or "ranks" not in self.result:
@@ -151,7 +151,7 @@ class Bench:
         if alone:
             total = self.result["ranks"]["total_images_per_s"]
             efficiency = round(total / world.size / alone, 4)
-        learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        learned = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
         self.result["ranks"] |= {
             "one_rank_alone_images_per_s": alone,
             "scaling_efficiency": efficiency,

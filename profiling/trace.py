@@ -18,7 +18,7 @@ from torch.profiler import record_function
 from measure.harness import open_images, read_flags
 from measure.loader_times import OurLoader
 from measure.results import errors_in_one_line
-from measure.step_times import open_training
+from measure.step_times import open_step
 from measure.step_trace import timeline, trace_of
 from train import distributed
 from train.run.program import refuse
@@ -32,7 +32,7 @@ def main() -> None:
         refuse(f"--out {out} cannot be written: name a file, such as trace.json.gz")
     with errors_in_one_line(), distributed.start(config.device, config) as world:
         loader = OurLoader(open_images(config, world), config, world)
-        train, _ = open_training(config, world)
+        _, train = open_step(config, world)
         batches = loader.next_batches(8)
 
         def step() -> None:

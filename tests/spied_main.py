@@ -43,12 +43,12 @@ def spied_loader(*arguments, **options):
         yield batch
 
 
-def spied_finish(session, **options):
+def spied_finish(config, world, current, *rest, **options):
     """The end of the run, with the digest of all weights and statistics of this rank."""
     digest = hashlib.sha256()
-    for value in session.state.model.state_dict().values():
+    for value in current.model.state_dict().values():
         digest.update(value.contiguous().numpy().tobytes())
-    result = real_finish(session, **options)
+    result = real_finish(config, world, current, *rest, **options)
     note(weights=digest.hexdigest(), written=written)
     return result
 

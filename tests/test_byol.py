@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from pipeline.augment import AugmentConfig
 from test_methods import METHODS, config_of, flat, in_double_precision, made, some_views
 from train.methods.byol import BYOL, momentum_at
-from train.methods.momentum import MomentumEncoder
+from train.methods.method import MomentumEncoder
 from train.network.norm import set_views
 
 

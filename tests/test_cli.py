@@ -87,7 +87,7 @@ def test_a_typo_in_a_yaml_key_names_the_nearest_one(capsys, tmp_path):
         (["--data.root=x", "--augment.flip=2"], "augment.flip is a probability"),
         (["--data.root=x", "--data.std=[.nan, 1, 1]"], "data.std must be positive"),
         (["--data.root=x", "--data.mean=[0, .inf, 0]"], "data.mean takes three numbers"),
-        (["--data.root=x", "--optim.momentum=1.5"], "optim.momentum must lie in 0 .. 1"),
+        (["--data.root=x", "--optim.momentum=1.5"], "optim.momentum must be in 0 .. 1"),
         (["--data.root=x", "--eval.temperature=.nan"], "eval.temperature must be at least 0.02"),
         (["--data.root=x", "--eval.temperature=0.01"], "eval.temperature must be at least 0.02"),
         (["--data.root=x", f"--seed={1 << 64}"], "seed must be less than 2^64"),

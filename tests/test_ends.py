@@ -1,5 +1,6 @@
 """How a run ends where the machine is at fault: nothing is lost, and one line says what to do."""
 
+import contextlib
 import errno
 import json
 import os
@@ -13,17 +14,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from train import session
 from train.config import DataConfig
 from train.distributed import StopSignal, World, startup, stop_at_once
 from train.distributed.startup import open_store, read_ranks
 from train.distributed.world import STOP_SIGNALS
-from train.finish import finite
 from train.run import state
 from train.run.data import open_data
 from train.run.folder import RunFolder, revision
 from train.run.metrics import Log, Metrics
-from train.run.program import is_disk_full, is_out_of_memory, print_result
+from train.run.program import exit_on_error, is_disk_full, is_out_of_memory, print_result
+from train.run.report import finite
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"), None)
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -42,14 +42,14 @@ def test_a_result_that_stdout_does_not_take_is_said_to_be_in_the_run_folder(monk
 def test_a_full_disk_ends_the_run_only_where_the_last_checkpoint_is_lost(monkeypatch):
     told = []
     monkeypatch.setattr(state, "save", lambda *args: (_ for _ in ()).throw(FULL))
-    run = types.SimpleNamespace(checkpoints=Path("x"))
-    fake = types.SimpleNamespace(
-        run=run, state=None, facts={}, log=types.SimpleNamespace(warn=told.append)
-    )
-    session.save(fake)
-    assert "No space left" in told[0] and "Training goes on" in told[0]
+    run = types.SimpleNamespace(
+        folder=types.SimpleNamespace(checkpoints=Path("x")), facts={},
+        log=types.SimpleNamespace(warn=told.append),
+    )  # fmt: skip
+    state.save_checkpoint(None, run)
+    assert "No space left" in told[0] and "Training continues" in told[0]
     with pytest.raises(OSError, match="No space left"):
-        session.save(fake, is_last=True)
+        state.save_checkpoint(None, run, is_last=True)
 
 
 def test_a_full_disk_takes_no_line_of_the_log_from_the_user(monkeypatch, tmp_path, capsys):
@@ -192,7 +192,7 @@ def test_a_port_that_is_taken_and_a_rank_0_that_nobody_started_are_reported(monk
 def test_a_run_folder_among_the_images_is_refused(tmp_path):
     (tmp_path / "images").mkdir()
     config = DataConfig(root=str(tmp_path / "images"))
-    with pytest.raises(ValueError, match="lies in the images' folder .* Give another"):
+    with pytest.raises(ValueError, match="is in the images' folder .* Choose another"):
         open_data(config, out=tmp_path / "images" / "runs" / "a", seed=0, world=ALONE)
 
 
@@ -201,6 +201,48 @@ def test_out_of_memory_and_a_full_disk_are_known_by_whom_they_come_from():
     assert all(is_out_of_memory(RuntimeError(f"x {text} y")) for text in texts)
     assert is_out_of_memory(MemoryError()) and not is_out_of_memory(RuntimeError("shape"))
     assert is_disk_full(FULL) and not is_disk_full(OSError(errno.EIO, "x"))
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (ValueError("--epochs must be at least 1"), 1, "--epochs must be at least 1"),
+        (FloatingPointError("lower --optim.lr"), 1, "lower --optim.lr"),
+        (FULL, 1, f"{FULL} (--out runs/a)"),
+        (MemoryError(), 1, "out of memory (): lower the batch"),
+        (RuntimeError("x\nDefaultCPUAllocator: can't allocate memory"), 1,
+         "out of memory (DefaultCPUAllocator: can't allocate memory): lower the batch"),
+        (KeyboardInterrupt(), 130, "stopped"),
+    ],
+)  # fmt: skip
+def test_what_a_user_can_fix_ends_a_program_with_one_line(error, code, line, capsys):
+    with (
+        pytest.raises(SystemExit) as ended,
+        exit_on_error(Path("runs/a"), memory_remedy="lower the batch", stopped="stopped"),
+    ):
+        raise error
+    assert ended.value.code == code and capsys.readouterr().err == f"error: {line}\n"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shape"), MemoryError(), KeyboardInterrupt()])
+def test_an_error_for_which_a_program_has_no_remedy_keeps_its_traceback(error):
+    with pytest.raises(type(error)), exit_on_error(Path("runs/a")):
+        raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "state"),
+    [(None, "running"), (ValueError("x"), "failed"), (RuntimeError("x"), "failed"),
+     (SystemExit(1), "failed"), (KeyboardInterrupt(), "preempted")],
+)  # fmt: skip
+def test_the_folder_of_a_training_says_how_it_ended_and_is_free_again(error, state, tmp_path):
+    with contextlib.suppress(BaseException), RunFolder(str(tmp_path / "run")) as folder:
+        folder.status("running", 7)
+        if error is not None:
+            raise error
+    assert json.loads((tmp_path / "run/status.json").read_text()) == {"state": state, "step": 7}
+    assert ("Traceback" in (tmp_path / "run/log.txt").read_text()) == (state == "failed")
+    RunFolder(str(tmp_path / "run")).close()
 
 
 def test_a_result_holds_no_number_that_json_lacks():

@@ -18,7 +18,7 @@ from train.methods.byol import BYOLConfig
 from train.methods.moco import MoCoConfig
 from train.methods.simclr import SimCLRConfig
 from train.methods.swav import SwAVConfig
-from train.session import Session
+from train.run.optim import Schedule
 
 CPU = torch.device("cpu")
 SIDE, BATCH, STEPS = 8, 64, 40
@@ -72,12 +72,10 @@ def test_neighbours_share_a_class_more_often_after_training(name):
     )  # fmt: skip
     images = BATCH * STEPS // config.epochs
     world, order = World(0, 1, 0, 1, CPU, None), SampleOrder(images, batch_size=BATCH, seed=0)
-    current, ddp = build_state(config, world, images)
-    session = Session(config, world, None, order, current, ddp, {}, None, None, None)
+    current, schedule = build_state(config, world, images), Schedule(order, config.epochs)
     untrained, generator = knn_top1(current.model.backbone), torch.Generator().manual_seed(0)
     for step in range(STEPS):
         drawn = IMAGES[torch.randint(len(IMAGES), (BATCH,), generator=generator)]
         views = torch.stack([some_view(drawn, generator) for _ in range(2)])
-        train_step(session, Batch(step, views, torch.arange(BATCH), None))
-        current.step += 1
+        train_step(current, config, schedule, Batch(step, views, torch.arange(BATCH), None))
     assert knn_top1(current.model.backbone) > untrained + 15

@@ -29,11 +29,11 @@ from train.methods.simclr import SimCLRConfig
 from train.methods.swav import SwAVConfig
 from train.network.norm import BatchNorm
 from train.run import checkpoint, state
-from train.run.optim import build_optimizer
-from train.run.state import build_method
-from train.session import Session
+from train.run.optim import Schedule, build_optimizer
+from train.run.state import TrainState, build_method
 
 CPU = torch.device("cpu")
+WORLD = World(0, 1, 0, 1, CPU, None)
 ROWS, IMAGES, SIZE = 6, 12, 16
 SMALL = ModelConfig(
     arch="resnet18", stem="cifar", width=8, projector_layers=2, projector_dim=16,
@@ -185,18 +185,16 @@ def test_two_ranks_equal_one_with_the_same_global_batch_and_compile_to_one_graph
                 assert error < (1e-3 if compiled else 1e-8), (name, compiled, key)
 
 
-def session_of(method: MethodConfig) -> Session:
+def open_training(method: MethodConfig) -> tuple[TrainState, Config, Schedule]:
     """What train_step works with, as train/main.py puts it together."""
     config = config_of(method, epochs=3)
-    world = World(0, 1, 0, 1, CPU, None)
-    current, ddp = build_state(config, world, IMAGES)
     order = SampleOrder(IMAGES, batch_size=ROWS, seed=0)
-    return Session(config, world, None, order, current, ddp, {}, None, None, None)
+    return build_state(config, WORLD, IMAGES), config, Schedule(order, config.epochs)
 
 
-def train_to(session: Session, step: int) -> None:
-    num_small = session.config.method.swav.small_views
-    for at in range(session.state.step, step):
+def train_to(current: TrainState, config: Config, schedule: Schedule, *, step: int) -> None:
+    num_small = config.method.swav.small_views
+    for at in range(current.step, step):
         generator = torch.Generator().manual_seed(at)
 
         def draw(views: int, size: int, generator=generator) -> torch.Tensor:
@@ -204,8 +202,8 @@ def train_to(session: Session, step: int) -> None:
             return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
 
         small = draw(num_small, 8) if num_small else None
-        train_step(session, Batch(at, draw(2, SIZE), torch.arange(ROWS), small))
-        session.state.step += 1
+        batch = Batch(at, draw(2, SIZE), torch.arange(ROWS), small)
+        train_step(current, config, schedule, batch)
 
 
 def test_an_unknown_method_is_refused_with_the_nearest_name():
@@ -217,22 +215,21 @@ def test_an_unknown_method_is_refused_with_the_nearest_name():
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("stop", [1, 4])  # before and after SwAV's queue is full
 def test_a_resumed_run_equals_a_straight_one_bit_for_bit(name, stop, tmp_path):
-    straight, stopped = session_of(METHODS[name]), session_of(METHODS[name])
-    train_to(straight, 5)
-    train_to(stopped, stop)
-    facts = state.run_facts(stopped.config, "", stopped.world)
-    state.save(stopped.state, tmp_path, facts)
-    again = session_of(METHODS[name])
-    train_to(again, 2)  # what a checkpoint does not hold would differ
+    straight, stopped, again = (open_training(METHODS[name]) for _ in range(3))
+    train_to(*straight, step=5)
+    train_to(*stopped, step=stop)
+    facts = state.run_facts(stopped[1], "", WORLD)
+    state.save(stopped[0], tmp_path, facts)
+    train_to(*again, step=2)  # what a checkpoint does not hold would differ
     found = checkpoint.load_newest(tmp_path, log=print)
     assert found is not None
     state.check_same_run(found.facts, facts, tmp_path)
-    state.restore(again.state, found)
-    train_to(again, 5)
+    state.restore(again[0], found)
+    train_to(*again, step=5)
     ends = []
-    for session in (straight, again):
-        ends.append(session.state.model.state_dict())
-        momentum, _ = checkpoint.flatten_optimizer(session.state.optimizer, session.state.names)
+    for current in (straight[0], again[0]):
+        ends.append(current.model.state_dict())
+        momentum, _ = checkpoint.flatten_optimizer(current.optimizer, current.names)
         ends[-1] |= momentum
     assert ends[0].keys() == ends[1].keys()
     for key, value in ends[0].items():
@@ -242,14 +239,15 @@ def test_a_resumed_run_equals_a_straight_one_bit_for_bit(name, stop, tmp_path):
 @pytest.mark.parametrize("name", [*METHODS, "moving average"])
 def test_a_step_that_is_not_finite_leaves_nothing_behind_that_is_not(name):
     averaged = MethodConfig(moving_average=0.8, predictor="none")
-    session = session_of(METHODS.get(name, averaged))
-    healthy, model = session.state.model.forward, session.state.model
+    training = open_training(METHODS.get(name, averaged))
+    model, guard = training[0].model, training[0].guard
+    healthy = model.forward
     for step in range(4):
         broken = float("nan") if step == 0 else 1.0
         model.forward = lambda views, *rest, factor=broken: healthy(views * factor, *rest)
-        train_to(session, step + 1)
-        session.state.guard.check(step + 1)
-    assert session.state.guard.skipped == 1
+        train_to(*training, step=step + 1)
+        guard.check(step + 1)
+    assert guard.skipped == 1
     for key, value in model.state_dict().items():
         assert value.isfinite().all(), key
 
@@ -393,7 +391,7 @@ def test_small_views_reach_the_network(images, tmp_path):
 
 def test_a_checkpoint_of_another_method_is_refused(tmp_path):
     found, facts = (
-        state.run_facts(config_of(method), "", World(0, 1, 0, 1, CPU, None))
+        state.run_facts(config_of(method), "", WORLD)
         for method in (METHODS["swav"], METHODS["byol"])
     )
     with pytest.raises(ValueError, match=r"checkpoint of swav, this run is of byol.*another --out"):
@@ -402,25 +400,25 @@ def test_a_checkpoint_of_another_method_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_encoder_of_every_method_can_be_evaluated(name, tmp_path):
-    session = session_of(METHODS[name])
-    train_to(session, 1)
-    state.save(session.state, tmp_path, state.run_facts(session.config, "", session.world))
+    current, config, schedule = open_training(METHODS[name])
+    train_to(current, config, schedule, step=1)
+    state.save(current, tmp_path, state.run_facts(config, "", WORLD))
     found = checkpoint.load_newest(tmp_path, log=print)
-    backbone, projector = load_encoder(found, session.config, device=CPU)
-    model, x = session.state.model.eval(), flat(some_views(0))
+    backbone, projector = load_encoder(found, config, device=CPU)
+    model, x = current.model.eval(), flat(some_views(0))
     expected = model.projector(model.backbone(x))
     assert torch.equal(projector(backbone(x)), expected) and not backbone.training
 
 
 @pytest.mark.parametrize("name", ["byol", "moco"])
 def test_from_another_runs_weights_the_target_starts_as_their_copy(name, tmp_path):
-    theirs = session_of(METHODS[name])
-    train_to(theirs, 2)
-    state.save(theirs.state, tmp_path / "checkpoints", {})
+    theirs = open_training(METHODS[name])
+    train_to(*theirs, step=2)
+    state.save(theirs[0], tmp_path / "checkpoints", {})
     torch.manual_seed(1)
     model = build_method(config_of(METHODS[name]), images=IMAGES, device=CPU)
     state.start_from(model, tmp_path, log=print)
     for part in ("backbone", "projector"):
         for key, value in model.get_submodule(part).named_parameters():
-            assert value.equal(theirs.state.model.get_parameter(f"{part}.{key}")), key
+            assert value.equal(theirs[0].model.get_parameter(f"{part}.{key}")), key
             assert value.equal(model.target.get_parameter(f"{part}.{key}")), key

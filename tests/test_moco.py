@@ -7,8 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from test_methods import METHODS, ROWS, flat, made, some_views
+from train.methods.method import RecentImages
 from train.methods.moco import info_nce
-from train.methods.recent import RecentImages
 from train.network.norm import BatchNorm, set_views
 
 

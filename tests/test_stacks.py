@@ -32,10 +32,10 @@ RUN = """
 import ctypes, os, time
 from train import loop, main
 step = loop.train_step
-def stands_here(session, batch):
-    if batch.step == 2 and os.environ.get("RANK", "1") == "1":
+def stands_here(*arguments):
+    if arguments[-1].step == 2 and os.environ.get("RANK", "1") == "1":
         {hang}
-    return step(session, batch)
+    return step(*arguments)
 loop.train_step = stands_here
 main.main()
 """

@@ -12,8 +12,7 @@ from test_sync_norm import free_port
 from train.config import Config, DataConfig, MethodConfig, ModelConfig, OptimConfig
 from train.methods.method import check_memory
 from train.methods.moco import MoCoConfig
-from train.methods.simsiam import SimSiam
-from train.methods.targets import Alternation, MovingAverage
+from train.methods.simsiam import Alternation, MovingAverage, SimSiam
 from train.network.norm import BatchNorm
 from train.run.optim import build_optimizer
 from train.run.state import build_method
@@ -215,8 +214,8 @@ def test_targets_on_two_ranks_equal_those_of_one_with_the_whole_batch(kind):
     [
         ({"target_steps": 10, "moving_average": 0.8}, "exclude each other"),
         ({"target_steps": 10, "stop_gradient": False}, "leave --method.stop_gradient true"),
-        ({"moving_average": 0.8, "symmetry": "asymmetric"}, "symmetry symmetric only"),
-        ({"moving_average": 1.0}, "must lie in 0 .. 1"),
+        ({"moving_average": 0.8, "symmetry": "asymmetric"}, "needs --method.symmetry symmetric"),
+        ({"moving_average": 1.0}, "must be in 0 .. 1"),
     ],
 )
 def test_switches_that_exclude_each_other_are_refused(options, message):
@@ -271,8 +270,8 @@ def test_an_epochs_targets_of_an_epoch_of_one_step_are_simsiams():
 def test_pages_that_hold_read_files_count_as_memory_left(tmp_path, monkeypatch):
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal: 900000 kB\nMemFree: 10 kB\nMemAvailable: 400000 kB\nHuge: 0\n")
-    monkeypatch.setattr("train.methods.memory.MACHINE", meminfo)
-    monkeypatch.setattr("train.methods.memory.OWN_GROUPS", tmp_path / "none")
+    monkeypatch.setattr("train.methods.method.MEMINFO", meminfo)
+    monkeypatch.setattr("train.methods.method.OWN_CGROUPS", tmp_path / "none")
     check_memory("a queue", "take less", count=390_000, dim=256, device=CPU)
     with pytest.raises(ValueError, match="cpu has 0.4 GiB left: take less"):
         check_memory("a queue", "take less", count=410_000, dim=256, device=CPU)
@@ -283,8 +282,8 @@ def test_pages_that_hold_read_files_count_as_memory_left(tmp_path, monkeypatch):
 def test_a_limit_of_a_control_group_counts_as_the_memory_there_is(
     version, inside, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("train.methods.memory.OWN_GROUPS", tmp_path / "own")
-    monkeypatch.setattr("train.methods.memory.GROUPS", tmp_path)
+    monkeypatch.setattr("train.methods.method.OWN_CGROUPS", tmp_path / "own")
+    monkeypatch.setattr("train.methods.method.CGROUPS", tmp_path)
     (tmp_path / "own").write_text(
         "5:cpu,cpuacct:/\n4:memory:/job/step\n0::/\n" if version == 1 else "0::/job/step\n"
     )

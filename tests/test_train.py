@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from PIL import Image
 from forked import forked
 from launched import same, weights
 from train.config import Config, DataConfig, MethodConfig
+from train.distributed import World
 from train.run.state import check_same_run, comparable
 
 ROOT = Path(__file__).parent.parent
@@ -157,7 +159,7 @@ def test_a_signal_saves_and_says_how_to_go_on(straight, images, tmp_path, number
     stdout, stderr = process.communicate(timeout=120)
     status = json.loads((out / "status.json").read_text())
     assert status["state"] == "preempted" and status["step"] >= 3
-    assert "The same command goes on from there" in stderr
+    assert "The same command continues from it" in stderr
     assert stderr.count(f"{number.name}: stopping and saving") == 1
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["step"] == status["step"] and "train/loss" in rows[-1]
@@ -378,20 +380,15 @@ def test_a_flat_folder_trains_without_knn(images, tmp_path):
 def test_evaluation_and_checkpoints_are_off_the_clock(images, tmp_path, monkeypatch):
     from train import window
 
-    class Session:  # what the clock reads of it
-        class world:
-            device = type("device", (), {"type": "cpu"})
-
-        class state:
-            train_s = wait_s = 0.0
-
+    world = World(0, 1, 0, 1, torch.device("cpu"), None)
+    state = types.SimpleNamespace(train_s=0.0, wait_s=0.0)
     now = [0.0]
     monkeypatch.setattr(window.time, "perf_counter", lambda: now[0])
-    clock = window.Window(Session())
+    clock = window.Window(None, world, None, state, None, None)
     now[0] += 1  # waiting for data
     clock.data_arrived()
     now[0] += 2  # the step
-    clock.step_done(0.0, {}, 0.0)
+    clock.step_done(0.0, {}, 0.0, 0.0)
     clock.pause()
     now[0] += 100  # kNN
     clock.pause()
@@ -400,7 +397,7 @@ def test_evaluation_and_checkpoints_are_off_the_clock(images, tmp_path, monkeypa
     now[0] += 4
     clock.data_arrived()
     clock.pause()
-    assert (Session.state.train_s, Session.state.wait_s) == (7.0, 5.0)
+    assert (state.train_s, state.wait_s) == (7.0, 5.0)
 
 
 def test_kernels_that_this_machine_cannot_run_are_refused(images, tmp_path):

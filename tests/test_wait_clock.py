@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from train.wait_clock import WaitClock
+from train.window import WaitClock
 
 COPY = 0.125  # of the batch into torch's memory, which the loader queues
 

@@ -37,7 +37,6 @@ from train.evaluation.embed import nearest, ranked
 from train.evaluation.encoded import Encoded, accuracy
 from train.evaluation.fast_probe import fast_probe
 from train.evaluation.linear_probe import LinearProbe
-from train.finish import thumbnails
 from train.network.resnet import ResNet
 from train.run import folder as run_folder
 from train.run.checkpoint import Checkpoint
@@ -45,7 +44,7 @@ from train.run.data import EvalSet, check_apart, open_data
 from train.run.folder import RunFolder
 from train.run.metrics import Log
 from train.run.program import exit_on_error, print_result
-from train.run.report import print_evaluation
+from train.run.report import print_evaluation, thumbnails
 
 QUERIES, NEIGHBOURS, SIDE = 10, 8, 96  # test images shown, neighbours of each, pixels
 CONFUSION, CONFUSION_LINEAR = "confusion.png", "confusion_linear.png"

@@ -1,189 +1,200 @@
-"""The training loop: batches in, steps, what is logged and saved on the way.
+"""The training loop: batches in, steps, what is logged and saved in between.
 
-Between two log steps nothing here waits for the device. A newcomer's mistake: .item() in the step.
+Between two log steps nothing here waits for the device: no .item() in a step.
 """
+
+import dataclasses
 
 from torch import Tensor
 from torch.profiler import record_function
 
 from kernels.normalize import normalize_views
 from pipeline.loader import Batch, Ranks, view_loader
-from train import distributed
-from train.distributed import StopSignal
-from train.distributed.world import ALLOWED_S
-from train.evaluation.embed import EvaluationStopped, knn_accuracy
+from train.config import Config
+from train.distributed import StopSignal, World
+from train.distributed.world import ALLOWED_S, Stacks
+from train.evaluation.embed import EvaluationStopped, embed, knn_accuracy
 from train.network.precision import DTYPES, autocast
-from train.run.optim import set_lr
-from train.session import Session, save
-from train.window import Window, bad_entries
+from train.run import state
+from train.run.data import RunData
+from train.run.folder import RunWriter
+from train.run.optim import Schedule, set_lr
+from train.run.report import thumbnails
+from train.run.state import TrainState
+from train.window import Window, warn_of_bad_queries
 
-PICTURES = 8  # images whose two views are shown
+PICTURES, EMBEDDED = 8, 1000  # images whose two views, whose features TensorBoard shows
 
 
-def train(session: Session) -> str:
+def train(
+    config: Config,
+    world: World,
+    data: RunData,
+    current: TrainState,
+    schedule: Schedule,
+    run: RunWriter,
+    stacks: Stacks,
+) -> str:
     """Run to the last step or to a signal; returns "finished" or "preempted".
 
     Raises: ValueError for too many bad images, FloatingPointError for gradients that stay bad,
     CheckpointError if the last checkpoint cannot be written, ConnectionError on all ranks when the
     torchrun of one was killed, after a checkpoint.
     """
-    config, current, world = session.config, session.state, session.world
     stop = StopSignal(world)
-    passes = plan(session)
+    passes = plan(current, schedule)
     loader = view_loader(
-        session.data.train,
-        session.order,
+        data.train,
+        schedule.order,
         [step for step, _ in passes],
         views=config.views,
         options=config.dali,
         device=world.device,
         ranks=Ranks(world.rank, world.size, world.local_size),
     )
-    window = Window(session)
-    session.log.start_bar(session.last_step, current.step)
-    per_epoch = session.order.steps_per_epoch
-    save_every = config.checkpoint_every or per_epoch
+    window = Window(config, world, data.train, current, schedule, run)
+    run.log.start_bar(schedule.last, current.step)
+    save_every = config.checkpoint_every or schedule.steps_per_epoch
+
+    def stopping_in_check() -> bool:
+        stacks.allow(ALLOWED_S)  # for each batch
+        return stop.agreed()
+
+    def check_knn() -> None:
+        stacks.allow(ALLOWED_S)
+        measure_knn(config, world, data, current, schedule, run, stop=stopping_in_check)
+
     ended = "finished"
     try:
-        if knn_is_due(session) and str(current.step) not in current.knn:  # at 0, or stopped in it
-            check_knn(session, stop)
+        # at step 0, or where the run was stopped within the check
+        if knn_is_due(config, schedule, current.step) and str(current.step) not in current.knn:
+            check_knn()
         window.restart()
         for batch, (_, for_targets) in zip(loader, passes, strict=True):
             window.data_arrived()
             if for_targets:
-                views = normalized(session, batch.images)
+                views = normalized(config, batch.images)
                 with autocast(config.precision, world.device):
                     current.model.keep_targets(views, batch.step)
                 window.work_queued()
-                session.allow(ALLOWED_S)  # the first step of a block may compile
+                stacks.allow(ALLOWED_S)  # the first step of a block may compile
                 continue
-            if batch.step == 0 and session.metrics is not None:
-                session.metrics.view_pairs(0, batch.images[:, :PICTURES])
-            loss, scalars, norm, lr = train_step(session, batch)
-            current.step += 1
-            window.step_done(loss, scalars, norm)
-            is_last = current.step == session.last_step
-            stopping = stop.agreed()
+            if batch.step == 0:
+                run.metrics.view_pairs(0, batch.images[:, :PICTURES])
+            window.step_done(*train_step(current, config, schedule, batch))
+            is_last, stopping = current.step == schedule.last, stop.agreed()
             if current.step % config.log_every == 0 or current.step == 1 or is_last or stopping:
-                window.log(lr)
-            if knn_is_due(session):
+                window.log()
+            if knn_is_due(config, schedule, current.step):
                 window.pause()
-                check_knn(session, stop)
+                check_knn()
             if current.step % save_every == 0 or is_last or stopping:
-                session.allow(ALLOWED_S)
+                stacks.allow(ALLOWED_S)
                 window.pause()
-                save(session, is_last=is_last or stopping)
+                state.save_checkpoint(current, run, is_last=is_last or stopping)
             if stopping and not is_last:
                 ended = "preempted"
                 break
             window.resume()
-            session.allow()
-    except EvaluationStopped:  # the same command makes up for the check
-        save(session, is_last=True)
+            stacks.allow()
+    except EvaluationStopped:  # the same command repeats the check
+        state.save_checkpoint(current, run, is_last=True)
         ended = "preempted"
     finally:
-        session.log.stop_bar()
+        run.log.stop_bar()
         stop.close()
     if ended == "preempted":
         stop.check_torchrun()
     return ended
 
 
-def plan(session: Session) -> list[tuple[int, bool]]:
-    """The batches to go through: (step, whether it is only for targets that are kept).
+def plan(current: TrainState, schedule: Schedule) -> list[tuple[int, bool]]:
+    """The batches to go through: (step, whether it only computes targets).
 
     A method that keeps the targets of k steps sees a block of k batches twice. Blocks are whole
-    even where --max_steps ends the run within one, so that another start goes on with the same.
+    even where --max_steps ends the run within one, so that a resumed run has the same targets.
     """
-    block, first = session.state.model.target_steps, session.state.step
+    block = current.model.target_steps
     passes = []
-    for step in range(first, session.last_step):
+    for step in range(current.step, schedule.last):
         if block > 1 and step % block == 0:
-            end = min(step + block, session.schedule_steps)
+            end = min(step + block, schedule.total)
             passes += [(later, True) for later in range(step, end)]
         passes.append((step, False))
     return passes
 
 
-def train_step(session: Session, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor, float]:
-    """One step of the optimizer. Nothing waits for the device."""
-    config, current = session.config, session.state
+def train_step(
+    current: TrainState, config: Config, schedule: Schedule, batch: Batch
+) -> tuple[Tensor, dict[str, Tensor], Tensor, float]:
+    """One step of the optimizer: loss, scalars, gradient norm (on the device), learning rate."""
+    device = current.guard.device
     lr = set_lr(
         current.optimizer,
         config.optim,
         current.step,
         lr=config.lr,
-        total=session.schedule_steps,
-        steps_per_epoch=session.order.steps_per_epoch,
+        total=schedule.total,
+        steps_per_epoch=schedule.steps_per_epoch,
     )
     current.model.before_step(current.step)
-    views = normalized(session, batch.images)
-    ids = batch.ids.to(session.world.device, non_blocking=True)
-    small = None if batch.small is None else normalized(session, batch.small)
-    with record_function("forward"), autocast(config.precision, session.world.device):
-        loss, scalars = session.ddp(views, ids, small)
+    views = normalized(config, batch.images)
+    ids = batch.ids.to(device, non_blocking=True)
+    small = None if batch.small is None else normalized(config, batch.small)
+    with record_function("forward"), autocast(config.precision, device):
+        loss, scalars = current.ddp(views, ids, small)
     norm = current.guard(loss, frozen=current.model.frozen(current.step))
-    current.model.after_step(current.step, session.schedule_steps)
+    current.model.after_step(current.step, schedule.total)
+    current.step += 1
     return loss.detach(), scalars, norm, lr
 
 
-def normalized(session: Session, images: Tensor) -> Tensor:
+def normalized(config: Config, images: Tensor) -> Tensor:
     """Shapes: images (V, N, S, S, 3) uint8 -> (V N, 3, S, S) channels_last in the run's dtype."""
-    config = session.config
+    dtype, kernels = DTYPES[config.precision], config.model.kernels
     with record_function("normalize"):
-        return normalize_views(
-            images.flatten(0, 1),
-            config.data.mean,
-            config.data.std,
-            DTYPES[config.precision],
-            kernels=config.model.kernels,
-        )
+        flat = images.flatten(0, 1)
+        return normalize_views(flat, config.data.mean, config.data.std, dtype, kernels=kernels)
 
 
-def knn_is_due(session: Session) -> bool:
-    """Before the first step, every so many epochs, after the last step."""
-    step, every = session.state.step, session.config.eval.every_epochs
-    return step % (session.order.steps_per_epoch * every) == 0 or step == session.last_step
+def knn_is_due(config: Config, schedule: Schedule, step: int) -> bool:
+    """Before the first step, every eval.every_epochs epochs, after the last step."""
+    every = schedule.steps_per_epoch * config.eval.every_epochs
+    return step % every == 0 or step == schedule.last
 
 
-def check_knn(session: Session, stop: StopSignal) -> None:
-    """Measure kNN now and write it down. Raises: EvaluationStopped when a signal comes."""
-
-    def stopping() -> bool:
-        session.allow(ALLOWED_S)  # for each batch
-        return stop.agreed()
-
-    session.allow(ALLOWED_S)
-    current = session.state
-    top1 = knn_accuracy(
-        current.model.backbone,
-        session.data,
-        session.config,
-        session.world,
-        tell=session.log,
-        stop=stopping,
-    )
+def measure_knn(
+    config: Config,
+    world: World,
+    data: RunData,
+    current: TrainState,
+    schedule: Schedule,
+    run: RunWriter,
+    *,
+    stop,
+) -> None:
+    """Measure kNN and log it. Raises: EvaluationStopped when `stop` says so."""
+    top1 = knn_accuracy(current.model.backbone, data, config, world, tell=run.log, stop=stop)
     if top1 is None:
         return
     current.knn[str(current.step)] = top1
-    epoch = current.step / session.order.steps_per_epoch
-    session.log(f"epoch {epoch:.2f}  step {current.step}  kNN top-1 {top1:.2f} %")
-    if session.metrics is not None:
-        session.metrics.scalars(current.step, {"eval/knn_top1": top1}, epoch=epoch)
+    epoch = current.step / schedule.steps_per_epoch
+    run.log(f"epoch {epoch:.2f}  step {current.step}  kNN top-1 {top1:.2f} %")
+    run.metrics.scalars(current.step, {"eval/knn_top1": top1}, epoch=epoch)
     if current.step == 0:
-        warn_of_bad_queries(session)
+        warn_of_bad_queries(data, world, run.log)
 
 
-def warn_of_bad_queries(session: Session) -> None:
-    """Say which held-out images the kNN check leaves out."""
-    assert session.data.queries is not None
-    reader = session.data.queries.reader
-    if reader is session.data.train:
-        return  # counted and listed with the training images
-    parts = distributed.gather(session.world, bad_entries(reader, set()))
-    entries = [entry for part in parts for entry in part]
-    if entries:
-        session.log.warn(
-            f"{len(entries)} unreadable images of {reader.source.root} are left out of kNN, "
-            f"such as {entries[0]['file']}: {entries[0]['reason']}"
-        )
+def write_features(
+    config: Config, world: World, data: RunData, current: TrainState, run: RunWriter
+) -> None:
+    """Features of some held-out images, thumbnails and classes for TensorBoard's projector."""
+    if data.queries is None or run.folder is None:
+        return
+    ids, labels = data.queries.ids[:EMBEDDED], data.queries.labels[:EMBEDDED]
+    some = dataclasses.replace(data.queries, ids=ids, labels=labels)
+    alone = dataclasses.replace(world, rank=0, size=1)
+    features, classes, known = embed(current.model.backbone, some, config, alone)
+    pictures = thumbnails(some.reader, known, config=config, device=world.device)
+    names = [data.class_names[label] for label in classes.tolist()]
+    run.metrics.embedding(current.step, features, names, pictures)

@@ -1,9 +1,9 @@
 """Train a SimSiam encoder: `python train/main.py --data.root DIR`, or under torchrun.
 
-The table of contents, in the order in which a batch of images meets it:
+The table of contents, in the order in which a batch of images passes it:
 pipeline/ (list, order, read, decode, augment) -> kernels/normalize -> train/methods/simsiam
-(resnet, heads, loss) -> train/optim -> train/loop (log, kNN) -> train/state (checkpoint).
-A newcomer's mistake: looking for --resume. The same command continues the run in its --out folder.
+(resnet, heads, loss) -> train/run/optim -> train/loop (log, kNN) -> train/run/state (checkpoint).
+There is no --resume: the same command continues the run in its --out folder.
 """
 
 import os
@@ -14,8 +14,8 @@ if not __package__:  # run as a script: the repo root, not this folder, heads sy
 
 import dataclasses
 import time
-import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -29,31 +29,23 @@ from train.config import Config
 from train.distributed import World, from_main
 from train.distributed.watch import may_restart
 from train.distributed.world import watched
-from train.finish import finish
-from train.loop import train
+from train.loop import train, write_features
 from train.run import checkpoint, state, versions
 from train.run.data import open_data
-from train.run.folder import SLOW_PRECISION, RunFolder, environment, is_slow_precision
-from train.run.metrics import Log, Metrics
-from train.run.optim import GuardedStep, build_optimizer
-from train.run.program import (
-    error_text,
-    is_out_of_memory,
-    memory_line,
-    print_result,
-    read_config,
-    refuse,
-)
+from train.run.folder import SLOW_PRECISION, RunFolder, RunWriter, environment, is_slow_precision
+from train.run.metrics import Log
+from train.run.optim import GuardedStep, Schedule, build_optimizer
+from train.run.program import exit_on_error, print_result, read_config
+from train.run.report import finish
 from train.run.state import TrainState
-from train.session import Session
 
 
 def build_state(
     config: Config, world: World, images: int, *, tell: Callable[[str], None] = lambda line: None
-) -> tuple[TrainState, nn.Module]:
-    """The model from the seed, the same on all ranks, its optimizer, and the model as called.
+) -> TrainState:
+    """The model from the seed, the same on all ranks, and its optimizer, at step 0.
 
-    images: how many there are to train on; tell: is told what takes memory beside the network.
+    images: number of training images; tell: called with a line for memory taken beside the network.
     """
     with_triton = use_triton(config.model.kernels, torch.empty(0, device=world.device))
     if config.model.recompute and not with_triton:
@@ -79,7 +71,7 @@ def build_state(
             **distributed.own_buffers(),  # synchronised batch norm keeps them equal
             gradient_as_bucket_view=True,
         )
-    return TrainState(model, optimizer, GuardedStep(optimizer, scaler, world.device)), ddp
+    return TrainState(model, ddp, optimizer, GuardedStep(optimizer, scaler, world.device))
 
 
 def run(config: Config, world: World, out: Path, folder: RunFolder | None, log: Log) -> dict:
@@ -87,23 +79,24 @@ def run(config: Config, world: World, out: Path, folder: RunFolder | None, log: 
     data = open_data(config.data, out=out, seed=config.seed, world=world)
     source = data.train.source
     order = SampleOrder(len(source), batch_size=config.data.batch_size, seed=config.seed)
-    current, ddp = build_state(config, world, len(source), tell=log)
+    schedule = Schedule(order, config.epochs, config.max_steps)
+    current = build_state(config, world, len(source), tell=log)
     facts = state.run_facts(config, source.fingerprint, world)
     # rank 0 reads it and sends it: hosts need not see the same disk
-    found = checkpoint.load_newest(out / "checkpoints", log=log.warn) if world.is_main else None
-    found = from_main(world, found)
-    if found is not None:
-        state.check_same_run(found.facts, facts, out)
-        state.restore(current, found)
+    saved = checkpoint.load_newest(out / "checkpoints", log=log.warn) if world.is_main else None
+    saved = from_main(world, saved)
+    if saved is not None:
+        state.check_same_run(saved.facts, facts, out)
+        state.restore(current, saved)
         log(f"continuing {out} at step {current.step}")
     elif config.init:
         state.start_from(current.model, Path(config.init), log=log)
-    metrics = None
     if folder is not None:
         folder.describe(dataclasses.asdict(config), environment(world.size, world.device))
         folder.status("running", current.step)
-        metrics = Metrics(out, step=current.step, log=log)
-        metrics.text("config", (out / "config.yaml").read_text())
+    writer = RunWriter(folder, log, facts, step=current.step)
+    if folder is not None:
+        writer.metrics.text("config", (out / "config.yaml").read_text())
     if is_slow_precision(config.precision, world.device):
         log.warn(SLOW_PRECISION)
     if world.device.type == "cuda" and (wheel := versions.dali()).ok is False:
@@ -116,10 +109,10 @@ def run(config: Config, world: World, out: Path, folder: RunFolder | None, log: 
         log(f"left out under {source.root}: {count} x {kind}")
     log(data.note)
     with watched(out, world, config.timeout_s) as stacks:
-        session = Session(
-            config, world, data, order, current, ddp, facts, log, folder, metrics, stacks
-        )
-        return finish(session, ended=train(session))
+        ended = train(config, world, data, current, schedule, writer, stacks)
+        if ended == "finished":
+            write_features(config, world, data, current, writer)
+        return finish(config, world, current, schedule, writer, ended=ended)
 
 
 @record
@@ -127,45 +120,26 @@ def main() -> None:
     """Read the flags, train, print the result as the last line of stdout."""
     config = read_config()
     folder, log = None, Log(None)
-    try:
-        with distributed.start(config.device, config) as world:
-            distributed.stop_at_once(world)
-            versions.refuse_misfits(config.device)
-            if not config.out and may_restart():
-                raise ValueError("--max-restarts needs --out DIR: a restart would begin a new run")
-            out = Path(config.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
-            out = Path(from_main(world, str(out)))
-            if world.is_main:
-                folder = RunFolder(str(out))
-                log = Log(folder.path / "log.txt")
-                if world.watch is not None:
-                    world.watch.on_end = folder.fail
-            result = run(config, world, out, folder, log)
-    except (ValueError, OSError, FloatingPointError) as error:
-        if folder is not None:
-            folder.give_up(traceback.format_exc())
-        refuse(str(error) if folder is None else error_text(error, folder.path), code=1)
-    except (RuntimeError, MemoryError) as error:
-        if folder is not None:
-            folder.fail(traceback.format_exc())
-        if not is_out_of_memory(error):
-            raise
-        refuse(
-            f"out of memory ({memory_line(error)}): lower --data.batch_size, the sizes of views or "
-            "--model, or use more GPUs for the same batch",
-            code=1,
-        )
-    except KeyboardInterrupt:
-        if folder is not None:
-            folder.stop()
-        refuse("stopped; the same command with its --out goes on from its checkpoint", code=130)
-    except BaseException:
-        if folder is not None:
-            folder.fail(traceback.format_exc())
-        raise
-    finally:
-        if folder is not None:
-            folder.close()
+    out = Path(config.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
+    memory = "lower --data.batch_size, the sizes of views or --model, or use more GPUs"
+    stopped = "stopped; the same command with its --out continues from its checkpoint"
+    # the folder closes after the world, whose end may name the rank that is gone
+    with (
+        exit_on_error(out, memory_remedy=f"{memory} for the same batch", stopped=stopped),
+        ExitStack() as opened,
+        distributed.start(config.device, config) as world,
+    ):
+        distributed.stop_at_once(world)
+        versions.refuse_misfits(config.device)
+        if not config.out and may_restart():
+            raise ValueError("--max-restarts needs --out DIR: a restart would begin a new run")
+        out = Path(from_main(world, str(out)))
+        if world.is_main:
+            folder = opened.enter_context(RunFolder(str(out)))
+            log = Log(folder.path / "log.txt")
+            if world.watch is not None:
+                world.watch.on_end = folder.fail
+        result = run(config, world, out, folder, log)
     if folder is not None:
         print_result(result, kept=folder.path / "result.json")
 

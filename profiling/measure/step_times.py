@@ -5,9 +5,10 @@ zeros, draw as much power as images. End to end is the same step fed by the load
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kernels.normalize import normalize_views
 from measure.harness import MeasureConfig
@@ -21,26 +22,20 @@ from train.distributed import World
 from train.loop import train_step
 from train.main import build_state
 from train.run.folder import has_fast_bf16
+from train.run.optim import Schedule
 from train.run.program import first_line
-from train.session import Session
-from train.wait_clock import WaitClock
+from train.run.state import TrainState
+from train.window import WaitClock
 
 PEERS = ("official", "eager_bf16", "compiled_plain", "lightly", "solo_learn")
 
 
-def open_training(config: Config, world: World) -> tuple[Callable[[Batch], None], nn.Module]:
-    """(a call that trains on a batch, the model) as in train/main.py, without a run folder."""
-    batch_size = config.data.batch_size
-    order = SampleOrder(1000 * batch_size, batch_size=batch_size, seed=config.seed)
-    state, ddp = build_state(config, world, order.num_samples)
-    # train_step reads neither data nor log
-    session = Session(config, world, None, order, state, ddp, {}, None, None, None)  # type: ignore[arg-type]
-
-    def train(batch: Batch) -> None:
-        train_step(session, batch)
-        state.step += 1
-
-    return train, state.model
+def open_step(config: Config, world: World) -> tuple[TrainState, Callable[[Batch], object]]:
+    """The state and the training step on it, as train/main.py has them; no data, no run folder."""
+    size = config.data.batch_size
+    order = SampleOrder(1000 * size, batch_size=size, seed=config.seed)
+    state = build_state(config, world, order.num_samples)
+    return state, partial(train_step, state, config, Schedule(order, config.epochs))
 
 
 def random_batch(config: Config, world: World) -> Batch:
@@ -95,7 +90,7 @@ def why_not(name: str, config: Config, world: World) -> str | None:
 def measure_step(config: Config, m: MeasureConfig, world: World) -> dict[str, Timing]:
     """Our step and, with m.peers, the others, taking turns. m: filled."""
     batch, data = random_batch(config, world), config.data
-    train, _ = open_training(config, world)
+    _, train = open_step(config, world)
     steps: dict[str, Callable[[], object]] = {"ours": lambda: train(batch)}
     skipped = {}
     first, second = (
@@ -134,7 +129,7 @@ def measure_end_to_end(
 
     steps = max(m.steps, 3)
     loader = OurLoader(reader, config, world)
-    train, _ = open_training(config, world)
+    _, train = open_step(config, world)
     waited = total = 0.0
 
     def repeat() -> float:

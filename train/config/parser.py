@@ -1,7 +1,4 @@
-"""Reads flags and YAML files into a Config; an unknown name is answered with the nearest one.
-
-A newcomer's mistake: adding a flag here. A flag is a field in train/config/schema.py.
-"""
+"""Reads flags and YAML files into a Config; for an unknown name the error suggests the nearest."""
 
 import dataclasses
 import difflib
@@ -32,10 +29,7 @@ def flags(config: type = Config, prefix: str = "") -> list[str]:
 
 
 def with_brackets(words: Sequence[str], lists: Collection[str]) -> list[str]:
-    """10,20 after a flag that takes several values becomes [10,20], which jsonargparse reads.
-
-    lists: those flags, dashes included.
-    """
+    """10,20 after one of the flags `lists` becomes [10,20], which jsonargparse reads as a list."""
     done: list[str] = []
     for word in words:
         flag, equals, value = word.partition("=")
@@ -56,11 +50,11 @@ def build_parser(
 ) -> ArgumentParser:
     """The parser of a program: --config FILE, a flag for each field, --print_config.
 
-    root: --data.root where it is not given; None: it must be.
+    root: default of --data.root; None: it is required.
     """
     set_parsing_settings(
         docstring_parse_attribute_docstrings=True,
-        # the methods' groups have a base in common: each is that dataclass, not any subclass
+        # the methods' groups have a common base: each is that dataclass, not any subclass
         subclasses_disabled=[lambda kind: issubclass(kind, MethodSpec)],
     )
     needed = "--data.root DIR " if root is None else ""
@@ -69,13 +63,13 @@ def build_parser(
         description=description,
         usage=f"{program} {needed}[--config FILE] {usage}",
         exit_on_error=False,
-        allow_abbrev=False,  # --epoch for --epochs would work until --epoch_s is added
+        allow_abbrev=False,  # --epoch for --epochs would break once --epoch_s is added
     )
     parser.add_argument("--config", action="config", help="YAML file with any of the flags below.")
     parser.add_class_arguments(Config, as_group=True)
     if root is not None:
         parser.set_defaults({"data.root": root})
-        for action in parser._actions:  # jsonargparse's --help goes on calling it required
+        for action in parser._actions:  # else --help calls it required
             action.required &= action.dest != "data.root"
     return parser
 
@@ -84,20 +78,14 @@ def parse_config(arguments: Sequence[str] | None = None) -> Config:
     """The Config of a command line. Raises: ValueError with one line for a mistake in it."""
     parser = build_parser()
     try:
-        namespace = parser.parse_args(arguments)
-        return Config(
-            **{
-                key: value
-                for key, value in vars(parser.instantiate(namespace)).items()
-                if key != "config"
-            }
-        )
+        values = vars(parser.instantiate(parser.parse_args(arguments)))
+        return Config(**{key: value for key, value in values.items() if key != "config"})
     except (ArgumentError, ValueError, TypeError, OSError) as error:
         raise ValueError(explain(str(error))) from error
 
 
 def explain(message: str, known: Sequence[str] | None = None) -> str:
-    """The first line of a parser's message, with the nearest name if one is unknown.
+    """A parser's message as one line, with the nearest name for an unknown one.
 
     known: every flag of the program; train/main.py's by default.
     """
@@ -124,16 +112,16 @@ def plain(line: str) -> str:
         line = line.replace(f"Expected a {kind}", f"expected {words}")
     line = re.sub(
         r"Expected a typing\.Literal\[([^]]*)\]",
-        lambda found: "expected " + found[1].replace("', '", " or ").strip("'"),
+        lambda match: "expected " + match[1].replace("', '", " or ").strip("'"),
         line,
     )
     line = line.replace(". Got value:", ", got")
     stray = re.fullmatch(r"[Uu]nrecognized arguments: ([^-]\S*)( .*)?", line)
-    if stray:  # of a glob that the shell has expanded there may be thousands
+    if stray:  # a glob that the shell expanded may give thousands
         more = ", and more," if stray[2] else ""
         line = f"{stray[1]}{more} follows no flag: quote a glob, and a value with spaces"
     missing = re.fullmatch(r"the following arguments are required: ([\w., ]+)", line)
     if missing:
-        names = missing[1].split(", ")  # a flag that is required stands in a group
+        names = missing[1].split(", ")  # a required flag is in a group
         line = "required: " + ", ".join(f"--{n}" if "." in n else n.upper() for n in names)
     return line

@@ -1,8 +1,7 @@
 """The configuration of a run: frozen dataclasses, read from YAML files and flags by jsonargparse.
 
-`--config configs/cifar10.yaml --optim.lr 0.1` reads the file, then the flag. What can be derived is
-a property; nothing is changed after reading. A newcomer's mistake: a learning rate for the batch in
-use. optim.lr is for 256 images and is scaled with the *global* batch.
+`--config configs/cifar10.yaml --optim.lr 0.1` reads the file, then the flag. Derived values are
+properties.
 """
 
 import math
@@ -16,11 +15,7 @@ from train.network.model import ModelConfig
 from train.network.precision import Precision
 from train.network.values import at_least
 
-__all__ = [
-    "Config", "DataConfig", "EvalConfig", "MethodConfig", "ModelConfig", "OptimConfig", "at_least",
-]  # fmt: skip
-
-MAX_EPOCHS = 1_000_000  # more is a slip; the steps of all are listed at the start
+MAX_EPOCHS = 1_000_000  # larger is surely a typo; the steps of all are listed at the start
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -86,7 +81,7 @@ class OptimConfig:
         if self.name == "lars" and self.implementation == "apex":
             raise ValueError("--optim.implementation apex has no LARS: leave it at torch")
         if self.momentum >= 1:
-            raise ValueError(f"optim.momentum must lie in 0 .. 1, got {self.momentum}")
+            raise ValueError(f"optim.momentum must be in 0 .. 1, got {self.momentum}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,13 +135,13 @@ class Config:
     compile: Literal["auto", "true", "false"] = "auto"
     """torch.compile of the model; auto: on a CUDA device."""
     log_every: int = 10
-    """Steps between two lines of metrics; only then does the program wait for the device."""
+    """Steps between two lines of metrics, for which the program waits for the device."""
     checkpoint_every: int = 0
     """Steps between two checkpoints; 0: one an epoch. SIGTERM and Ctrl-C save one too."""
     timeout_s: float = 60.0
-    """Several processes: end when one gives no sign of life for so long (stopped, its host or link
-    down). One that lives but keeps the others waiting has ten times as long. A step that takes
-    longer writes down where it stands (stacks-rank-N.txt)."""
+    """Several processes: exit when one gives no sign of life for this long (stopped, its host or
+    link down). One that lives but keeps the others waiting has ten times as long. A step that takes
+    longer writes its stacks to stacks-rank-N.txt."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
@@ -187,12 +182,10 @@ class Config:
 def flat(config: Config) -> dict[str, str]:
     """Every setting as text, by flag name."""
 
-    def flatten(values: dict, prefix: str) -> dict[str, str]:
-        settings = {}
-        for name, value in values.items():
-            flag = prefix + name
-            inner = flatten(value, f"{flag}.") if isinstance(value, dict) else {flag: str(value)}
-            settings |= inner
-        return settings
+    def flatten(prefix: str, value: object) -> dict[str, str]:
+        if not isinstance(value, dict):
+            return {prefix: str(value)}
+        parts = (flatten(f"{prefix}.{name}".lstrip("."), inner) for name, inner in value.items())
+        return {flag: text for part in parts for flag, text in part.items()}
 
-    return flatten(asdict(config), "")
+    return flatten("", asdict(config))

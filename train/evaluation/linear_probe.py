@@ -33,9 +33,8 @@ from train.evaluation.embed import features_of
 from train.evaluation.encoded import Encoded
 from train.run import checkpoint
 from train.run.data import EvalSet
-from train.run.lars import LARS
 from train.run.metrics import Log
-from train.run.optim import lr_at
+from train.run.optim import LARS, lr_at
 
 CROP_SCALE = (0.08, 1.0)  # torchvision's RandomResizedCrop, as the official code has it
 TRUST, MOMENTUM = 0.001, 0.9

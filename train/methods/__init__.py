@@ -14,9 +14,8 @@ from train.methods.byol import BYOLConfig
 from train.methods.method import Method, MethodSpec, Scale
 from train.methods.moco import MoCoConfig
 from train.methods.simclr import SimCLRConfig
-from train.methods.simsiam import SimSiamConfig
+from train.methods.simsiam import SimSiamConfig, SimSiamSpec
 from train.methods.swav import SwAVConfig
-from train.methods.targets import SimSiamSpec
 from train.methods.vicreg import VICRegConfig
 
 __all__ = ["Method", "MethodConfig", "MethodSpec", "Scale"]
@@ -26,8 +25,8 @@ __all__ = ["Method", "MethodConfig", "MethodSpec", "Scale"]
 class MethodConfig(SimSiamConfig):
     """Which method trains the backbone, and its switches; SimSiam's are here.
 
-    Another method's switches stand in a group of its own name, with the values of its ImageNet
-    recipe; head widths are model.projector_* and model.predictor_hidden for every method.
+    The switches of another method are a group of its name, with the values of its ImageNet recipe;
+    head widths are model.projector_* and model.predictor_hidden for every method.
     """
 
     name: str = "simsiam"
@@ -54,25 +53,25 @@ class MethodConfig(SimSiamConfig):
                 )
 
     def switches(self) -> dict[tuple[str, str], bool]:
-        """Whose each switch is and its flag; whether it is away from its default."""
-        found = {}
+        """(method, flag) of each switch: whether its value is not the default."""
+        changed = {}
         for part in dataclasses.fields(self):
             value = getattr(self, part.name)
             if dataclasses.is_dataclass(value):
                 for inner in dataclasses.fields(value):
                     flag = f"method.{part.name}.{inner.name}"
-                    found[part.name, flag] = getattr(value, inner.name) != inner.default
+                    changed[part.name, flag] = getattr(value, inner.name) != inner.default
             elif part.name != "name":
-                found["simsiam", f"method.{part.name}"] = value != part.default
-        return found
+                changed["simsiam", f"method.{part.name}"] = value != part.default
+        return changed
 
     @property
     def spec(self) -> MethodSpec:
-        """What the program asks of the method that is named."""
+        """The MethodSpec of the named method."""
         return SimSiamSpec(self) if self.name == "simsiam" else getattr(self, self.name)
 
 
 def groups() -> list[str]:
     """Names of the methods whose switches are in a group: all but simsiam."""
-    return [one.name for one in dataclasses.fields(MethodConfig) if one.default_factory
-            is not dataclasses.MISSING]  # fmt: skip
+    fields = dataclasses.fields(MethodConfig)
+    return [field.name for field in fields if field.default_factory is not dataclasses.MISSING]

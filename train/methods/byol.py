@@ -2,10 +2,9 @@
 
     L = |p1/|p1| - z2'/|z2'||^2 + |p2/|p2| - z1'/|z1'||^2 = 4 - 2 cos(p1, z2') - 2 cos(p2, z1')
 
-The second view is drawn otherwise than the first (less blur, solarize); both go through both
-networks. Heads have batch norm in the hidden layer alone.
-A newcomer's mistake: reading the loss as SimSiam's. It is summed over both directions: 0 is the
-least, 4 is what unrelated vectors have.
+The second view is augmented differently from the first (less blur, solarize); both go through both
+networks. Heads have batch norm in the hidden layer alone. The loss is summed over both directions:
+0 is the least, unrelated vectors have 4.
 Source: Grill et al., NeurIPS 2020; deepmind-research byol/byol_experiment.py.
 """
 
@@ -18,8 +17,7 @@ from torch import Tensor, nn
 from kernels.choose import Kernels
 from kernels.cosine import symmetric_neg_cosine
 from pipeline.augment import AugmentConfig
-from train.methods.method import Method, MethodSpec, Scale
-from train.methods.momentum import MomentumEncoder
+from train.methods.method import Method, MethodSpec, MomentumEncoder, Scale
 from train.network.heads import build_projector
 from train.network.model import ModelConfig
 from train.network.norm import count_batches
@@ -55,7 +53,7 @@ class BYOLConfig(MethodSpec):
 
     @property
     def has_learning_predictor(self) -> bool:  # type: ignore[override]
-        """Whether there is one."""
+        """By the predictor's switch."""
         return self.predictor
 
     def views(self, augment: AugmentConfig) -> list[AugmentConfig]:
@@ -82,15 +80,12 @@ class BYOL(Method):
 
     def __init__(self, model: ModelConfig, byol: BYOLConfig):
         super().__init__(model)
-        features, dim = self.backbone.num_features, model.projector_dim
-        self.projector = build_projector(
-            features, hidden=model.projector_hidden or features, outputs=dim,
-            layers=model.projector_layers, norm="hidden", bias=False,
-        )  # fmt: skip
+        self.projector = self.build_projector(model, norm="hidden", bias=False)
         self.predictor: nn.Module = nn.Identity()
         if byol.predictor:
+            dim, hidden = model.projector_dim, model.predictor_hidden
             self.predictor = build_projector(
-                dim, hidden=model.predictor_hidden, outputs=dim, layers=2, norm="hidden", bias=False
+                dim, hidden=hidden, outputs=dim, layers=2, norm="hidden", bias=False
             )
         self.target = MomentumEncoder(self.backbone, self.projector)
         self.momentum = byol.momentum

@@ -4,10 +4,10 @@
 
 q comes from the encoder, k from the momentum encoder, all of length 1. Each view is once the query
 and once the key, and both keys go into the queue: the symmetric loss of SimSiam's comparison
-(table 4, "repro+"); it is the mean of both directions here.
-A newcomer's mistake: looking for ShuffleBN. In the official code batch norm is of each GPU, and
-shuffling keeps a query and its key from sharing their statistics' few images. Here statistics are
-over all ranks, and a shuffled batch has the same.
+(table 4, "repro+"); the loss is the mean of both directions.
+There is no ShuffleBN: in the official code batch norm is of each GPU, and shuffling keeps a query
+and its key from sharing the statistics of few images. Our statistics are over all ranks, and a
+shuffled batch has the same.
 Source: Chen et al., arXiv:2003.04297; facebookresearch/moco moco/builder.py.
 """
 
@@ -17,10 +17,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from train.methods.method import Method, MethodSpec, Scale, collapse_meter
-from train.methods.momentum import MomentumEncoder
-from train.methods.recent import RecentImages, check_queue
-from train.network.heads import build_projector
+from train.methods.method import (
+    Method,
+    MethodSpec,
+    MomentumEncoder,
+    RecentImages,
+    Scale,
+    check_queue,
+    collapse_meter,
+)
 from train.network.model import ModelConfig
 from train.network.norm import count_batches
 from train.network.values import at_least, positive, share
@@ -33,7 +38,7 @@ class MoCoConfig(MethodSpec):
     title = "MoCo v2"
 
     queue: int = 65536
-    """Keys that a query is told apart from; two of each image, over all ranks."""
+    """Keys that a query is contrasted against; two of each image, over all ranks."""
     momentum: float = 0.999
     """The momentum encoder keeps this share of itself in each step."""
     temperature: float = 0.2
@@ -64,13 +69,10 @@ class MoCo(Method):
 
     def __init__(self, model: ModelConfig, moco: MoCoConfig, *, batch_size: int):
         super().__init__(model)
-        features, dim = self.backbone.num_features, model.projector_dim
-        self.projector = build_projector(
-            features, hidden=model.projector_hidden or features, outputs=dim,
-            layers=model.projector_layers, norm="none",
-        )  # fmt: skip
+        self.projector = self.build_projector(model, norm="none")
         self.target = MomentumEncoder(self.backbone, self.projector)
-        self.queue = RecentImages(F.normalize(torch.randn(moco.queue // 2, 2, dim), dim=-1))
+        keys = torch.randn(moco.queue // 2, 2, model.projector_dim)
+        self.queue = RecentImages(F.normalize(keys, dim=-1))
         self.moco, self.batch_size = moco, batch_size
         self.finish_init(model, num_views=2)
 

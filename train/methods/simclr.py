@@ -3,9 +3,8 @@
     L = 2 mean_i -log( exp(cos(z_i, z_j) / T) / sum_{k != i} exp(cos(z_i, z_k) / T) )
 
 i runs over the views of this rank, j is the other view of the same image, k runs over those of all
-ranks: rows gathered from other ranks carry their gradient back. Both views go through the network
-in one slice, batch norm over both, as in the official code.
-A newcomer's mistake: comparing losses of two batch sizes. More negatives mean a higher loss.
+ranks: rows gathered from other ranks have gradients. Both views go through the network in one
+slice, batch norm over both, as in the official code. More negatives mean a higher loss.
 Source: Chen et al., ICML 2020; google-research/simclr tf2/objective.py, which sums both directions.
 """
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from train.methods.method import Method, MethodSpec, Scale, collapse_meter, gather_with_gradient
-from train.network.heads import build_predictor, build_projector
+from train.network.heads import build_predictor
 from train.network.model import ModelConfig
 from train.network.norm import count_batches
 from train.network.values import positive
@@ -42,7 +41,7 @@ class SimCLRConfig(MethodSpec):
 
     @property
     def has_learning_predictor(self) -> bool:  # type: ignore[override]
-        """Whether there is one."""
+        """By the predictor's switch."""
         return self.predictor
 
     def ends_in_norm(self, model: ModelConfig) -> bool:
@@ -59,11 +58,7 @@ class SimCLR(Method):
 
     def __init__(self, model: ModelConfig, simclr: SimCLRConfig):
         super().__init__(model)
-        features = self.backbone.num_features
-        self.projector = build_projector(
-            features, hidden=model.projector_hidden or features, outputs=model.projector_dim,
-            layers=model.projector_layers, affine=True,
-        )  # fmt: skip
+        self.projector = self.build_projector(model, affine=True)
         # the official code's last batch norm has a scale and no shift
         self.projector[-1].get_parameter("norm.bias").requires_grad_(False)
         self.predictor: nn.Module = nn.Identity()
@@ -82,10 +77,8 @@ class SimCLR(Method):
         shape = 2, -1, z.shape[1]
         with torch.autocast(views.device.type, enabled=False):
             keys = z.detach() if self.simclr.stop_gradient else z
-            loss = nt_xent(
-                p.view(shape), keys.view(shape), temperature=self.simclr.temperature,
-                group=self.group,
-            )  # fmt: skip
+            queries, temperature = p.view(shape), self.simclr.temperature
+            loss = nt_xent(queries, keys.view(shape), temperature=temperature, group=self.group)
         return loss, {"z_std": collapse_meter(z.view(shape))}
 
 

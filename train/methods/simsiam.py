@@ -2,8 +2,13 @@
 
 Both views go through the network as one batch of two slices, batch norm taking its statistics per
 slice: what the paper's two passes compute, in half the launches. SimSiamConfig's switches take out
-what the paper takes out (sections 4.1 to 4.6). train/methods/targets.py has its EM reading.
-A newcomer's mistake: calling this once per view.
+what the paper takes out (sections 4.1 to 4.6).
+
+Alternation and MovingAverage are its reading as expectation-maximisation (section 5): the loss is
+E |F(T(x)) - eta_x|^2 over the weights and one representation eta_x of each image, minimised
+alternately: SGD on the weights, and eta_x <- E_T F(T(x)). SimSiam takes one SGD step on an eta_x
+from a single T'; Alternation takes more steps on the same eta; MovingAverage has the expectation
+over T from an average over epochs, in place of the predictor.
 """
 
 from dataclasses import dataclass
@@ -15,10 +20,20 @@ from torch.nn import functional as F
 
 from kernels.choose import Kernels
 from kernels.cosine import symmetric_neg_cosine
-from train.methods.method import Method, collapse_meter
-from train.network.heads import build_predictor, build_projector
+from pipeline.augment import AugmentConfig
+from train.methods.method import (
+    Method,
+    MethodSpec,
+    Scale,
+    check_memory,
+    collapse_meter,
+    finite_or_old,
+    gather_rows,
+    own_rows,
+)
+from train.network.heads import build_predictor
 from train.network.model import ModelConfig
-from train.network.norm import count_batches
+from train.network.norm import count_batches, untracked
 from train.network.values import at_least
 
 
@@ -45,24 +60,20 @@ class SimSiamConfig:
         """Refuse impossible values and switches that exclude each other."""
         at_least("method.target_steps", self.target_steps, 0)
         if not 0 <= self.moving_average < 1:
-            raise ValueError(f"method.moving_average must lie in 0 .. 1, got {self.moving_average}")
-        kept = [
-            f"method.{name}"
-            for name, is_on in (
-                ("target_steps", self.target_steps != 1),
-                ("moving_average", self.moving_average > 0),
-            )
-            if is_on
-        ]
-        if len(kept) > 1:
-            raise ValueError(f"{' and '.join(kept)} exclude each other: use one of them")
-        if kept and not self.stop_gradient:
+            raise ValueError(f"method.moving_average must be in 0 .. 1, got {self.moving_average}")
+        kept = "method.target_steps" if self.target_steps != 1 else "method.moving_average"
+        if self.target_steps != 1 and self.moving_average:
             raise ValueError(
-                f"{kept[0]} keeps targets, which have no gradient: "
-                "leave --method.stop_gradient true"
+                f"{kept} and method.moving_average exclude each other: use one of them"
             )
-        if kept and self.symmetry != "symmetric":
-            raise ValueError(f"{kept[0]} goes with --method.symmetry symmetric only")
+        if self.target_steps == 1 and not self.moving_average:
+            return
+        if not self.stop_gradient:
+            raise ValueError(
+                f"{kept} keeps targets, which have no gradient: leave --method.stop_gradient true"
+            )
+        if self.symmetry != "symmetric":
+            raise ValueError(f"{kept} needs --method.symmetry symmetric")
 
     @property
     def num_views(self) -> int:
@@ -75,14 +86,7 @@ class SimSiam(Method):
 
     def __init__(self, model: ModelConfig, method: SimSiamConfig):
         super().__init__(model)
-        features = self.backbone.num_features
-        self.projector = build_projector(
-            features,
-            hidden=model.projector_hidden or features,
-            outputs=model.projector_dim,
-            layers=model.projector_layers,
-            norm=model.head_norm,
-        )
+        self.projector = self.build_projector(model, norm=model.head_norm)
         self.predictor: nn.Module = nn.Identity()
         if method.predictor != "none":
             self.predictor = build_predictor(
@@ -136,3 +140,136 @@ def neg_cosine(p: Tensor, z: Tensor) -> Tensor:
 def cross_entropy(p: Tensor, z: Tensor) -> Tensor:
     """-softmax(z) . log softmax(p) over channels, the mean over the rest. Source: section 4.5."""
     return -(F.softmax(z.float(), dim=-1) * F.log_softmax(p.float(), dim=-1)).sum(-1).mean()
+
+
+class SimSiamSpec(MethodSpec):
+    """What the program asks of SimSiam with these switches."""
+
+    title = "SimSiam"
+
+    def __init__(self, switches: SimSiamConfig):
+        self.switches = switches
+        self.num_views = switches.num_views
+        self.least_loss = -1.0 if switches.similarity == "cosine" else None
+        self.collapses_by = None if switches.stop_gradient else "method.stop_gradient"
+        self.has_learning_predictor = switches.predictor == "mlp"
+
+    def ends_in_norm(self, model: ModelConfig) -> bool:
+        """By --model.head_norm."""
+        return model.head_norm in ("default", "all")
+
+    def check(self, model: ModelConfig, augment: AugmentConfig, epochs: int) -> None:
+        """Refuse a norm of a predictor that is not there."""
+        if model.head_norm == "all" and self.switches.predictor == "none":
+            raise ValueError(
+                "--model.head_norm all is default without a predictor (--method.predictor none): "
+                "leave it out"
+            )
+
+    def build(self, model: ModelConfig, scale: Scale) -> SimSiam:
+        """As MethodSpec.build: SimSiam, or one of the two that read it as EM."""
+        switches, images = self.switches, scale.images
+        if switches.target_steps > scale.steps_per_epoch:
+            raise ValueError(
+                f"--method.target_steps {switches.target_steps} exceeds the "
+                f"{scale.steps_per_epoch} steps of an epoch: take fewer; 0 takes an epoch's"
+            )
+
+        def announce(what: str, remedy: str, rows: int) -> None:
+            sizes: dict = {"count": rows, "dim": model.projector_dim, "device": scale.device}
+            scale.tell(check_memory(what, remedy, **sizes))
+
+        steps = switches.target_steps or scale.steps_per_epoch
+        if steps != 1:  # the loop makes no targets for a block of one: that is SimSiam
+            announce(
+                f"keeping the targets of {steps} steps (--method.target_steps)",
+                "take fewer steps, or a smaller --model.projector_dim",
+                steps * 2 * scale.batch_size,
+            )
+            return Alternation(model, switches, target_steps=steps, batch_size=scale.batch_size)
+        if switches.moving_average:
+            announce(
+                f"a moving average of each of {images} images (--method.moving_average)",
+                "take a smaller --model.projector_dim, or fewer images",
+                images,
+            )
+            return MovingAverage(model, switches, images=images)
+        return SimSiam(model, switches)
+
+
+class Alternation(SimSiam):
+    """The targets of k batches are computed first, then k SGD steps are taken on them.
+
+    Holds (k, 2, B, D) fp32 targets of the global batch B on every rank, so that a run that was
+    stopped within a block goes on with them. k = 1 is SimSiam, bit for bit (tested).
+    """
+
+    def __init__(
+        self, model: ModelConfig, method: SimSiamConfig, *, target_steps: int, batch_size: int
+    ):
+        super().__init__(model, method)
+        self.target_steps = target_steps
+        self.targets = nn.Buffer(torch.zeros(target_steps, 2, batch_size, model.projector_dim))
+        self.slot = nn.Buffer(torch.zeros(1, dtype=torch.long), persistent=False)
+
+    def before_step(self, step: int) -> None:
+        """Point at the step's targets."""
+        self.slot.fill_(step % self.target_steps)
+
+    @torch.no_grad()
+    def keep_targets(self, views: Tensor, step: int) -> None:
+        """Compute a later step's targets with the weights as they are now.
+
+        Batch norm takes the batch's statistics, as in training, and does not count them as running
+        ones. Shapes: views (2 N, 3, H, W).
+        """
+        with untracked(self):
+            z = self.projector(self.backbone(views))
+        z = z.float().view(2, -1, z.shape[1])
+        self.targets[step % self.target_steps] = gather_rows(z, self.group, dim=1)
+
+    def forward(
+        self, views: Tensor, ids: Tensor | None = None, small: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss against the kept targets, and the meter of the present z."""
+        p, z = self.encode(views)
+        target = own_rows(self.targets.index_select(0, self.slot)[0], self.group, dim=1)
+        with torch.autocast(views.device.type, enabled=False):
+            loss, _ = self.loss(p, target.contiguous())
+        return loss, {"z_std": collapse_meter(z)}
+
+
+class MovingAverage(SimSiam):
+    """eta_x <- m eta_x + (1 - m) F(T'(x)) for each image x, where F has length 1.
+
+    Holds (images, D) fp32 on every rank, in checkpoints too; a row of zeros has not been seen yet
+    and starts with the first F(T'(x)). Each view is compared with the average that the other view
+    updated; the row kept is updated with the mean of the two.
+    """
+
+    def __init__(self, model: ModelConfig, method: SimSiamConfig, *, images: int):
+        super().__init__(model, method)
+        self.memory = nn.Buffer(torch.zeros(images, model.projector_dim))
+
+    def forward(
+        self, views: Tensor, ids: Tensor | None = None, small: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss against the averages, which are brought up to date."""
+        assert ids is not None, "the moving average is kept by sample id"
+        p, z = self.encode(views)
+        with torch.autocast(views.device.type, enabled=False):
+            unit = F.normalize(z.detach().float(), dim=-1)
+            loss, z_std = self.loss(p, self.averaged(ids, unit))
+            kept = finite_or_old(self.averaged(ids, unit.mean(0)), self.memory[ids])
+            with torch.no_grad():
+                self.memory.index_copy_(
+                    0, gather_rows(ids, self.group), gather_rows(kept, self.group)
+                )
+        return loss, {"z_std": collapse_meter(z)}
+
+    def averaged(self, ids: Tensor, unit: Tensor) -> Tensor:
+        """m eta + (1 - m) unit, or `unit` for images not seen yet. Shapes: unit (..., N, D)."""
+        momentum = self.method.moving_average
+        old = self.memory[ids]
+        seen = (old != 0).any(-1, keepdim=True)
+        return torch.where(seen, torch.lerp(unit, old.expand_as(unit), momentum), unit)

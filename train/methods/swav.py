@@ -6,8 +6,8 @@ s = z . c are cosines of a view's z and the prototypes c. The assignment q is ma
 iterations from the s of all ranks, and of recent images where there is a queue: each prototype gets
 the same share of the images, each image shares sum to 1. No gradient goes through q. Small views
 (multi-crop) predict and assign nothing. Batch norm takes all views of one size, and in the head all
-views, as one slice, as in the official code.
-A newcomer's mistake: a loss at log(prototypes). Nothing has been learned there.
+views, as one slice, as in the official code. A loss that stays at log(prototypes) has learned
+nothing.
 Source: Caron et al., NeurIPS 2020; recipes of facebookresearch/swav.
 """
 
@@ -19,9 +19,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.augment import AugmentConfig
-from train.methods.method import Method, MethodSpec, Scale, collapse_meter, own_rows, sum_over_ranks
-from train.methods.recent import RecentImages, check_queue
-from train.network.heads import build_projector
+from train.methods.method import (
+    Method,
+    MethodSpec,
+    RecentImages,
+    Scale,
+    check_queue,
+    collapse_meter,
+    own_rows,
+    sum_over_ranks,
+)
 from train.network.model import ModelConfig
 from train.network.norm import count_batches
 from train.network.values import at_least, positive
@@ -40,9 +47,9 @@ class SwAVConfig(MethodSpec):
     epsilon: float = 0.05
     """Of the assignments: smaller is sharper."""
     sinkhorn_iterations: int = 3
-    """Over prototypes and images in turn."""
+    """Each normalises over prototypes, then over images."""
     frozen_epochs: float = 1.0
-    """Epochs in which the prototypes stand still: 313 steps of 4096 images, or 5005 of 256."""
+    """Epochs in which the prototypes are frozen: 313 steps of 4096 images, or 5005 of 256."""
     queue: int = 0
     """Earlier images whose embeddings are assigned too, over all ranks; the recipe: 3840 for a
     batch of 256, none for 4096."""
@@ -75,12 +82,12 @@ class SwAVConfig(MethodSpec):
 
     @property
     def num_small_views(self) -> int:  # type: ignore[override]
-        """As many as the flag says."""
+        """By the flag."""
         return self.small_views
 
     @property
     def least_images(self) -> int:  # type: ignore[override]
-        """As many as the queue holds."""
+        """The length of the queue."""
         return self.queue
 
     def views(self, augment: AugmentConfig) -> list[AugmentConfig]:
@@ -89,7 +96,7 @@ class SwAVConfig(MethodSpec):
         return [augment] * self.num_views + [small] * self.small_views
 
     def check(self, model: ModelConfig, augment: AugmentConfig, epochs: int) -> None:
-        """Refuse flags that others switch off, and sizes and epochs that do not go together."""
+        """Refuse flags without effect, and sizes and epochs that exclude each other."""
         super().check(model, augment, epochs)
         if self.small_views and self.small_size == augment.size:
             raise ValueError(
@@ -133,11 +140,7 @@ class SwAV(Method):
         self, model: ModelConfig, swav: SwAVConfig, *, batch_size: int, steps_per_epoch: int
     ):
         super().__init__(model)
-        features, dim = self.backbone.num_features, model.projector_dim
-        self.projector = build_projector(
-            features, hidden=model.projector_hidden or features, outputs=dim,
-            layers=model.projector_layers, norm="hidden",
-        )  # fmt: skip
+        self.projector, dim = self.build_projector(model, norm="hidden"), model.projector_dim
         self.prototypes = nn.Linear(dim, swav.prototypes, bias=False)
         self.queue = RecentImages(torch.zeros(swav.queue, 2, dim)) if swav.queue else None
         self.queue_from = swav.queue_from_epoch * steps_per_epoch
@@ -147,7 +150,7 @@ class SwAV(Method):
         self.finish_init(model, num_views=1)
 
     def sync_over(self, group: dist.ProcessGroup | None) -> None:
-        """As Method.sync_over. Raises: ValueError if the ranks cannot share the queue out."""
+        """As Method.sync_over. Raises: ValueError if the ranks cannot divide the queue equally."""
         super().sync_over(group)
         if group is not None and self.swav.queue % dist.get_world_size(group):
             raise ValueError(
@@ -157,7 +160,7 @@ class SwAV(Method):
 
     @torch.no_grad()
     def before_step(self, step: int) -> None:
-        """Bring the prototypes back to length 1, and see whether the queue fills or is full."""
+        """Normalise the prototypes to length 1; decide whether the queue fills or is full."""
         self.prototypes.weight.copy_(F.normalize(self.prototypes.weight, dim=1))
         if self.queue is None:
             return
@@ -166,7 +169,7 @@ class SwAV(Method):
         self.queue.point(max(images, 0))
 
     def frozen(self, step: int) -> list[Tensor]:
-        """The prototypes stand still in the first steps."""
+        """The prototypes are frozen in the first steps."""
         return [self.prototypes.weight] if step < self.frozen_steps else []
 
     def forward(
@@ -192,10 +195,9 @@ class SwAV(Method):
         rows = z
         if self.queue is not None and self.assigns_recent:
             rows = torch.cat([own_rows(self.queue.rows, self.group).transpose(0, 1), z], dim=1)
-        q = sinkhorn(
-            rows @ self.prototypes.weight.T, epsilon=self.swav.epsilon,
-            iterations=self.swav.sinkhorn_iterations, group=self.group,
-        )  # fmt: skip
+        scores, swav = rows @ self.prototypes.weight.T, self.swav
+        iterations = swav.sinkhorn_iterations
+        q = sinkhorn(scores, epsilon=swav.epsilon, iterations=iterations, group=self.group)
         return q[:, -z.shape[1] :]
 
 

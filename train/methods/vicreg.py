@@ -4,8 +4,7 @@
 
 The middle term is the mean of both views', the last one their sum. Standard deviations and
 covariances are those of the images of all ranks. The projector is wider than the features and ends
-in a linear layer.
-A newcomer's mistake: normalising z. The variance is that of z itself, so its length matters.
+in a linear layer. z is not normalised: its length is part of the variance.
 Source: Bardes et al., ICLR 2022, algorithm 1; facebookresearch/vicreg main_vicreg.py.
 """
 
@@ -17,7 +16,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from train.methods.method import Method, MethodSpec, Scale, collapse_meter, gather_with_gradient
-from train.network.heads import build_projector
 from train.network.model import ModelConfig
 from train.network.norm import count_batches
 from train.network.values import at_least
@@ -32,7 +30,7 @@ class VICRegConfig(MethodSpec):
     invariance: float = 25.0
     """Of the mean squared difference of the two views."""
     variance: float = 25.0
-    """Of what each dimension's standard deviation lacks to 1."""
+    """Of max(0, 1 - std), of each dimension's standard deviation."""
     covariance: float = 1.0
     """Of the squared covariances of different dimensions."""
 
@@ -51,11 +49,7 @@ class VICReg(Method):
 
     def __init__(self, model: ModelConfig, vicreg: VICRegConfig):
         super().__init__(model)
-        features = self.backbone.num_features
-        self.projector = build_projector(
-            features, hidden=model.projector_hidden or features, outputs=model.projector_dim,
-            layers=model.projector_layers, norm="hidden", bias=False,
-        )  # fmt: skip
+        self.projector = self.build_projector(model, norm="hidden", bias=False)
         self.vicreg = vicreg
         self.finish_init(model, num_views=2)
 

@@ -1,15 +1,15 @@
-"""Checkpoints, the end of the data's way: write, verify and read back; no model is known here.
+"""Checkpoints: write, verify and read back named tensors and plain values, of any model.
 
     <run>/checkpoints/step-00000120/
         model.safetensors, optimizer.safetensors, ...   one file for each name in `tensors`
         state.json      plain values
         manifest.json   format version, step, size and SHA-256 of each file, `facts`, own SHA-256
 
-What a newcomer gets wrong: a folder that exists is not yet a checkpoint. safetensors and torch.load
-load a flipped bit without a word, so a checkpoint is valid only if every byte hashes to what the
-manifest says. Nothing is ever unpickled: a file is JSON or safetensors, or it is rejected.
+A folder that exists is not yet a valid checkpoint: safetensors and torch.load do not detect a
+flipped bit, so every byte must hash to the manifest's value. Nothing is ever unpickled: a file is
+JSON or safetensors, or it is rejected.
 A kill may leave .tmp-step-N, half written, or .del-step-N, half deleted: both are never read. Or
-.old-step-N, whole, put aside while a new step-N took its place: it is read where that is missing.
+.old-step-N, complete, renamed while a new step-N replaced it: it is read where that is missing.
 """
 
 import contextlib
@@ -31,7 +31,9 @@ from safetensors import SafetensorError
 
 FORMAT_VERSION = 1
 MANIFEST, STATE = "manifest.json", "state.json"
-MAX_JSON_BYTES = 16 * 2**20  # more is damage or malice: SGD over 170 parameters takes 40 kB
+MAX_JSON_BYTES = 16 * 2**20  # SGD over 170 parameters takes 40 kB
+DAMAGE = (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, RecursionError, KeyError)
+DAMAGE += (TypeError, AttributeError)  # what parsing a damaged file raises
 
 Tensors = dict[str, torch.Tensor]
 Plain = dict[str, Any]  # values that JSON gives back as they were
@@ -39,7 +41,7 @@ Names = dict[Any, str]  # parameter -> its name
 
 
 class CheckpointError(OSError):
-    """No checkpoint could be written, or none of those there can be used; the text says why."""
+    """A checkpoint could not be written, or none of the existing ones can be used."""
 
 
 @dataclass(frozen=True)
@@ -55,16 +57,21 @@ class Checkpoint:
 
 @torch.no_grad()
 def save(
-    folder: Path, step: int, tensors: dict[str, Tensors], state: Plain, *,
-    facts: Plain, keep: int = 2,
-) -> Path:  # fmt: skip
-    """Write the checkpoint of `step`, make it live by a rename, prune old ones; return its path.
+    folder: Path,
+    step: int,
+    tensors: dict[str, Tensors],
+    state: Plain,
+    *,
+    facts: Plain,
+    keep: int = 2,
+) -> Path:
+    """Write the checkpoint of `step`, rename it when complete, delete old ones; return its path.
 
     Tensors of any device and layout are stored as contiguous copies: values, dtypes and shapes
-    stay, channels-last strides and shared storage do not; load by `copy_` into the live tensors.
-    The newest `keep` valid checkpoints stay, and never fewer than 2: one may be damaged later.
+    are kept, channels-last strides and shared storage are not; load by `copy_`.
+    The newest `keep` valid checkpoints stay, at least 2: one may be damaged later.
     One writer at a time. Disk: keep + 1 checkpoints. Host memory: up to twice the checkpoint.
-    Raises   CheckpointError when the disk is full or refuses; those before it are as they were.
+    Raises   CheckpointError when the disk is full or refuses; earlier checkpoints are unchanged.
              ValueError when JSON would change a value of `state` or `facts`.
     """
     live, unfinished = folder / f"step-{step:08d}", folder / f".tmp-step-{step:08d}"
@@ -101,10 +108,10 @@ def save(
 
 
 def load_newest(folder: Path, *, log: Callable[[str], None]) -> Checkpoint | None:
-    """Return the valid checkpoint of the highest step; None only where there is none of any kind.
+    """Return the valid checkpoint of the highest step; None only where there are none at all.
 
-    `log` gets one line for each rejected checkpoint. The step counts, never the time of the file.
-    Raises   CheckpointError when some exist and none is valid: a run never starts over in silence.
+    `log` is called with a line for each rejected checkpoint.
+    Raises   CheckpointError when some exist and none is valid: a run never silently starts over.
     """
     candidates = _newest_first(folder) if folder.exists() else []
     reasons: list[str] = []
@@ -119,15 +126,15 @@ def load_newest(folder: Path, *, log: Callable[[str], None]) -> Checkpoint | Non
         return None
     raise CheckpointError(
         f"No checkpoint in {folder} can be used ({'; '.join(reasons)}): restore one from a copy; "
-        "to train anew, choose another --out, or delete that folder"
+        "to start over, choose another --out, or delete that folder"
     )
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer, names: Names) -> tuple[Tensors, Plain]:
     """Return an optimizer's state as named tensors (not copied) and values that JSON keeps exactly.
 
-    Keyed by parameter name. A value may be a tensor (an lr, too), a number, text, None or a tuple
-    of these but tensors; `save` refuses the lists of tensors of LBFGS.
+    Keyed by parameter name. A value may be a tensor, a number, text, None or a tuple of the last
+    three; `save` refuses the lists of tensors of LBFGS.
     """
     tensors: Tensors = {}
 
@@ -152,16 +159,17 @@ def flatten_optimizer(optimizer: torch.optim.Optimizer, names: Names) -> tuple[T
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, names: Names, tensors: Tensors, scalars: Plain
 ) -> None:
-    """Put back what `flatten_optimizer` returned: the next step is bitwise what it would have been.
+    """Load what `flatten_optimizer` returned; the next step is the same bit for bit.
 
-    Not through load_state_dict: that leaves the momentum of a channels-last weight contiguous,
-    which the fused optimizers misread in silence, and casts state to the parameter's dtype.
+    Not by load_state_dict: that leaves the momentum of a channels-last weight contiguous, which
+    the fused optimizers silently misread, and casts state to the parameter's dtype.
     Raises   ValueError when class, groups or names differ: resume with the run's own options.
     """
     groups, saved_groups = optimizer.param_groups, scalars["groups"]
-    here = [f"{names[p]} in group {i}" for i, g in enumerate(groups) for p in g["params"]]
-    there = [f"{name} in group {i}" for i, g in enumerate(saved_groups) for name in g["params"]]
-    for ours, theirs in zip_longest([type(optimizer).__name__, *here], [scalars["class"], *there]):
+    current, stored = [type(optimizer).__name__], [scalars["class"]]
+    current += [f"{names[p]} in group {i}" for i, g in enumerate(groups) for p in g["params"]]
+    stored += [f"{name} in group {i}" for i, g in enumerate(saved_groups) for name in g["params"]]
+    for ours, theirs in zip_longest(current, stored):
         if ours != theirs:
             raise ValueError(
                 f"The checkpoint's optimizer has {theirs} where this run has {ours}. Resume with "
@@ -192,7 +200,7 @@ def rng_state() -> Tensors:
 
 
 def restore_rng(states: Tensors) -> None:
-    """Put back `rng_state`; the GPU's only where then and now use one: its draws are its own."""
+    """Load `rng_state`; the GPU's only where both runs use one."""
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(states["cuda"])
@@ -238,7 +246,7 @@ def _clear_leftovers(folder: Path) -> None:
 
 
 def _discard(path: Path) -> None:
-    """Delete a folder under a name that is never read, so that a kill leaves no half checkpoint."""
+    """Rename to a name that is never read, then delete: a kill leaves no half checkpoint."""
     doomed = path.with_name(".del-" + path.name[path.name.index("step-") :])
     try:
         os.rename(path, doomed)
@@ -260,23 +268,23 @@ def _prune(folder: Path, keep: int, written: Path) -> None:
 
 def _newest_first(folder: Path) -> list[tuple[int, Path]]:
     names = (re.fullmatch(r"(\.old-)?step-([0-9]{8,})", path.name) for path in folder.iterdir())
-    found = sorted(((int(name[2]), not name[1], name[0]) for name in names if name), reverse=True)
-    return [(step, folder / name) for step, _, name in found]
+    steps = sorted(((int(name[2]), not name[1], name[0]) for name in names if name), reverse=True)
+    return [(step, folder / name) for step, _, name in steps]
 
 
 def _read(path: Path, size: int | None = None) -> bytes:
-    if not path.is_file():  # to open a FIFO would be to wait for ever
+    if not path.is_file():  # opening a FIFO would block
         raise ValueError("is missing")
-    found = path.stat().st_size
-    if size not in (None, found):
-        raise ValueError(f"has {found} bytes, not {size} (cut off or edited)")
-    if path.suffix == ".json" and found > MAX_JSON_BYTES:
-        raise ValueError(f"has {found} bytes, more than {MAX_JSON_BYTES}")
+    num_bytes = path.stat().st_size
+    if size not in (None, num_bytes):
+        raise ValueError(f"has {num_bytes} bytes, not {size} (cut off or edited)")
+    if path.suffix == ".json" and num_bytes > MAX_JSON_BYTES:
+        raise ValueError(f"has {num_bytes} bytes, more than {MAX_JSON_BYTES}")
     return path.read_bytes()
 
 
 def _open(path: Path, step: int) -> Checkpoint:
-    """Read a checkpoint whole; ValueError names the file that is not as it was written, and why."""
+    """Read and verify a checkpoint; ValueError names the file that differs, and why."""
     file, contents = MANIFEST, {}
     try:
         manifest = json.loads(_read(path / file))
@@ -292,8 +300,7 @@ def _open(path: Path, step: int) -> Checkpoint:
             contents[file.removesuffix(".safetensors")] = parse(data)
         state = contents.pop(STATE)
         return Checkpoint(path, step, contents, state, manifest["about"])
-    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, RecursionError,
-            KeyError, TypeError, AttributeError) as error:  # fmt: skip
+    except DAMAGE as error:
         raise ValueError(f"{file} cannot be parsed ({error!r})") from error
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} {error}") from error

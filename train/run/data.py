@@ -1,7 +1,7 @@
 """The images of a run: what to train on, and the labelled bank and queries of the kNN check.
 
-A newcomer's mistake: listing on every rank. Rank 0 lists, the others receive the list: on network
-storage a million stat calls a rank are what hurts.
+Rank 0 lists the files, the others receive the list: on network storage a million stat calls on
+each rank would take minutes.
 """
 
 import os
@@ -24,10 +24,7 @@ DIGITS = "digits"
 
 @dataclass(frozen=True)
 class EvalSet:
-    """Images with labels, all of them or some.
-
-    ids (N,) numbers of images; labels (N,) int64, of the same classes in bank and queries.
-    """
+    """Images with labels: ids (N,), their numbers; labels (N,) int64."""
 
     reader: ImageReader
     ids: np.ndarray
@@ -49,14 +46,14 @@ class RunData:
     queries: EvalSet | None
     class_names: list[str]
     note: str
-    """Where the labels come from, or why there is no kNN check."""
+    """The source of the labels, or why there is no kNN check."""
 
 
 def open_data(config: DataConfig, *, out: Path, seed: int, world: World) -> RunData:
     """List folders or open shards on rank 0 and share the lists.
 
     Raises: ValueError for a folder without images, a shard that cannot be used, held-out images of
-    other classes than the training ones, or other images on one host than on another.
+    classes without training images, or hosts with different images.
     """
     lists: tuple | Exception | None = None
     if world.is_main:
@@ -78,45 +75,45 @@ def open_data(config: DataConfig, *, out: Path, seed: int, world: World) -> RunD
                 "with: give --data.root class folders, or leave --data.val out"
             )
         return RunData(reader, None, None, [], f"no class labels in {train.root}: no kNN check")
-    labels, ids = train.labels, np.arange(len(train))
+    labels, names = train.labels, train.class_names
     if val is None:
-        bank, queries = split_bank(labels, seed=seed)
-        note = f"kNN: {len(bank)} training images vote on {len(queries)} others of them"
-        held = EvalSet(reader, queries, labels[queries])
-        return RunData(reader, EvalSet(reader, bank, labels[bank]), held, train.class_names, note)
-    if unknown := sorted(set(val.class_names) - set(train.class_names)):
+        ids, held_ids = split_bank(labels, seed=seed)
+        note = f"kNN: {len(ids)} training images vote on {len(held_ids)} others of them"
+        held_out = EvalSet(reader, held_ids, labels[held_ids])
+        return RunData(reader, EvalSet(reader, ids, labels[ids]), held_out, names, note)
+    if unknown := sorted(set(val.class_names) - set(names)):
         raise ValueError(
             f"{val.root} has classes that {train.root} lacks, such as {unknown[0]}: "
             "give --data.val images of the same classes"
         )
     assert val.labels is not None
-    index = np.array([train.class_names.index(name) for name in val.class_names])
-    held = EvalSet(ImageReader(val, config.max_pixels), np.arange(len(val)), index[val.labels])
+    index = np.array([names.index(name) for name in val.class_names])
+    held_out = EvalSet(ImageReader(val, config.max_pixels), np.arange(len(val)), index[val.labels])
     note = f"kNN: {len(train)} training images vote on {len(val)} of {val.root}"
-    return RunData(reader, EvalSet(reader, ids, labels), held, train.class_names, note)
+    return RunData(reader, EvalSet(reader, np.arange(len(train)), labels), held_out, names, note)
 
 
 def check_same_images(sources: tuple[ImageSource | None, ...], world: World) -> None:
     """Raise ValueError on all ranks if a host has other images than rank 0, whose list is used.
 
-    Each host's first process looks. Storage that hosts share is not listed once more: there the
-    folder, or the first shard, is the very same one.
+    The first process of each host compares. Storage that hosts share, recognised by the inode of
+    the folder or first shard, is not listed again.
     """
     if world.size == 1:
         return
     lists = [source for source in sources if source is not None]
-    there = from_main(world, [identity(source) for source in lists])
-    found = []
+    identities = from_main(world, [identity(source) for source in lists])
+    differences = []
     if world.local_rank == 0 and not world.is_main:
-        pairs = zip(lists, there, strict=True)
-        found = [difference(source) for source, its in pairs if identity(source) != its]
-    for text in sum(gather(world, found), []):
+        pairs = zip(lists, identities, strict=True)
+        differences = [difference(source) for source, same in pairs if identity(source) != same]
+    for text in sum(gather(world, differences), []):
         if text is not None:
             raise ValueError(text)
 
 
 def identity(source: ImageSource) -> tuple[int, int] | None:
-    """Inode and time of change, equal on hosts that share the storage; None if nothing is there."""
+    """Inode and time of change, equal on hosts that share the storage; None if it is missing."""
     try:
         status = os.stat(source.shards[0] if isinstance(source, ShardSet) else source.root)
     except OSError:
@@ -128,39 +125,39 @@ def difference(source: ImageSource) -> str | None:
     """How the images of this host differ from rank 0's list; None where they do not."""
     host = socket.gethostname()
     try:
-        here = open_source(source.root)
+        local = open_source(source.root)
     except ValueError as error:
         return f"host {host}: {error}"
-    is_same = here.fingerprint == source.fingerprint
-    if is_same and are_places_same(here, source):
+    is_same = local.fingerprint == source.fingerprint
+    if is_same and are_places_same(local, source):
         return None
     what = "the same, in other shards" if is_same else "same names, other sizes"
-    names, expected = (set(map(s.name, range(len(s)))) for s in (here, source))
+    names, expected = (set(map(s.name, range(len(s)))) for s in (local, source))
     if not is_same and (odd := names ^ expected):
         what = f"{min(odd)} is {'only' if min(odd) in names else 'missing'} there"
     return (
-        f"host {host} has other images under {source.root} than rank 0's host ({len(here)} against "
-        f"{len(source)}; {what}): copy them again, or use storage that all hosts share"
+        f"host {host} has other images under {source.root} than rank 0's host ({len(local)} "
+        f"against {len(source)}; {what}): copy them again, or use storage that all hosts share"
     )
 
 
-def are_places_same(here: ImageSource, source: ImageSource) -> bool:
-    """Whether rank 0's list finds this host's images: a fingerprint says nothing of shards."""
-    if isinstance(here, ShardSet) and isinstance(source, ShardSet):
-        return here.shards == source.shards and all(
-            np.array_equal(getattr(here, name), getattr(source, name))
+def are_places_same(local: ImageSource, source: ImageSource) -> bool:
+    """Whether both have the images at the same places in shards, which no fingerprint contains."""
+    if isinstance(local, ShardSet) and isinstance(source, ShardSet):
+        return local.shards == source.shards and all(
+            np.array_equal(getattr(local, name), getattr(source, name))
             for name in ("starts", "offsets", "spans")
         )
-    return isinstance(here, ShardSet) == isinstance(source, ShardSet)
+    return isinstance(local, ShardSet) == isinstance(source, ShardSet)
 
 
 def check_apart(out: Path, *folders: str | None) -> None:
-    """Raise ValueError if what is written to `out` would lie among the images of a folder."""
+    """Raise ValueError if `out` is inside a folder of images."""
     for folder in folders:
         if folder is not None and out.resolve().is_relative_to(Path(folder).resolve()):
             raise ValueError(
-                f"--out {out} lies in the images' folder {folder}: its pictures would be taken for "
-                "images. Give another place"
+                f"--out {out} is in the images' folder {folder}: its pictures would be read as "
+                "images. Choose another folder"
             )
 
 
@@ -181,7 +178,7 @@ def _list(config: DataConfig, out: Path) -> tuple[ImageSource, ImageSource | Non
 def split_bank(labels: np.ndarray, *, seed: int, share: float = 0.1, most: int = 5000):
     """(bank ids, query ids) of one labelled folder: a tenth, at most 5000, are the queries.
 
-    For a data set without a validation folder. The images were trained on without their labels.
+    For a data set without a validation folder: all are trained on, without labels.
     """
     order = keyed_rng(seed, Purpose.KNN_SPLIT).permutation(len(labels))
     num_queries = min(most, max(1, int(share * len(labels))))

@@ -1,10 +1,10 @@
-"""The run folder: who owns it, what ran in it, how far it got. Written by rank 0 alone.
+"""The run folder: its owner, settings and status. Written by rank 0 alone.
 
     config.yaml env.json command.txt log.txt metrics.jsonl tb/ checkpoints/ bad_files.jsonl
     status.json curves.png result.json
 
-A newcomer's mistake: reading status.json as progress. It is for scripts that decide whether to
-start the command again: "running", "preempted", "failed" or "finished".
+status.json is for scripts that decide whether to start the command again: its state is "running",
+"preempted", "failed" or "finished".
 """
 
 import contextlib
@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,14 +29,14 @@ from filelock import FileLock, Timeout
 
 from train.distributed.agreement import PACKAGES as COMPUTING
 from train.run import checkpoint
-from train.run.metrics import append
+from train.run.metrics import Log, Metrics, append
 
 PACKAGES = (*COMPUTING, "apex", "tensorboard", "safetensors", "opencv-python-headless")
 PACKAGES += ("torchvision", "lightly", "solo-learn")
 
 CONFIG = "config.yaml"
 SLOW_PRECISION = (
-    "this CPU has no bf16 instructions: software computes them, 17 times slower than "
+    "this CPU has no bf16 instructions: software emulates them, 17 times slower than "
     "--precision fp32 where that was measured (profiling/LOG.md)"
 )
 
@@ -44,7 +45,7 @@ class RunFolder:
     """Owns the folder's lock from open to close."""
 
     def __init__(self, path: str):
-        """Make the folder and take it. Raises: ValueError if it cannot be written or is in use."""
+        """Create and lock the folder. Raises: ValueError if it cannot be written or is in use."""
         self.path = Path(path)
         self._is_new = not self.path.exists()
         self._has_begun = False
@@ -63,13 +64,13 @@ class RunFolder:
         except OSError as error:
             raise ValueError(
                 f"--out {path} cannot be written by user {os.getuid()}: {error.strerror}. "
-                "Choose a folder of your own with --out"
+                "Choose a writable folder with --out"
             ) from error
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         self.write("owner.json", {"pid": os.getpid(), "host": socket.gethostname(), "since": since})
 
     def write(self, name: str, value: Any) -> None:
-        """Write a JSON file so that a reader sees the old or the new one, never half of it."""
+        """Write a JSON file atomically."""
         temporary = self.path / f".{name}.tmp"
         temporary.write_text(json.dumps(value, indent=1) + "\n")
         temporary.replace(self.path / name)
@@ -87,12 +88,12 @@ class RunFolder:
         self.write("env.json", environment)
 
     def command(self) -> str:
-        """What starts this run again, its folder named; with the same number of processes."""
+        """The command that continues this run, with the same number of processes."""
         words = [sys.executable, *sys.argv]
         size, local = (int(os.environ.get(n, "1")) for n in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
         if size > 1:
             start = ["torchrun"]
-            if size > local:  # on each of the hosts; HOST:PORT is not told to the ranks
+            if size > local:  # on each of the hosts; the ranks are not given HOST:PORT
                 start = [sys.executable, "train/launch.py", "--rdzv-endpoint", "HOST:PORT"]
             numbers = ["--nnodes", str(size // local), "--nproc-per-node", str(local)]
             words = [*start, *numbers, *sys.argv]
@@ -111,15 +112,15 @@ class RunFolder:
         append(self.path / "bad_files.jsonl", lines)
 
     def fail(self, trace: str) -> None:
-        """Keep where it went wrong in log.txt, and say so in status.json, if the disk lets us."""
+        """Append the traceback to log.txt and set the status to failed, if the disk is not full."""
         step = self._read("status.json").get("step", 0)
-        with contextlib.suppress(OSError):  # the error that brought us here is what is to be told
+        with contextlib.suppress(OSError):  # the first error is the one to report
             self.status("failed", step)
             with (self.path / "log.txt").open("a") as file:
                 file.write(trace)
 
     def give_up(self, trace: str) -> None:
-        """After bad input. Where nothing ran a folder made now goes and an ended run stays."""
+        """After bad input: remove a folder in which nothing ran; an ended run keeps its status."""
         state = self._read("status.json").get("state")
         if self._is_new and state is None:
             shutil.rmtree(self.path)
@@ -127,7 +128,7 @@ class RunFolder:
             self.fail(trace)
 
     def stop(self) -> None:
-        """After a signal outside of training: what was saved before can be continued."""
+        """After a signal outside of training: earlier checkpoints can be continued."""
         status = self._read("status.json")
         if status.get("state") == "running":
             self.status("preempted", status["step"])
@@ -135,21 +136,47 @@ class RunFolder:
             shutil.rmtree(self.path)
 
     def close(self) -> None:
-        """Let another process have the folder."""
+        """Release the lock; contextlib.closing does this alone."""
         self._lock.release()
+
+    def __enter__(self) -> "RunFolder":
+        """For a training: status.json states at the end how it ended."""
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        """Record the error, if any, and close."""
+        text = "".join(traceback.format_exception(error)) if error is not None else ""
+        if isinstance(error, (ValueError, OSError, FloatingPointError)):
+            self.give_up(text)
+        elif isinstance(error, KeyboardInterrupt):
+            self.stop()
+        elif error is not None:
+            self.fail(text)
+        self.close()
+
+
+class RunWriter:
+    """Log, metrics and files of a training; on ranks other than 0 nothing is written.
+
+    folder: None on those. facts: what a checkpoint must agree with to be resumed.
+    """
+
+    def __init__(self, folder: RunFolder | None, log: Log, facts: dict, *, step: int):
+        self.folder, self.log, self.facts = folder, log, facts
+        self.metrics = Metrics(None if folder is None else folder.path, step=step, log=log)
 
 
 def newest_checkpoint(run: Path, *, log: Callable[[str], None]) -> checkpoint.Checkpoint:
-    """The newest valid checkpoint of a run folder; `log` hears of rejected ones.
+    """The newest valid checkpoint of a run folder; `log` is called for rejected ones.
 
     Raises: ValueError if `run` is no run folder or has none yet; CheckpointError if none is valid.
     """
     if not (run / CONFIG).is_file():
         raise ValueError(f"{run} is not a run folder (no {CONFIG}): give the --out of a training")
-    found = checkpoint.load_newest(run / "checkpoints", log=log)
-    if found is None:
+    newest = checkpoint.load_newest(run / "checkpoints", log=log)
+    if newest is None:
         raise ValueError(f"{run} holds no checkpoint yet: let the training save one")
-    return found
+    return newest
 
 
 def revision() -> str | None:
@@ -165,8 +192,8 @@ def revision() -> str | None:
 def environment(world_size: int, device: torch.device) -> dict:
     """Versions, machine and revision.
 
-    Of environment variables, which may hold secrets, only what limits the CPU's instructions: with
-    others results are summed in another order, and training turns such a difference into points.
+    Of environment variables, which may hold secrets, only what limits the CPU's instructions: other
+    instructions sum in another order, which changes the accuracy after training by points.
     """
     versions = {}
     for package in PACKAGES:
@@ -190,7 +217,7 @@ def environment(world_size: int, device: torch.device) -> dict:
 
 
 def has_fast_bf16() -> bool:
-    """Whether this CPU multiplies bf16 in hardware: AVX-512 BF16, AMX; not known but for x86-64."""
+    """Whether this CPU multiplies bf16 in hardware (AVX-512 BF16, AMX); assumed but on x86-64."""
     flags = Path("/proc/cpuinfo").read_text()
     return platform.machine() != "x86_64" or "avx512_bf16" in flags or "amx_bf16" in flags
 

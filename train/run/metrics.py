@@ -1,8 +1,6 @@
-"""What a run shows: metrics.jsonl, TensorBoard, log lines, a progress bar.
+"""metrics.jsonl, TensorBoard, log lines and a progress bar, written by rank 0.
 
-All of it is written by rank 0. Progress and log go to stderr; stdout is left for the result.
-A newcomer's mistake: logging every step. A logged number has to be read from the device, which
-makes the program wait: the loop logs every log_every steps.
+Progress and log go to stderr; stdout is for the result.
 """
 
 import contextlib
@@ -19,7 +17,7 @@ from torch import Tensor
 
 
 def append(path: Path, lines: str) -> None:
-    """Add lines to a file; where the disk is full they go to stderr: training is worth more."""
+    """Add lines to a file; where the disk is full they go to stderr, and training continues."""
     try:
         with path.open("a") as file:
             file.write(lines)
@@ -31,7 +29,7 @@ class Log:
     """Lines to stderr and log.txt, above a progress bar where stderr is a terminal."""
 
     def __init__(self, path: Path | None):
-        """path None: neither file nor terminal (every rank but 0)."""
+        """path None: nothing is written (every rank but 0)."""
         self.path = path
         self.console = Console(file=sys.stderr)
         self.bar: Progress | None = None
@@ -45,7 +43,7 @@ class Log:
         if self.bar is not None:
             self.bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
         else:
-            with contextlib.suppress(OSError):  # a terminal that is gone; log.txt has the line
+            with contextlib.suppress(OSError):  # the terminal was closed; log.txt has the line
                 print(line, file=sys.stderr, flush=True)
 
     def warn(self, line: str) -> None:
@@ -53,7 +51,7 @@ class Log:
         self(f"warning: {line}")
 
     def start_bar(self, total: int, step: int) -> None:
-        """Show progress with an ETA on a terminal; plain lines elsewhere need none of it."""
+        """Show progress with an ETA where stderr is a terminal."""
         if self.path is None or not self.console.is_terminal:
             return
         self.bar = Progress(
@@ -74,7 +72,7 @@ class Log:
             self.bar.update(self._task, completed=step, description=text)
 
     def stop_bar(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
@@ -83,8 +81,12 @@ class Log:
 class Metrics:
     """metrics.jsonl and TensorBoard from `step` on; what a resumed run will repeat is cut off."""
 
-    def __init__(self, folder: Path, *, step: int, log: Log):
-        self.path, self.log = folder / "metrics.jsonl", log
+    def __init__(self, folder: Path | None, *, step: int, log: Log):
+        """folder None: nothing is written (every rank but 0)."""
+        self.path, self.log = folder and folder / "metrics.jsonl", log
+        self.writer = None
+        if folder is None or self.path is None:
+            return
         if self.path.exists():
             kept = [row for row in read_metrics(self.path) if row["step"] <= step]
             whole = self.path.with_suffix(".tmp")
@@ -92,13 +94,13 @@ class Metrics:
             whole.replace(self.path)
         from torch.utils.tensorboard import SummaryWriter  # imports slowly; only rank 0 needs it
 
-        self.writer: SummaryWriter | None = SummaryWriter(
-            str(folder / "tb"), purge_step=step + 1 if step else None
-        )
+        purge_step = step + 1 if step else None
+        self.writer = SummaryWriter(str(folder / "tb"), purge_step=purge_step)
 
     def scalars(self, step: int, values: dict[str, float], **other: float) -> None:
         """Append one row and the TensorBoard scalars of `values`; `other` is in the row only."""
-        append(self.path, json.dumps({"step": step, **other, **values}) + "\n")
+        if self.path is not None:
+            append(self.path, json.dumps({"step": step, **other, **values}) + "\n")
         self._board(lambda board: [board.add_scalar(tag, v, step) for tag, v in values.items()])
 
     def view_pairs(self, step: int, views: Tensor) -> None:
@@ -109,18 +111,15 @@ class Metrics:
     def embedding(self, step: int, features: Tensor, names: list[str], images: Tensor) -> None:
         """Features for the projector, with thumbnails. (N, D), names, (N, S, S, 3) uint8."""
         pictures = images.cpu().permute(0, 3, 1, 2).float() / 255
-        self._board(
-            lambda board: board.add_embedding(
-                features.cpu(), names, pictures, global_step=step, tag="features"
-            )
-        )
+        options = {"global_step": step, "tag": "features"}
+        self._board(lambda b: b.add_embedding(features.cpu(), names, pictures, **options))
 
     def text(self, tag: str, value: str) -> None:
-        """A text, indented so that it shows as it is."""
+        """A text, indented so that it is shown verbatim."""
         self._board(lambda board: board.add_text(tag, "    " + value.replace("\n", "\n    ")))
 
     def hyper_parameters(self, settings: dict[str, str], result: dict) -> None:
-        """The run's settings beside what came of them, for TensorBoard's HParams tab."""
+        """The run's settings and results, for TensorBoard's HParams tab."""
         figures = {
             f"result/{name}": float(result[name])
             for name in ("knn_top1", "loss", "z_std", "images_per_s")
@@ -133,13 +132,15 @@ class Metrics:
             return
         try:
             with warnings.catch_warnings():
-                # numpy and protobuf deprecations inside tensorboard are not the user's business
+                # deprecations inside tensorboard
                 warnings.simplefilter("ignore", DeprecationWarning)
                 write(self.writer)
                 self.writer.flush()
         except (OSError, RuntimeError) as error:
             self.writer = None
-            self.log.warn(f"TensorBoard stopped: {error}. Training goes on; metrics.jsonl is kept")
+            self.log.warn(
+                f"TensorBoard stopped: {error}. Training continues; metrics.jsonl is kept"
+            )
 
     def close(self) -> None:
         """Finish the event file."""
@@ -149,11 +150,7 @@ class Metrics:
 def read_metrics(path: Path) -> list[dict]:
     """The rows of a metrics.jsonl, if there is one; a last line cut off by a kill is left out."""
     rows = []
-    if not path.exists():  # stopped before anything was measured
-        return rows
-    for line in path.read_text().splitlines():
-        try:
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
-        except ValueError:
-            continue
     return rows

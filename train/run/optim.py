@@ -1,28 +1,92 @@
 """The optimizer, its schedule, and the guard that keeps a bad gradient from the weights.
 
-SGD on all parameters, or LARS; the predictor has a parameter group of its own, whose learning rate
-need not decay. A newcomer's mistake: leaving batch norm and biases out of SGD's weight decay. The
-paper does not; LARS does.
+SGD on all parameters, or LARS. As in the paper SGD's weight decay includes batch norm and biases.
+The predictor is a separate parameter group, whose learning rate need not decay.
 """
 
 import importlib.metadata
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from pipeline.order import SampleOrder
 from train.config import OptimConfig
-from train.run.lars import LARS
 
 BAD_STEPS_IN_A_ROW = 3
 MIN_SCALE = 2.0**-4
 NO_APEX = "apex is not installed"
 GROUPS = ("encoder", "predictor", "prototypes")
-"""Parameter groups: the submodules of these names, and all else in "encoder". Prototypes that stand
-still at first need their own: in a group, fused SGD wants momentum of all parameters or of none."""
+"""Parameter groups: the submodules of these names, and all else in "encoder". Prototypes, frozen
+at first, need theirs: in a group, fused SGD wants momentum of all parameters or of none."""
+
+
+class LARS(torch.optim.SGD):
+    """A gradient g becomes trust |w| / (|g| + wd |w|) (g + wd w), then momentum as in SGD.
+
+    g + wd w itself where |w| or the denominator is 0; plain SGD without weight decay for tensors of
+    one dimension. So it was in apex's LARC, SwAV's; SimCLR's and BYOL's divide by |g + wd w|, which
+    differs by at most the share wd |w| / |g|. SimCLR's momentum also has the learning rate inside,
+    and SwAV's code adapts batch norm and biases too. The scaled gradients go through torch's fused
+    SGD, which reads on the device whether to skip a step (GuardedStep): no wait for the host, and
+    the momentum is updated in the same kernel. Source: You, Gitman & Ginsburg, arXiv:1708.03888.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        lr: float,
+        momentum: float,
+        weight_decay: float = 0.0,
+        trust: float = 0.001,
+    ):
+        super().__init__(params, lr=lr, momentum=momentum, fused=True)
+        self.trust, self.decay = trust, weight_decay
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Any:  # type: ignore[override]
+        """One update; the gradients are changed. `closure` is torch's contract and not taken."""
+        assert closure is None
+        params = (p for group in self.param_groups for p in group["params"])
+        weights = [p for p in params if p.grad is not None and p.dim() > 1]
+        if weights:
+            gradients = [p.grad for p in weights]
+            w = torch.stack(torch._foreach_norm(weights))
+            scale = torch.stack(torch._foreach_norm(gradients)) + self.decay * w
+            ratio = torch.where((w > 0) & (scale > 0), self.trust * w / scale, 1.0)
+            torch._foreach_add_(gradients, weights, alpha=self.decay)
+            torch._foreach_mul_(gradients, ratio.unbind())
+        return super().step()
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which samples each step takes, and how many steps there are."""
+
+    order: SampleOrder
+    epochs: int
+    max_steps: int = 0
+    """End after this many, the learning rate's schedule unchanged; 0: after the last epoch."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches in an epoch."""
+        return self.order.steps_per_epoch
+
+    @property
+    def total(self) -> int:
+        """Steps of all epochs, over which the learning rate decays."""
+        return self.steps_per_epoch * self.epochs
+
+    @property
+    def last(self) -> int:
+        """Where this run ends."""
+        return min(self.max_steps or self.total, self.total)
 
 
 def lr_at(step: int, *, base: float, total: int, warmup: int = 0) -> float:
@@ -42,11 +106,7 @@ def build_optimizer(
             part = name.split(".")[0]
             params[part if part in GROUPS else "encoder"].append(parameter)
     groups = [{"name": name, "params": params[name]} for name in GROUPS if params[name]]
-    options: dict = {
-        "lr": lr,
-        "momentum": config.momentum,
-        "weight_decay": config.weight_decay,
-    }
+    options: dict = {"lr": lr, "momentum": config.momentum, "weight_decay": config.weight_decay}
     if config.implementation == "apex":
         return find_apex_sgd(device)(groups, **options)
     if config.name == "lars":
@@ -54,7 +114,7 @@ def build_optimizer(
     else:
         optimizer = torch.optim.SGD(groups, fused=True, **options)
     if config.momentum:  # torch leaves it uninitialised memory where the first step is skipped
-        for parameter in [one for group in groups for one in group["params"]]:
+        for parameter in sum(params.values(), []):
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 
@@ -74,7 +134,7 @@ def find_apex_sgd(device: torch.device) -> Callable[..., torch.optim.Optimizer]:
 
 
 def why_no_apex() -> str | None:
-    """None where NVIDIA's apex can be imported, else what there is in its place."""
+    """None where NVIDIA's apex can be imported, else what is installed in its place."""
     try:
         from apex.optimizers import FusedSGD  # noqa: F401 - looked for alone
     except ImportError:
@@ -90,10 +150,15 @@ def why_no_apex() -> str | None:
 
 
 def set_lr(
-    optimizer: torch.optim.Optimizer, config: OptimConfig, step: int, *, lr: float, total: int,
+    optimizer: torch.optim.Optimizer,
+    config: OptimConfig,
+    step: int,
+    *,
+    lr: float,
+    total: int,
     steps_per_epoch: int,
-) -> float:  # fmt: skip
-    """Set the learning rate of both groups for a step; returns the encoder's."""
+) -> float:
+    """Set the learning rate of all groups for a step; returns the encoder's."""
     warmup = round(config.warmup_epochs * steps_per_epoch)
     now = lr_at(step, base=lr, total=total, warmup=warmup)
     for group in optimizer.param_groups:
@@ -115,9 +180,7 @@ class GuardedStep:
 
     def __post_init__(self) -> None:
         """Counters start at 0."""
-        self.in_a_row = torch.zeros((), device=self.device)
-        self.worst = torch.zeros((), device=self.device)
-        self.skipped = torch.zeros((), device=self.device)
+        self.in_a_row, self.worst, self.skipped = torch.zeros(3, device=self.device)
 
     def __call__(self, loss: Tensor, *, frozen: Iterable[Tensor] = ()) -> Tensor:
         """Backward pass and update of all but `frozen`; returns the gradient norm (unscaled)."""
@@ -130,9 +193,8 @@ class GuardedStep:
 
     def _update(self) -> Tensor:
         self.scaler.unscale_(self.optimizer)
-        grads = [
-            p.grad for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None
-        ]
+        params = (p for group in self.optimizer.param_groups for p in group["params"])
+        grads = [p.grad for p in params if p.grad is not None]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
         bad = (~torch.isfinite(norm)).float()
         if not isinstance(self.optimizer, torch.optim.SGD):
@@ -158,8 +220,8 @@ class GuardedStep:
     def check(self, step: int) -> int:
         """Steps skipped so far. Raises: FloatingPointError when training cannot go on.
 
-        Under fp16 that is for the loss scale to say, which each bad step halves: from 65,536 on,
-        SimCLR took eight of them in a row before its first good step (ResNet-50, width 16).
+        Under fp16 the loss scale decides, which each bad step halves: from 65,536 on, SimCLR took
+        eight of them in a row before its first good step (ResNet-50, width 16).
         """
         if self.worst.item() >= BAD_STEPS_IN_A_ROW:
             raise FloatingPointError(

@@ -1,4 +1,4 @@
-"""What the programs share: read the flags, print the result, say what went wrong in one line."""
+"""What the programs share: read the flags, print the result, report an error in one line."""
 
 import errno
 import json
@@ -25,24 +25,24 @@ def first_line(error: BaseException) -> str:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an OSError says that there is no room: its text names no file."""
+    """Whether an OSError is of a full disk or quota: its text names no file."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def error_text(error: BaseException, out: Path) -> str:
-    """An error's text, with the folder that is full where that is what happened."""
+    """An error's text, with the folder where the disk is full."""
     return f"{error} (--out {out})" if is_disk_full(error) else str(error)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch on a GPU or the CPU, NumPy or DALI could not have the memory it asked for."""
+    """Whether torch on a GPU or the CPU, NumPy or DALI could not allocate memory."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
         text in str(error) for text in ("can't allocate memory", "bad_alloc", "out of memory")
     )
 
 
 def memory_line(error: BaseException) -> str:
-    """Of the text of such an error the line that says how much was asked for, or where."""
+    """The line of such an error that states how much was requested, or where."""
     return next((line.strip() for line in str(error).splitlines() if "alloc" in line), "")
 
 
@@ -77,7 +77,7 @@ def exit_on_error(
 
 
 def print_result(result: dict, *, kept: Path) -> None:
-    """The last line of stdout; where that is closed or full, one line says where the result is."""
+    """The last line of stdout; where that is closed or full, one line names `kept`, its file."""
     try:
         print(json.dumps(result), flush=True)
     except OSError as error:
@@ -88,8 +88,8 @@ def print_result(result: dict, *, kept: Path) -> None:
 def refuse(message: str, *, code: int = USAGE_ERROR) -> NoReturn:
     """One line on stderr, then the exit code.
 
-    A stop by signal (130), which all ranks meet, is told once a host. One host of several may alone
-    have a mistake in its flags: rank 0 tells it, with the host, and all ranks end.
+    A stop by signal (130), which all ranks receive, is printed once a host. A mistake in the flags
+    of one host of several is printed by rank 0, with the host, and all ranks exit.
     """
     if code == USAGE_ERROR and os.environ.get("WORLD_SIZE", "1") != "1":
         try:

@@ -1,42 +1,121 @@
-"""The end of a run: curves as a PNG, and the table of results.
+"""The end of a run: result.json, curves as a PNG, and the table of results.
 
-A newcomer's mistake: expecting the loss curve to tell whether training works. A collapsed run has
-the best loss; that is why the collapse meter and kNN stand beside it.
+A collapsed run has the best loss: the collapse meter and kNN are shown beside it.
 """
 
+import math
 import sys
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
+from pipeline.loader import eval_loader
+from pipeline.sources.reader import ImageReader
+from train.config import Config
+from train.distributed import World, from_main
 from train.methods import MethodSpec
+from train.run.folder import RunWriter
 from train.run.metrics import read_metrics
+from train.run.optim import Schedule
+from train.run.state import TrainState, comparable
 
 COLLAPSED = 0.1  # of the meter in evaluation mode: below it a run counts as collapsed
 
 
-def collapse_threshold(batch_per_rank: int, *, ends_in_norm: bool = True) -> float:
+def finish(
+    config: Config,
+    world: World,
+    current: TrainState,
+    schedule: Schedule,
+    run: RunWriter,
+    *,
+    ended: str,
+) -> dict:
+    """Write the end of a run on rank 0, log how to continue it; returns the result.
+
+    images_per_s counts training steps alone.
+    """
+    steps = sorted(int(step) for step in current.knn)
+    loss, z_std = (finite(current.last.get(f"train/{name}")) for name in ("loss", "z_std"))
+    newest = steps[-1] if steps else 0
+    threshold, train_s = collapse_threshold(config, world.size), current.train_s
+    images = current.step * config.data.batch_size
+    result = {
+        "knn_top1": current.knn[str(newest)] if newest else None,
+        "knn_step": newest or None,
+        "knn_top1_untrained": None if config.init else current.knn.get("0"),
+        "loss": loss,
+        "z_std": z_std,
+        "collapsed": None if z_std is None else z_std < threshold,
+        "collapse_threshold": threshold,
+        "method": config.method.name,
+        "stop_gradient": config.method.stop_gradient,
+        "views": len(config.views),
+        "images_per_s": images / train_s if train_s else None,
+        "data_wait_pct": 100 * current.wait_s / train_s if train_s else None,
+        "train_s": train_s,
+        "steps": current.step,
+        "batch_size": config.data.batch_size,
+        "bad_images": int(current.last.get("data/bad_samples", 0)),
+        "knn_by_step": {step: current.knn[str(step)] for step in steps},
+        "state": ended,
+        "run": str(run.folder.path) if run.folder is not None else "",
+    }
+    if run.folder is not None:
+        folder, method = run.folder, config.method.spec
+        run.metrics.hyper_parameters(comparable(config), result)
+        run.metrics.close()
+        draw_curves(folder.path, threshold=threshold, method=method)
+        folder.write("result.json", result)
+        folder.status(ended, current.step)
+        if ended == "preempted":
+            run.log(
+                f"stopped at step {current.step} of {schedule.last}; the checkpoint is in "
+                f"{folder.checkpoints}. The same command continues from it: {folder.command()}"
+            )
+        print_table(result, method)
+    return from_main(world, result)  # the others wait until all is written
+
+
+def finite(value: float | None) -> float | None:
+    """None for NaN and infinity, which JSON does not have: a skipped step among the last ones."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def thumbnails(
+    reader: ImageReader, ids: Tensor, *, config: Config, device: torch.device, side: int = 32
+) -> Tensor:
+    """(N, side, side, 3) uint8 pictures of the samples."""
+    sizes: dict = {"resize": side, "size": side, "batch_size": 256}
+    loader = eval_loader(reader, ids.cpu().numpy(), **sizes, options=config.dali, device=device)
+    return torch.cat([batch.images for batch in loader])
+
+
+def collapse_threshold(config: Config, num_ranks: int) -> float:
     """The value of std(z/|z|) * sqrt(d) below which a run counts as collapsed.
 
     1 is features spread over the sphere. 0 cannot be reached where the projector ends in batch
     norm: it keeps the mean over the batch at 0, so that in a collapsed batch of N images all but k
     outliers share one direction and the meter reads 2 sqrt(k / N). Seen on the digits without
-    stop-gradient, N = 64: 0.250 = 2 / sqrt(64) at the end, 0.25 to 0.45 on the way; with it 0.98.
-    Without batch norm there 0 is reached, and a mean that all images share keeps the meter of a
-    healthy run well below 1.
+    stop-gradient, N = 64: 0.250 = 2 / sqrt(64) at the end, 0.25 to 0.45 before; with it 0.98.
+    Without batch norm at its end 0 is reached, and a mean that all images share keeps the meter of
+    a healthy run well below 1.
     """
-    if not ends_in_norm:
+    if not config.method.spec.ends_in_norm(config.model):
         return 0.1
-    return min(0.5, max(0.1, 4 / batch_per_rank**0.5))
+    rows = config.data.batch_size // num_ranks
+    return min(0.5, max(0.1, 4 / rows**0.5))
 
 
-def draw_curves(metrics: Path, picture: Path, *, threshold: float, method: MethodSpec) -> None:
-    """Loss, collapse meter and kNN over steps, one above the other."""
+def draw_curves(folder: Path, *, threshold: float, method: MethodSpec) -> None:
+    """curves.png from metrics.jsonl: loss, collapse meter and kNN over steps."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows, least = read_metrics(metrics), method.least_loss
+    rows, least = read_metrics(folder / "metrics.jsonl"), method.least_loss
     figure = Figure(figsize=(7, 7), layout="constrained")
     FigureCanvasAgg(figure)
     panels = (
@@ -55,18 +134,18 @@ def draw_curves(metrics: Path, picture: Path, *, threshold: float, method: Metho
             axes.axhline(threshold, linestyle=":", color="tab:red")
             axes.set_ylim(bottom=0)
     rows_of_axes[-1].set_xlabel("step")
-    figure.savefig(picture, dpi=120)
+    figure.savefig(folder / "curves.png", dpi=120)
 
 
-def stderr_console() -> Console:
-    """The terminal's width where there is one."""
-    return Console(file=sys.stderr, width=None if sys.stderr.isatty() else 100)
+def print_on_stderr(content: Table | str) -> None:
+    """A table as wide as the terminal where there is one, or a line."""
+    console = Console(file=sys.stderr, width=None if sys.stderr.isatty() else 100)
+    console.print(content, soft_wrap=isinstance(content, str))
 
 
 def print_table(result: dict, method: MethodSpec) -> None:
     """The results for people, on stderr; the JSON line on stdout is for programs."""
-    table = Table(title=f"{method.title} run")
-    table.add_column("")
+    table = Table("", title=f"{method.title} run")
     table.add_column("result", justify="right")
     for key, label, form in (
         ("knn_top1_untrained", "kNN top-1, untrained encoder", "{:.1f} %"),
@@ -81,13 +160,10 @@ def print_table(result: dict, method: MethodSpec) -> None:
     ):
         value = result[key]
         table.add_row(label, "not measured" if value is None else form.format(value))
-    console = stderr_console()
-    console.print(table)
+    print_on_stderr(table)
     if result["collapsed"]:
-        advice = collapse_advice(
-            result["z_std"], threshold=result["collapse_threshold"], method=method
-        )
-        console.print(advice, soft_wrap=True)
+        threshold = result["collapse_threshold"]
+        print_on_stderr(collapse_advice(result["z_std"], threshold=threshold, method=method))
 
 
 def print_evaluation(result: dict, method: MethodSpec) -> None:
@@ -95,17 +171,17 @@ def print_evaluation(result: dict, method: MethodSpec) -> None:
     table = Table(title=f"Encoder after step {result['step']}")
     for name in ("", "top-1", "top-5"):
         table.add_column(name, justify="right" if name else "left")
-    rows = [(f"kNN, k = {k}", found) for k, found in result["knn"].items()]
+    rows = [(f"kNN, k = {k}", accuracy) for k, accuracy in result["knn"].items()]
     if (fast := result["fast_probe"]) is not None:
         rows.append((f"fast probe on cached features, learning rate {fast['lr']}", fast))
     if (linear := result["linear_probe"]) is not None:
         rows += [
-            (f"linear probe (LARS, {linear['epochs']} epochs), learning rate {lr}", found)
-            for lr, found in linear["by_lr"].items()
+            (f"linear probe (LARS, {linear['epochs']} epochs), learning rate {lr}", accuracy)
+            for lr, accuracy in linear["by_lr"].items()
         ]
-    for label, found in rows:
-        top5 = "needs 5 classes" if found["top5"] is None else f"{found['top5']:.2f} %"
-        table.add_row(label, f"{found['top1']:.2f} %", top5)
+    for label, accuracy in rows:
+        top5 = "needs 5 classes" if accuracy["top5"] is None else f"{accuracy['top5']:.2f} %"
+        table.add_row(label, f"{accuracy['top1']:.2f} %", top5)
     for key, label in (
         ("rankme", "RankMe of the projector's outputs (the paper's)"),
         ("rankme_features", "RankMe of the backbone's features"),
@@ -113,12 +189,11 @@ def print_evaluation(result: dict, method: MethodSpec) -> None:
     ):
         value = result[key]
         table.add_row(label, "no projector" if value is None else f"{value:.3g}", "")
-    console = stderr_console()
-    console.print(table)
+    print_on_stderr(table)
     if result["collapsed"]:
-        advice = collapse_advice(result["collapse_meter"], threshold=COLLAPSED, method=method)
-        console.print(advice, soft_wrap=True)
-    console.print(f"pictures and evaluation.json: {result['out']}", soft_wrap=True)
+        meter = result["collapse_meter"]
+        print_on_stderr(collapse_advice(meter, threshold=COLLAPSED, method=method))
+    print_on_stderr(f"pictures and evaluation.json: {result['out']}")
 
 
 def collapse_advice(z_std: float, *, threshold: float, method: MethodSpec) -> str:

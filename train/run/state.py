@@ -1,7 +1,7 @@
-"""TrainState: all that a run needs to go on where it was, and its way to disk and back.
+"""TrainState: all that a run needs to resume, saved to disk and restored.
 
-A newcomer's mistake: adding something random without a key. Order and views are functions of
-(seed, step), so that the position is one integer; what else changes from step to step belongs here.
+Order and views are functions of (seed, step), so that the position is one integer; whatever else
+changes from step to step belongs into TrainState.
 """
 
 from collections.abc import Callable
@@ -15,14 +15,15 @@ from train.config import Config, DataConfig, MethodConfig, flat
 from train.distributed import World
 from train.methods import Method, Scale
 from train.run import checkpoint
+from train.run.folder import RunWriter
 from train.run.optim import GuardedStep
 
-# what may differ between two starts of one run: it changes neither the weights nor the batches
-FREE = {"out", "max_steps", "log_every", "checkpoint_every", "timeout_s", "device", "compile",
-        "eval", "dali"}  # fmt: skip
-FREE_PARTS = {"data.root", "data.val", "data.max_bad_fraction", "model.recompute"}
-# the fingerprint stands for the images; recomputing gives the same bits
-STAYING = {"target", "queue"}  # parts of a method that a new run does not start from
+# may differ between two starts of one run: they change neither the weights nor the batches; images
+# are compared by fingerprint, recomputing gives the same bits
+FREE = {"out", "max_steps", "log_every", "checkpoint_every", "timeout_s", "device", "compile"}
+FREE |= {"eval", "dali", "data.root", "data.val", "data.max_bad_fraction", "model.recompute"}
+CLOCKS = ("train_s", "wait_s", "knn", "last")  # fields that are saved as JSON
+NOT_INHERITED = {"target", "queue"}  # parts of a method that a new run does not start from
 
 
 @dataclass
@@ -31,6 +32,8 @@ class TrainState:
 
     model: Method
     """The method without DDP around it: its names are those in the checkpoint."""
+    ddp: nn.Module
+    """The model as it is called: with DDP around it where there are several ranks."""
     optimizer: torch.optim.Optimizer
     guard: GuardedStep
     step: int = 0
@@ -63,14 +66,14 @@ def build_method(
 
 
 def run_facts(config: Config, fingerprint: str, world: World) -> dict:
-    """What a checkpoint must agree with to be continued."""
+    """What a checkpoint must agree with to be resumed."""
     return {"config": comparable(config), "data": fingerprint, "world": world.size}
 
 
 def comparable(config: Config) -> dict[str, str]:
-    """The settings that change the result, by flag name, as text; of one method, the one named."""
+    """The settings that change the result as text by flag name, other methods' left out."""
     others = {flag for owner, flag in config.method.switches() if owner != config.method.name}
-    left_out = FREE | FREE_PARTS | others
+    left_out = FREE | others
     return {
         flag: value
         for flag, value in flat(config).items()
@@ -86,34 +89,44 @@ def save(state: TrainState, folder: Path, facts: dict) -> Path:
         "optimizer": optimizer,
         "rng": checkpoint.rng_state(),
     }
-    values = {
-        "optimizer": options,
-        "scaler": state.guard.scaler.state_dict(),
-        "train_s": state.train_s,
-        "wait_s": state.wait_s,
-        "knn": state.knn,
-        "last": state.last,
-    }
+    values = {"optimizer": options, "scaler": state.guard.scaler.state_dict()}
+    values |= {name: getattr(state, name) for name in CLOCKS}
     return checkpoint.save(folder, state.step, tensors, values, facts=facts)
 
 
-def check_same_run(found: dict, facts: dict, run: Path) -> None:
-    """Raise ValueError if a checkpoint is of another configuration or other images."""
-    if "imported" in found:
+def save_checkpoint(state: TrainState, run: RunWriter, *, is_last: bool = False) -> None:
+    """Save in the run folder on rank 0; a full disk is a warning, training continues.
+
+    Raises: CheckpointError where this `is_last`: no later step can be saved.
+    """
+    if run.folder is None:
+        return
+    try:
+        save(state, run.folder.checkpoints, run.facts)
+        run.folder.status("running", state.step)
+    except OSError as error:
+        if is_last:
+            raise
+        run.log.warn(f"{error}. Training continues; the checkpoint before, if any, is kept")
+
+
+def check_same_run(saved: dict, facts: dict, run: Path) -> None:
+    """Raise ValueError if a checkpoint is of another configuration or of other images."""
+    if "imported" in saved:
         raise ValueError(
-            f"{run} holds weights of {found['imported']['file']}, not a run of its own: train on "
-            f"from them with --init {run} and another --out"
+            f"{run} holds imported weights of {saved['imported']['file']}, not a run: start from "
+            f"them with --init {run} and another --out"
         )
     now = facts["config"]
-    was, is_now = found["config"].get("method.name", MethodConfig().name), now["method.name"]
+    was, is_now = saved["config"].get("method.name", MethodConfig().name), now["method.name"]
     if was != is_now:
         raise ValueError(
-            f"{run} holds a checkpoint of {was}, this run is of {is_now}: take --method.name {was} "
+            f"{run} holds a checkpoint of {was}, this run is of {is_now}: set --method.name {was} "
             "to continue it, or another --out for a new run"
         )
-    # a setting that is younger than the checkpoint had then what is its default now
+    # a setting that did not exist when the checkpoint was saved had today's default
     default = Config(data=DataConfig(root=""), method=MethodConfig(name=is_now))
-    before = comparable(default) | found["config"]
+    before = comparable(default) | saved["config"]
     changed = [
         f"{name} was {before.get(name)} and is {now.get(name)}"
         for name in sorted(before.keys() | now.keys())
@@ -124,38 +137,38 @@ def check_same_run(found: dict, facts: dict, run: Path) -> None:
             f"{run} holds a run with other settings: {'; '.join(changed)}. "
             "Use the same settings to continue it, or another --out for a new run"
         )
-    if found["data"] != facts["data"]:
+    if saved["data"] != facts["data"]:
         raise ValueError(
             f"{run} was trained on other images (files were added, removed or changed under "
             "--data.root). Restore them to continue, or use another --out for a new run"
         )
 
 
-def restore(state: TrainState, found: checkpoint.Checkpoint) -> None:
-    """Put a verified checkpoint into the state, in place."""
-    state.model.load_state_dict(found.tensors["model"])
-    checkpoint.restore_optimizer(
-        state.optimizer, state.names, found.tensors["optimizer"], found.state["optimizer"]
-    )
-    checkpoint.restore_rng(found.tensors["rng"])
-    state.guard.scaler.load_state_dict(found.state["scaler"])
-    state.step = found.step
-    for name in ("train_s", "wait_s", "knn", "last"):
-        setattr(state, name, found.state[name])
+def restore(state: TrainState, saved: checkpoint.Checkpoint) -> None:
+    """Load a verified checkpoint into the state, in place."""
+    tensors, values = saved.tensors, saved.state
+    state.model.load_state_dict(tensors["model"])
+    options = tensors["optimizer"], values["optimizer"]
+    checkpoint.restore_optimizer(state.optimizer, state.names, *options)
+    checkpoint.restore_rng(tensors["rng"])
+    state.guard.scaler.load_state_dict(values["scaler"])
+    state.step = saved.step
+    for name in CLOCKS:
+        setattr(state, name, values[name])
 
 
 def check_fits(expected: checkpoint.Tensors, given: checkpoint.Tensors) -> None:
-    """Raise ValueError if `given` has a part of a network (backbone, ...) that is not as expected.
+    """Raise ValueError if `given` has a part of a network (backbone, ...) with other shapes.
 
-    A part that it lacks whole is no error: the heads may be missing.
+    A part that is missing as a whole is no error: there may be no heads.
     """
     parts = {name.split(".")[0] for name in given}
-    there = {name: tuple(tensor.shape) for name, tensor in given.items()}
-    here = {n: tuple(tensor.shape) for n, tensor in expected.items() if n.split(".")[0] in parts}
+    shapes = {name: tuple(tensor.shape) for name, tensor in given.items()}
+    needed = {n: tuple(tensor.shape) for n, tensor in expected.items() if n.split(".")[0] in parts}
     wrong = [
-        f"{name} is {there.get(name, 'missing')} and must be {here.get(name, 'absent')}"
-        for name in dict.fromkeys([*here, *there])
-        if here.get(name) != there.get(name)
+        f"{name} is {shapes.get(name, 'missing')} and must be {needed.get(name, 'absent')}"
+        for name in dict.fromkeys([*needed, *shapes])
+        if needed.get(name) != shapes.get(name)
     ]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
@@ -163,30 +176,28 @@ def check_fits(expected: checkpoint.Tensors, given: checkpoint.Tensors) -> None:
 
 
 def start_from(model: Method, run: Path, *, log: Callable[[str], None]) -> None:
-    """Give the model the weights of another run's newest checkpoint, part by part.
+    """Load the weights of another run's newest checkpoint into the model, part by part.
 
     What the method keeps of images or of earlier weights (targets, a queue, a momentum encoder) is
-    that run's and stays behind.
-    Raises: ValueError if there is no checkpoint, or a part has other shapes.
+    not loaded. Raises: ValueError if there is no checkpoint, or a part has other shapes.
     """
-    found = checkpoint.load_newest(run / "checkpoints", log=log)
-    if found is None:
+    saved = checkpoint.load_newest(run / "checkpoints", log=log)
+    if saved is None:
         raise ValueError(
             f"--init {run} holds no checkpoint: give the --out of a training, or what "
             "train/import_checkpoint.py wrote"
         )
     expected = model.state_dict()
-    parts = list(dict.fromkeys(name.split(".")[0] for name in expected if "." in name))
-    parts = [part for part in parts if part not in STAYING]
-    weights = {
-        name: value for name, value in found.tensors["model"].items() if name.split(".")[0] in parts
-    }
+    parts = dict.fromkeys(name.split(".")[0] for name in expected if "." in name)
+    parts = [part for part in parts if part not in NOT_INHERITED]
+    loaded = saved.tensors["model"].items()
+    weights = {name: value for name, value in loaded if name.split(".")[0] in parts}
     try:
         check_fits(expected, weights)
     except ValueError as error:
-        theirs = found.facts.get("config", {}).get("method.name", "another tool")
+        theirs = saved.facts.get("config", {}).get("method.name", "another tool")
         raise ValueError(
-            f"--init {run} (of {theirs}) has another network: {error}. Take its settings: "
+            f"--init {run} (of {theirs}) has another network: {error}. Use its settings: "
             f"--config {run / 'config.yaml'}"
         ) from error
     model.load_state_dict(weights, strict=False)
@@ -194,4 +205,4 @@ def start_from(model: Method, run: Path, *, log: Callable[[str], None]) -> None:
     given = {name.split(".")[0] for name in weights}
     taken = ", ".join(part for part in parts if part in given)
     drawn = ", ".join(part for part in parts if part not in given)
-    log(f"{taken} from {found.path}" + f"; random: {drawn}" * bool(drawn))
+    log(f"{taken} from {saved.path}" + f"; random: {drawn}" * bool(drawn))

@@ -80,10 +80,7 @@ def torch_build() -> Finding:
 
 
 def refuse_misfits(device: str) -> None:
-    """Raise ValueError for a torch or a DALI that is too old.
-
-    So too where --device auto would take the CPU for a driver too old for torch.
-    """
+    """Raise ValueError for a torch or a DALI that is too old, or a driver too old for torch."""
     if (found := torch_build()).ok is False:
         raise ValueError(f"torch {found.found}: {found.remedy}")
     machine.refuse_old_dali()
