@@ -24,6 +24,7 @@ from torch.nn import functional as F
 import kernels
 from kernels.batch_norm import (
     Norm,
+    NormOptions,
     batch_norm_act,
     batch_norm_act_conv,
     batch_norm_act_pool,
@@ -209,7 +210,8 @@ def norm_case(kind: str, shape: tuple[int, ...], draw: Draw) -> Case:
 
     def call(given: Named, how: Kernels) -> Named:
         norm = norm_of(given)
-        y = batch_norm_act(given["x"], *norm, relu=kind == "relu", num_views=2, kernels=how)
+        options = NormOptions(2, kernels=how, relu=kind == "relu")
+        y = batch_norm_act(given["x"], norm, options)
         return {"y": y} | running_of(norm)
 
     return Case(tensors, call, [draw.laid_out(draw.normal(*shape))])
@@ -223,7 +225,7 @@ def block_case(kind: str, shape: tuple[int, ...], draw: Draw) -> Case:
 
     def call(given: Named, how: Kernels) -> Named:
         norm, norm2 = norm_of(given), norm_of(given, "2") if kind == "norm" else None
-        y, again = block_end(given["x"], norm, given["skip"], norm2, num_views=2, kernels=how)
+        y, again = block_end(given["x"], norm, given["skip"], norm2, NormOptions(2, kernels=how))
         found = {"y": y, "again": again} | running_of(norm)
         return found | ({} if norm2 is None else running_of(norm2, "2"))
 
@@ -246,8 +248,8 @@ def pool_case(shape: tuple[int, ...], draw: Draw) -> Case:
 
     def call(given: Named, how: Kernels) -> Named:
         norm = norm_of(given)
-        return {"y": batch_norm_act_pool(given["x"], norm, num_views=2, kernels=how)} | running_of(
-            norm)  # fmt: skip
+        y = batch_norm_act_pool(given["x"], norm, NormOptions(2, kernels=how))
+        return {"y": y} | running_of(norm)
 
     with torch.no_grad():
         y = call(tensors, "plain")["y"]
@@ -265,9 +267,10 @@ def recompute_case(shape: tuple[int, ...], draw: Draw, *, outputs: int) -> Case:
     def call(given: Named, how: Kernels) -> Named:
         norm, x, conv = norm_of(given), given["x"], given["conv"]
         if how == "triton":
-            y = batch_norm_act_conv(x, norm, conv, stride=(1, 1), padding=(0, 0), num_views=2)
+            options, shape = NormOptions(2), {"stride": (1, 1), "padding": (0, 0)}
+            y = batch_norm_act_conv(x, norm, conv, options, **shape)
         else:
-            hidden = batch_norm_act(x, *norm, num_views=2, kernels=how)
+            hidden = batch_norm_act(x, norm, NormOptions(2, kernels=how))
             y = F.conv2d(hidden, conv.to(x.dtype))
         return {"y": y} | running_of(norm)
 
