@@ -19,7 +19,7 @@ from train.config import Config, DataConfig, MethodConfig, ModelConfig
 from train.import_checkpoint import import_file, read_tensors
 from train.methods.simsiam import SimSiam
 from train.methods.targets import MovingAverage
-from train.network.heads import LinearNorm
+from train.network.model import LinearNorm
 from train.network.resnet import ResNet
 from train.run import checkpoint, state
 from train.run.layouts import convert, linear_norm

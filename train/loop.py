@@ -13,7 +13,7 @@ from train import distributed
 from train.distributed import StopSignal
 from train.distributed.stacks import ALLOWED_S
 from train.evaluation.embed import EvaluationStopped, knn_accuracy
-from train.network.precision import DTYPES, autocast
+from train.network.model import DTYPES, autocast
 from train.run.optim import set_lr
 from train.session import Session, save
 from train.window import Window, bad_entries

@@ -12,9 +12,7 @@ from typing import Literal
 from pipeline.augment import AugmentConfig
 from pipeline.decode import DecodeOptions
 from train.methods import MethodConfig
-from train.network.model import ModelConfig
-from train.network.precision import Precision
-from train.network.values import at_least
+from train.network.model import ModelConfig, Precision, at_least
 
 __all__ = [
     "Config", "DataConfig", "EvalConfig", "MethodConfig", "ModelConfig", "OptimConfig", "at_least",

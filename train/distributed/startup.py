@@ -20,7 +20,7 @@ from train.distributed.groups import open_groups
 from train.distributed.verdict import PATIENCE
 from train.distributed.watch import TELL_S, Watch, may_restart
 from train.distributed.world import World
-from train.network.precision import Precision
+from train.network.model import Precision
 
 PR_SET_PDEATHSIG = 1
 

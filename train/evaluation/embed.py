@@ -17,7 +17,7 @@ from pipeline.loader import eval_loader
 from train.config import Config
 from train.distributed import World, gather
 from train.evaluation.knn import knn_top1
-from train.network.precision import DTYPES, autocast
+from train.network.model import DTYPES, autocast
 from train.network.resnet import ResNet
 from train.run.data import EvalSet, RunData
 

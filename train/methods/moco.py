@@ -20,10 +20,8 @@ from torch.nn import functional as F
 from train.methods.method import Method, MethodSpec, Scale, collapse_meter
 from train.methods.momentum import MomentumEncoder
 from train.methods.recent import RecentImages, check_queue
-from train.network.heads import build_projector
-from train.network.model import ModelConfig
+from train.network.model import ModelConfig, at_least, build_projector, positive, share
 from train.network.norm import count_batches
-from train.network.values import at_least, positive, share
 
 
 @dataclass(frozen=True, kw_only=True)

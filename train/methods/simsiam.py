@@ -16,10 +16,8 @@ from torch.nn import functional as F
 from kernels.choose import Kernels
 from kernels.cosine import symmetric_neg_cosine
 from train.methods.method import Method, collapse_meter
-from train.network.heads import build_predictor, build_projector
-from train.network.model import ModelConfig
+from train.network.model import ModelConfig, at_least, build_predictor, build_projector
 from train.network.norm import count_batches
-from train.network.values import at_least
 
 
 @dataclass(frozen=True, kw_only=True)

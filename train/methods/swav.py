@@ -21,10 +21,8 @@ from torch.nn import functional as F
 from pipeline.augment import AugmentConfig
 from train.methods.method import Method, MethodSpec, Scale, collapse_meter, own_rows, sum_over_ranks
 from train.methods.recent import RecentImages, check_queue
-from train.network.heads import build_projector
-from train.network.model import ModelConfig
+from train.network.model import ModelConfig, at_least, build_projector, positive
 from train.network.norm import count_batches
-from train.network.values import at_least, positive
 
 
 @dataclass(frozen=True, kw_only=True)
