@@ -1,5 +1,5 @@
-"""Operations of the training step: each with a plain twin and, on a GPU, kernels of gpu/.
+"""Operations of the training step: in plain PyTorch, and on a GPU by the kernels of gpu/.
 
-The plain twin is the specification: the CPU runs it and every kernel is tested against it. Imports
-nothing of pipeline/ or train/.
+The CPU runs the plain version, which every kernel is tested against. Imports nothing of pipeline/
+or train/.
 """

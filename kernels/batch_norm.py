@@ -5,54 +5,43 @@
 Both views of a SimSiam step go through the network in one batch of num_views equal slices. The
 official code makes two passes, so its statistics are per view: so are these. Running statistics
 are updated once per view, in order, as two passes would.
-On CUDA the operators of norm_forward and norm_backward run; on the CPU F.batch_norm for each view,
-or norm_reference where statistics are synchronised.
-A newcomer's mistake: taking statistics over the concatenated batch. That is another algorithm.
+The CPU runs F.batch_norm for each view; the Triton kernels of kernels/gpu, and ranks that share
+their statistics, go through norm_autograd.
 
 N rows of all views together, V views, C channels.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.choose import Kernels, use_triton
-from kernels.norm_autograd import Norm, NormAct, NormActConv, batch_statistics, keep_finite
+from kernels.choose import use_triton
+from kernels.norm_autograd import NormAct, NormActConv, NormOptions, all_reduce, by_view, rows_of
 
-__all__ = ["Norm", "batch_norm_act", "batch_norm_act_conv", "batch_norm_act_pool", "block_end"]
+
+class Norm(NamedTuple):
+    """Parameters and running statistics of one batch norm, (C,) fp32 each or None."""
+
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
+
+
+DEFAULTS = NormOptions()
 
 
 def batch_norm_act(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    *,
-    residual: Tensor | None = None,
-    relu: bool = True,
-    num_views: int = 1,
-    training: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-    group: dist.ProcessGroup | None = None,
-    kernels: Kernels = "auto",
+    x: Tensor, norm: Norm, options: NormOptions = DEFAULTS, *, residual: Tensor | None = None
 ) -> Tensor:
-    """Training batch norm of channels-last x, residual add and ReLU; the result has x's dtype.
+    """Batch norm of channels-last x, residual add and ReLU; the result has x's dtype.
 
-    Shapes: x, residual (N, C, H, W) channels_last or (N, C); the other tensors (C,) fp32 or None.
-    With training=False the running statistics normalise and nothing is updated.
-    With `group` the statistics are over all its ranks: one all_reduce per direction.
+    Shapes: x, residual (N, C, H, W) channels_last or (N, C).
     Raises: ValueError for a layout, dtype or shape that this is not meant for.
     """
-    norm = Norm(weight, bias, running_mean, running_var)
-    return _norm_act(
-        x, norm, residual, None, relu=relu, num_views=num_views, training=training,
-        momentum=momentum, eps=eps, group=group, kernels=kernels, fork=False,
-    )  # fmt: skip
+    return _norm_act(x, norm, options, residual)
 
 
 def block_end(
@@ -60,13 +49,7 @@ def block_end(
     norm: Norm,
     shortcut: Tensor,
     shortcut_norm: Norm | None = None,
-    *,
-    num_views: int = 1,
-    training: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-    group: dist.ProcessGroup | None = None,
-    kernels: Kernels = "auto",
+    options: NormOptions = DEFAULTS,
 ) -> tuple[Tensor, Tensor]:
     """The end of a residual block: relu(norm(x) + shortcut), twice: main branch and next shortcut.
 
@@ -75,23 +58,10 @@ def block_end(
     writes the result once.
     Shapes: x, shortcut (N, C, H, W) channels_last of one dtype. Raises: as batch_norm_act.
     """
-    return _norm_act(
-        x, norm, shortcut, shortcut_norm, relu=True, num_views=num_views, training=training,
-        momentum=momentum, eps=eps, group=group, kernels=kernels, fork=True,
-    )  # fmt: skip
+    return _norm_act(x, norm, options._replace(relu=True, fork=True), shortcut, shortcut_norm)
 
 
-def batch_norm_act_pool(
-    x: Tensor,
-    norm: Norm,
-    *,
-    num_views: int = 1,
-    training: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-    group: dist.ProcessGroup | None = None,
-    kernels: Kernels = "auto",
-) -> Tensor:
+def batch_norm_act_pool(x: Tensor, norm: Norm, options: NormOptions = DEFAULTS) -> Tensor:
     """The stem's end: batch_norm_act with ReLU, then max-pool 3x3 of stride 2 and padding 1.
 
     The kernels write the pooled map alone and keep one byte an output.
@@ -100,11 +70,8 @@ def batch_norm_act_pool(
     """
     if x.dim() != 4:
         raise ValueError(f"batch_norm_act_pool takes (N, C, H, W), got {tuple(x.shape)}")
-    pool = training and use_triton(kernels, x)
-    y = _norm_act(
-        x, norm, None, None, relu=True, num_views=num_views, training=training, momentum=momentum,
-        eps=eps, group=group, kernels=kernels, fork=False, pool=pool,
-    )  # fmt: skip
+    pool = options.training and use_triton(options.kernels, x)
+    y = _norm_act(x, norm, options._replace(relu=True, pool=pool))
     return y if pool else F.max_pool2d(y, 3, stride=2, padding=1)
 
 
@@ -112,13 +79,10 @@ def batch_norm_act_conv(
     x: Tensor,
     norm: Norm,
     conv_weight: Tensor,
+    options: NormOptions = DEFAULTS,
     *,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    num_views: int = 1,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-    group: dist.ProcessGroup | None = None,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
 ) -> Tensor:
     """conv2d(batch_norm_act(x)) in training that keeps x and not the normalised map.
 
@@ -126,69 +90,118 @@ def batch_norm_act_conv(
     that are not kept. Triton kernels only.
     Shapes: x (N, C, H, W) channels_last, conv_weight (D, C, h, w). Raises: as batch_norm_act.
     """
-    _check(x, None, norm, None, num_views, group is None)
+    _check(x, norm, options, None, None)
     if x.dim() != 4 or norm.weight is None:
         raise ValueError("batch_norm_act_conv takes (N, C, H, W) and a weight and bias")
-    name = group.group_name if group is not None else ""
-    with torch.no_grad():
-        ((mean, rstd),), total = batch_statistics([(x, norm)], num_views, momentum, eps, name, True)
+    options = options._replace(kernels="triton", relu=True)
+    statistics, total = _batch_statistics([(x, norm)], options)
     return NormActConv.apply(
-        x, norm.weight, norm.bias, conv_weight, mean, rstd, total, stride, padding, name
+        options, total, statistics, stride, padding, x, conv_weight, norm.weight, norm.bias
     )
 
 
 def _norm_act(
-    x: Tensor, norm: Norm, shortcut: Tensor | None, norm2: Norm | None, *, relu: bool,
-    num_views: int, training: bool, momentum: float, eps: float,
-    group: dist.ProcessGroup | None, kernels: Kernels, fork: bool, pool: bool = False,
-) -> Any:  # fmt: skip
-    _check(x, shortcut, norm, norm2, num_views if training else 1, training and group is None)
-    with_triton = training and use_triton(kernels, x)
-    if not training or (group is None and not with_triton):
-        y = _plain(x, norm, num_views, training, momentum, eps)
+    x: Tensor,
+    norm: Norm,
+    options: NormOptions,
+    shortcut: Tensor | None = None,
+    norm2: Norm | None = None,
+) -> Any:
+    _check(x, norm, options, shortcut, norm2)
+    with_triton = options.training and use_triton(options.kernels, x)
+    if not options.training or (options.group is None and not with_triton):
+        y = _plain(x, norm, options)
         if shortcut is not None:
-            if norm2 is not None:
-                shortcut = _plain(shortcut, norm2, num_views, training, momentum, eps)
-            y = y + shortcut
-        y = F.relu(y, inplace=True) if relu else y
-        return (y, y) if fork else y
-    name = group.group_name if group is not None else ""
-    pairs = [(x, norm)] + (
-        [(shortcut, norm2)] if shortcut is not None and norm2 is not None else []
-    )
-    with torch.no_grad():
-        found, total = batch_statistics(pairs, num_views, momentum, eps, name, with_triton)
-    (mean, rstd), (mean2, rstd2) = found[0], found[1] if len(found) == 2 else (None, None)
-    weight2, bias2 = norm2[:2] if norm2 is not None else (None, None)
-    return NormAct.apply(
-        x, shortcut, norm.weight, norm.bias, weight2, bias2, mean, rstd, mean2, rstd2, total,
-        relu, fork, pool, name, with_triton,
-    )  # fmt: skip
+            y = y + (shortcut if norm2 is None else _plain(shortcut, norm2, options))
+        y = F.relu(y, inplace=True) if options.relu else y
+        return (y, y) if options.fork else y
+    options = options._replace(kernels="triton" if with_triton else "plain")
+    pairs, params = [(x, norm)], norm[:2]
+    if shortcut is not None and norm2 is not None:
+        pairs, params = [*pairs, (shortcut, norm2)], params + norm2[:2]
+    statistics, total = _batch_statistics(pairs, options)
+    params = () if norm.weight is None else params
+    return NormAct.apply(options, total, statistics, x, shortcut, *params)
 
 
-def _plain(
-    x: Tensor, norm: Norm, num_views: int, training: bool, momentum: float, eps: float
-) -> Tensor:
+def _plain(x: Tensor, norm: Norm, options: NormOptions) -> Tensor:
     """Batch norm of each view by PyTorch's own."""
     weight, bias, mean, var = norm
-    if not training:
+    momentum, eps = options.momentum, options.eps
+    if not options.training:
         return F.batch_norm(x, mean, var, weight, bias, False, momentum, eps)
     new_mean, new_var = (t.clone() if t is not None else None for t in (mean, var))
     views = [
         F.batch_norm(part, new_mean, new_var, weight, bias, True, momentum, eps)
-        for part in x.chunk(num_views)
+        for part in x.chunk(options.num_views)
     ]
-    if mean is not None and var is not None and new_mean is not None and new_var is not None:
-        keep_finite(mean, var, new_mean, new_var)
-    return views[0] if num_views == 1 else torch.cat(views)
+    if new_mean is not None and new_var is not None:
+        keep_finite(norm, new_mean, new_var)
+    return views[0] if options.num_views == 1 else torch.cat(views)
+
+
+@torch.no_grad()
+def _batch_statistics(
+    pairs: list[tuple[Tensor, Norm]], options: NormOptions
+) -> tuple[list[Tensor], Tensor | None]:
+    """mean and rstd of each tensor, (V, C) fp32, with the running statistics updated.
+
+    Over ranks also the rows of each view on all of them, (V, 1). The sums on the wire are in fp64:
+    with mean 1000 and std 1 an fp32 sum of squares would keep no digit of the variance.
+    """
+    local = [_local_statistics(x, norm, options) for x, norm in pairs]
+    if options.group is None:
+        return [value for pair in local for value in pair], None
+    mean, var = (torch.cat(parts, dim=1).double() for parts in zip(*local, strict=True))
+    count = torch.full_like(mean[:, :1], rows_of(pairs[0][0]).shape[0] // options.num_views)
+    sums = torch.cat([mean * count, (var + mean * mean) * count, count], dim=1)
+    sums = all_reduce(sums, options.group)
+    total = sums[:, -1:]
+    mean, square = (sums[:, :-1] / total).chunk(2, dim=1)
+    var = (square - mean * mean).clamp_min(0)
+    rstd, unbiased = (var + options.eps).rsqrt().float(), var * (total / (total - 1).clamp_min(1))
+    mean, unbiased, results, start = mean.float(), unbiased.float(), [], 0
+    for x, norm in pairs:
+        part = slice(start, start := start + x.shape[1])
+        if norm.running_mean is not None and norm.running_var is not None:
+            new_mean, new_var = norm.running_mean, norm.running_var
+            for view in range(options.num_views):
+                new_mean = new_mean.lerp(mean[view, part], options.momentum)
+                new_var = new_var.lerp(unbiased[view, part], options.momentum)
+            keep_finite(norm, new_mean, new_var)
+        results += [mean[:, part].contiguous(), rstd[:, part].contiguous()]
+    return results, total.float()
+
+
+def _local_statistics(x: Tensor, norm: Norm, options: NormOptions) -> tuple[Tensor, Tensor]:
+    """This rank's mean and rstd of each view; with a group its mean and biased variance."""
+    is_shared, rows = options.group is not None, rows_of(x)
+    if options.kernels == "plain":
+        var, mean = torch.var_mean(by_view(rows, options.num_views), dim=1, correction=0)
+        return mean, var
+    from kernels.gpu.norm_forward import statistics  # see norm_autograd
+
+    running = (None, None) if is_shared else norm[2:]
+    return statistics(rows, *running, options.num_views, options.momentum, options.eps, is_shared)
+
+
+def keep_finite(norm: Norm, new_mean: Tensor, new_var: Tensor) -> None:
+    """Update running statistics, except of channels with NaN or infinity, which would stay.
+
+    The optimizer skips such a step, so its statistics are skipped too. Shapes: (C,) each.
+    """
+    assert norm.running_mean is not None and norm.running_var is not None
+    is_finite = new_var.isfinite()  # the mean is, where the variance is
+    norm.running_mean.copy_(torch.where(is_finite, new_mean, norm.running_mean))
+    norm.running_var.copy_(torch.where(is_finite, new_var, norm.running_var))
 
 
 def _check(
-    x: Tensor, shortcut: Tensor | None, norm: Norm, norm2: Norm | None, num_views: int,
-    needs_two_rows: bool,
-) -> None:  # fmt: skip
+    x: Tensor, norm: Norm, options: NormOptions, shortcut: Tensor | None, norm2: Norm | None
+) -> None:
+    num_views, shape = options.num_views if options.training else 1, tuple(x.shape)
     if x.dim() not in (2, 4):
-        raise ValueError(f"batch_norm_act takes (N, C, H, W) or (N, C), got {tuple(x.shape)}")
+        raise ValueError(f"batch_norm_act takes (N, C, H, W) or (N, C), got {shape}")
     for name, value in (("x", x), ("residual", shortcut)):
         if value is not None and not _is_channels_last(value):
             raise ValueError(
@@ -197,32 +210,31 @@ def _check(
             )
     if not x.is_floating_point():
         raise ValueError(f"batch_norm_act takes a floating dtype, got {x.dtype}")
-    if num_views < 1 or x.shape[0] % num_views:
-        raise ValueError(f"{x.shape[0]} rows do not divide into num_views={num_views} equal slices")
-    if needs_two_rows and x.numel() < 2 * num_views * x.shape[1]:
-        raise ValueError(f"a view of {tuple(x.shape)} has one value a channel: its variance is 0")
+    if num_views < 1 or len(x) % num_views:
+        raise ValueError(f"{len(x)} rows do not divide into num_views={num_views} equal slices")
+    is_synced = options.group is not None or not options.training
+    if not is_synced and x.numel() < 2 * num_views * x.shape[1]:
+        raise ValueError(f"a view of {shape} has one value a channel: its variance is 0")
     if shortcut is not None and (shortcut.shape, shortcut.dtype) != (x.shape, x.dtype):
         raise ValueError(
-            f"residual {tuple(shortcut.shape)} {shortcut.dtype} must match x {tuple(x.shape)} "
-            f"{x.dtype}"
+            f"residual {tuple(shortcut.shape)} {shortcut.dtype} must match x {shape} {x.dtype}"
         )
-    for one in (norm, norm2):
-        for value in one or ():
-            if value is None:
-                continue
-            if value.shape != x.shape[1:2] or not value.is_contiguous():
-                raise ValueError(
-                    f"weight, bias and running statistics must be ({x.shape[1]},) and contiguous, "
-                    f"got {tuple(value.shape)} with strides {value.stride()}"
-                )
-            if value.device != x.device:
-                raise ValueError(f"x is on {x.device}, its parameters on {value.device}")
-        if one is not None and (one.weight is None) != (one.bias is None):
-            raise ValueError("weight and bias go together: give both or neither")
+    for value in (*norm, *(norm2 or ())):
+        if value is None:
+            continue
+        if value.shape != x.shape[1:2] or not value.is_contiguous():
+            raise ValueError(
+                f"weight, bias and running statistics must be ({x.shape[1]},) and contiguous, "
+                f"got {tuple(value.shape)} with strides {value.stride()}"
+            )
+        if value.device != x.device:
+            raise ValueError(f"x is on {x.device}, its parameters on {value.device}")
+    if any((n.weight is None) != (n.bias is None) for n in (norm, norm2) if n is not None):
+        raise ValueError("weight and bias go together: give both or neither")
     if norm2 is not None and (norm.weight is None) != (norm2.weight is None):
         raise ValueError("the two batch norms of a block end are affine both or neither")
 
 
 def _is_channels_last(x: Tensor) -> bool:
-    """Whether rows of channels are dense in memory; sizes of 1 have no say."""
+    """Whether rows of channels are dense in memory; strides of dimensions of size 1 are ignored."""
     return x.is_contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x.is_contiguous()

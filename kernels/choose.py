@@ -1,7 +1,6 @@
 """Whether an operation runs its Triton kernels: --model.kernels, the device, what is installed.
 
-A newcomer's mistake: importing a kernel to ask. Where Triton is not installed, kernels/gpu/ but for
-its launch.py cannot be imported.
+Without Triton nothing of kernels/gpu but launch.py can be imported.
 """
 
 import importlib.util
@@ -21,9 +20,9 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 def use_triton(kernels: Kernels, x: Tensor) -> bool:
     """Whether an operation on x runs its Triton kernels.
 
-    auto: on CUDA tensors, but for float64, as the kernels compute in float32. "triton" also takes
-    CPU tensors where Triton's interpreter runs or the tensors are fake (a trace that is never run).
-    Raises: ValueError for "triton" elsewhere, and for float64.
+    auto: on CUDA tensors, except float64, as the kernels compute in float32. "triton" also takes
+    CPU tensors in Triton's interpreter, and fake ones (a trace that is never run).
+    Raises: ValueError for other tensors with "triton".
     """
     if kernels == "auto":
         return x.is_cuda and HAS_TRITON and x.dtype != torch.float64

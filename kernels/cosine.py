@@ -1,10 +1,8 @@
-"""SimSiam's loss: the symmetric negative cosine with its stop-gradient inside.
+"""SimSiam's loss, the symmetric negative cosine, and the collapse meter, since z is read here.
 
     D(p, z) = - p/|p| . z/|z|        L = D(p1, sg(z2)) / 2 + D(p2, sg(z1)) / 2
 
-Stands at the end of the forward pass; also measures the collapse meter, since z is read here.
-A newcomer's mistake: detaching z again outside, or pairing p1 with z1.
-Source: Chen & He, CVPR 2021, equations 1 to 4.
+sg is the stop-gradient. Source: Chen & He, CVPR 2021, equations 1 to 4.
 """
 
 import torch
@@ -22,13 +20,12 @@ def symmetric_neg_cosine(
     Shapes: p and z (2, N, D), view first; any floating dtype, computed in fp32.
     z_std is the mean over views and channels of std over N of z/|z|: 1/sqrt(D) for features spread
     evenly over the sphere, 0 after collapse. It carries no gradient.
-    stop_gradient=False is the paper's figure 2 ablation: the target gets a gradient too. It has no
-    kernel: PyTorch's operations compute it everywhere.
+    stop_gradient=False (figure 2) gives the target a gradient too, by PyTorch's operations alone.
     Raises: ValueError for other shapes, dtypes or layouts.
     """
     if p.shape != z.shape or p.dim() != 3 or p.shape[0] != 2:
         raise ValueError(
-            f"symmetric_neg_cosine takes p and z of one shape (2, N, D), "
+            "symmetric_neg_cosine takes p and z of one shape (2, N, D), "
             f"got {tuple(p.shape)} and {tuple(z.shape)}"
         )
     if not (p.is_floating_point() and z.is_floating_point()):
@@ -40,18 +37,16 @@ def symmetric_neg_cosine(
             )
         return _Fused.apply(p, z)
     target = F.normalize((z.detach() if stop_gradient else z).float(), dim=-1)
-    online = F.normalize(p.float(), dim=-1)
-    loss = -(online * target.flip(0)).sum(-1).mean()
-    z_std = target.detach().std(dim=1, correction=0).mean()
-    return loss, z_std
+    loss = -(F.normalize(p.float(), dim=-1) * target.flip(0)).sum(-1).mean()
+    return loss, target.detach().std(dim=1, correction=0).mean()
 
 
 class _Fused(torch.autograd.Function):
-    """The kernels: the gradient of p is made in the forward pass, in fp32. No second derivative."""
+    """The kernels compute the gradient of p in the forward pass, in fp32. No second derivative."""
 
     @staticmethod
-    def forward(ctx, p, z):  # noqa: D102 - torch's contract
-        from kernels.gpu.cosine import loss_and_gradient  # here: see norm_autograd
+    def forward(ctx, p, z):  # noqa: D102 - torch's contract; p, z (2, N, D) contiguous
+        from kernels.gpu.cosine import loss_and_gradient  # see norm_autograd
 
         loss, z_std, dp = loss_and_gradient(p, z)
         ctx.save_for_backward(dp)

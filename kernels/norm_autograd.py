@@ -1,106 +1,45 @@
-"""Batch norm as autograd sees it: statistics over ranks, the operators, and their gradient.
+"""Batch norm as autograd sees it: the operators with their gradient, on given statistics.
 
-Stands between kernels/batch_norm.py (what networks call) and the operators: norm_forward and
-norm_backward (Triton), or norm_reference, which is what the CPU runs over several ranks.
-A newcomer's mistake: looking for the gradient of the statistics. They are made outside of autograd;
-the formula of `backward` holds it already, which is why it needs the sums over all ranks.
+Between kernels/batch_norm.py and the operators: those of kernels/gpu (Triton), or their plain twins
+below, which several ranks on the CPU run. The twins are the specification that the kernels are held
+to: same arguments and results, but ReLU's mask is a byte an element, and there is no max-pool.
+The statistics are computed outside of autograd: `backward`'s formula holds their gradient, which is
+why it needs the sums over all ranks.
+
+V views, R rows of a view, C channels; rows are (V R, C).
 """
 
-from collections.abc import Callable
-from types import ModuleType
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels import norm_reference
-
-
-class Norm(NamedTuple):
-    """Parameters and running statistics of one batch norm, (C,) fp32 each or None."""
-
-    weight: Tensor | None
-    bias: Tensor | None
-    running_mean: Tensor | None
-    running_var: Tensor | None
-
+from kernels.choose import Kernels
 
 # Triton's operators are imported where they are used: Inductor comes with them, which is a quarter
 # of the start of a program that has no CUDA device.
 
 
-def forward_operators(with_triton: bool) -> ModuleType:
-    """norm_forward or its plain twin."""
-    if with_triton:
-        from kernels.gpu import norm_forward
+class NormOptions(NamedTuple):
+    """How a batch norm is computed; all but the last three are those of the whole network."""
 
-        return norm_forward
-    return norm_reference
-
-
-def backward_operators(with_triton: bool) -> ModuleType:
-    """norm_backward or its plain twin."""
-    if with_triton:
-        from kernels.gpu import norm_backward
-
-        return norm_backward
-    return norm_reference
-
-
-def batch_statistics(
-    pairs: list[tuple[Tensor, Norm]], num_views: int, momentum: float, eps: float, group_name: str,
-    with_triton: bool,
-) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:  # fmt: skip
-    """(mean, rstd) of each tensor, (V, C) fp32, with the running statistics updated.
-
-    Over ranks also the rows of each view on all of them, (V, 1). The sums on the wire are in fp64:
-    with mean 1000 and std 1 an fp32 sum of squares would keep no digit of the variance.
-    """
-    operators = forward_operators(with_triton)
-    if not group_name:
-        return [
-            operators.statistics(
-                rows_of(x), norm.running_mean, norm.running_var, num_views, momentum, eps, False
-            )
-            for x, norm in pairs
-        ], None
-    local = [
-        operators.statistics(rows_of(x), None, None, num_views, momentum, eps, True)
-        for x, _ in pairs
-    ]
-    mean, var = (torch.cat(parts, dim=1).double() for parts in zip(*local, strict=True))
-    count = torch.full_like(mean[:, :1], rows_of(pairs[0][0]).shape[0] // num_views)
-    sums = torch.cat([mean * count, (var + mean * mean) * count, count], dim=1)
-    sums = _all_reduce(sums, group_name)
-    total = sums[:, -1:]
-    mean, square = (sums[:, :-1] / total).chunk(2, dim=1)
-    var = (square - mean * mean).clamp_min(0)
-    rstd, unbiased = (var + eps).rsqrt().float(), var * (total / (total - 1).clamp_min(1))
-    mean, unbiased, found, start = mean.float(), unbiased.float(), [], 0
-    for x, norm in pairs:
-        part = slice(start, start := start + x.shape[1])
-        if norm.running_mean is not None and norm.running_var is not None:
-            new_mean, new_var = norm.running_mean, norm.running_var
-            for view in range(num_views):
-                new_mean = new_mean.lerp(mean[view, part], momentum)
-                new_var = new_var.lerp(unbiased[view, part], momentum)
-            keep_finite(norm.running_mean, norm.running_var, new_mean, new_var)
-        found.append((mean[:, part].contiguous(), rstd[:, part].contiguous()))
-    return found, total.float()
-
-
-def keep_finite(mean: Tensor, var: Tensor, new_mean: Tensor, new_var: Tensor) -> None:
-    """Update running statistics, but not those of channels with NaN or infinity: they would stay.
-
-    The optimizer skips such a step; its statistics are left out with it. Shapes: (C,) each.
-    """
-    is_finite = new_var.isfinite()  # the mean is, where the variance is
-    mean.copy_(torch.where(is_finite, new_mean, mean))
-    var.copy_(torch.where(is_finite, new_var, var))
-
-
-Second = tuple[Tensor | None, Tensor | None, Tensor | None]  # x2, mean2, rstd2
+    num_views: int = 1
+    """Equal slices of the batch, each with its own statistics."""
+    training: bool = True
+    """False: the running statistics normalise, and nothing is updated."""
+    group: dist.ProcessGroup | None = None
+    """The statistics are over all its ranks: one all_reduce per direction."""
+    kernels: Kernels = "auto"
+    momentum: float = 0.1
+    eps: float = 1e-5
+    relu: bool = True
+    fork: bool = False
+    """The result twice (batch_norm.block_end)."""
+    pool: bool = False
+    """Max-pool follows in the same kernel (Triton only)."""
 
 
 class NormAct(torch.autograd.Function):
@@ -108,124 +47,144 @@ class NormAct(torch.autograd.Function):
 
     @staticmethod
     def forward(  # noqa: D102 - torch's contract
-        ctx, x, shortcut, weight, bias, weight2, bias2, mean, rstd, mean2, rstd2, total,
-        relu, fork, pool, group_name, with_triton,
-    ):  # fmt: skip
-        operators = forward_operators(with_triton)
-        if pool:
-            from kernels.gpu import norm_pool
+        ctx,
+        options,  # NormOptions, its kernels "triton" or "plain"
+        total,  # (V, 1): rows of each view on all ranks; None: on this rank alone
+        statistics,  # mean and rstd (V, C), with a second batch norm its two too
+        x,  # (N, C, H, W) channels_last or (N, C)
+        shortcut,  # as x, or None; what a second batch norm normalises
+        *params,  # weight and bias (C,) of each batch norm; empty without affine part
+    ):
+        inputs = _inputs(x, shortcut, statistics)
+        residual = rows_of(shortcut) if shortcut is not None and len(inputs) == 3 else None
+        if options.pool:
+            from kernels.gpu.norm_forward import apply_pool, pooled
 
-            y, bits = norm_pool.apply_pool(rows_of(x), mean, rstd, weight, bias, *x.shape[2:])
-            y = shaped_like(y, x, norm_pool.pooled)
+            y, bits = apply_pool(inputs, list(params), list(x.shape[2:]))
+            y = shaped_like(y, x, pooled)
         else:
-            rows2 = rows_of(shortcut) if shortcut is not None else None
-            y, bits = operators.apply(
-                rows_of(x), mean, rstd, weight, bias, rows2, mean2, rstd2, weight2, bias2, relu
-            )
+            apply = plain_apply
+            if options.kernels == "triton":
+                from kernels.gpu.norm_forward import apply
+            y, bits = apply(inputs, residual, list(params), options.relu)
             y = shaped_like(y, x)
-        kept = shortcut if mean2 is not None else None
-        ctx.save_for_backward(x, kept, weight, bias, weight2, mean, rstd, mean2, rstd2, total, bits)
-        ctx.has_shortcut, ctx.relu, ctx.with_triton = shortcut is not None, relu, with_triton
-        ctx.group_name, ctx.pool = group_name, pool
+        kept = shortcut if len(inputs) > 3 else None
+        ctx.save_for_backward(total, bits, x, kept, *statistics, *params)
+        ctx.options, ctx.has_shortcut, ctx.num_params = options, shortcut is not None, len(params)
         ctx.set_materialize_grads(False)
-        return (y, y.view_as(y)) if fork else y
+        return (y, y.view_as(y)) if options.fork else y
 
     @staticmethod
     def backward(ctx, *grads):  # noqa: D102 - torch's contract
-        x, shortcut, weight, bias, weight2, mean, rstd, mean2, rstd2, total, bits = (
-            ctx.saved_tensors
-        )
-        given = [rows_of(_channels_last(grad)) for grad in grads if grad is not None]
-        if not given:  # a later function gave no gradient; on all ranks alike
-            return (None,) * 16
-        dy, dy2 = given if len(given) == 2 else (given[0], None)
-        second: Second = (None, None, None)
-        if shortcut is not None:
-            second = (rows_of(shortcut), mean2, rstd2)
-        write_g = ctx.has_shortcut and (ctx.relu or dy2 is not None)
-        size = (x.shape[2], x.shape[3]) if ctx.pool else (0, 0)
+        total, bits, x, kept, *rest = ctx.saved_tensors
+        statistics = rest[: len(rest) - ctx.num_params]
+        params = rest[len(statistics) :]
+        dys = [rows_of(_channels_last(grad)) for grad in grads if grad is not None]
+        if not dys:  # a later function gave no gradient; on all ranks alike
+            return (None,) * (5 + len(params))
         g, dx, dx2, dparam = _gradients(
-            dy, dy2, rows_of(x), mean, rstd, weight, bias, second, weight2, total, bits, ctx.relu,
-            write_g, size, ctx.group_name, ctx.with_triton,
-        )  # fmt: skip
+            dys,
+            _inputs(x, kept, statistics),
+            params,
+            bits,
+            total,
+            ctx.options,
+            write_g=ctx.has_shortcut and (ctx.options.relu or len(dys) == 2),
+            size=list(x.shape[2:]) if ctx.options.pool else [],
+        )
         dshortcut = None
         if ctx.has_shortcut:
-            dshortcut = shaped_like(dx2 if shortcut is not None else g, x)
-            if g is dy:  # autograd may add to what it is given: not to the caller's gradient
+            dshortcut = shaped_like(g if kept is None else dx2, x)
+            if g is dys[0]:  # autograd may add to what it is given: not to the caller's gradient
                 dshortcut = dshortcut.clone()
-        dweight, dbias, dweight2, dbias2 = None, None, None, None
-        if weight is not None:
-            dbias, dweight = dparam[0].to(weight.dtype), dparam[1].to(weight.dtype)
-        if weight2 is not None:
-            dbias2, dweight2 = dparam[3].to(weight2.dtype), dparam[2].to(weight2.dtype)
-        return shaped_like(dx, x), dshortcut, dweight, dbias, dweight2, dbias2, *(None,) * 10
+        dparams = [dparam[row].to(p.dtype) for row, p in zip((1, 0, 2, 3), params, strict=False)]
+        return None, None, None, shaped_like(dx, x), dshortcut, *dparams
 
 
 class NormActConv(torch.autograd.Function):
-    """conv(relu(norm(x))) that keeps x alone: backward normalises again, then goes on as usual.
-
-    Costs one more pass that reads x and writes the normalised map; saves the map.
-    """
+    """conv(relu(norm(x))) that keeps x alone: backward normalises again. Triton kernels only."""
 
     @staticmethod
     def forward(  # noqa: D102 - torch's contract
-        ctx, x, weight, bias, conv_weight, mean, rstd, total, stride, padding, group_name,
-    ):  # fmt: skip
-        ctx.save_for_backward(x, weight, bias, conv_weight, mean, rstd, total)
-        ctx.stride, ctx.padding, ctx.group_name = stride, padding, group_name
-        y = _normalised(x, mean, rstd, weight, bias)
+        ctx,
+        options,  # NormOptions
+        total,  # as NormAct's
+        statistics,  # mean and rstd (V, C)
+        stride,  # of the convolution, as padding: (height, width)
+        padding,
+        x,  # (N, C, H, W) channels_last
+        conv_weight,  # (D, C, h, w)
+        weight,  # (C,), as bias
+        bias,
+    ):
+        ctx.save_for_backward(total, x, conv_weight, *statistics, weight, bias)
+        ctx.options, ctx.stride, ctx.padding = options, stride, padding
+        y = _normalised(_inputs(x, None, statistics), [weight, bias], x)
         with torch.autocast(x.device.type, enabled=False):  # in x's dtype, forward and backward
             return F.conv2d(y, conv_weight.to(x.dtype), None, stride, padding)
 
     @staticmethod
     def backward(ctx, *grads):  # noqa: D102 - torch's contract
-        x, weight, bias, conv_weight, mean, rstd, total = ctx.saved_tensors
-        y = _normalised(x, mean, rstd, weight, bias)
+        total, x, conv_weight, mean, rstd, weight, bias = ctx.saved_tensors
+        inputs, params = _inputs(x, None, (mean, rstd)), [weight, bias]
+        y, dy = _normalised(inputs, params, x), _channels_last(grads[0])
+        rest = ((1, 1), False, (0, 0), 1, (True, True, False))  # dilation ... output_mask
         dy, dconv, _ = torch.ops.aten.convolution_backward(
-            _channels_last(grads[0]), y, conv_weight.to(x.dtype), None, ctx.stride, ctx.padding,
-            (1, 1), False, (0, 0), 1, (True, True, False),
-        )  # fmt: skip
+            dy, y, conv_weight.to(x.dtype), None, ctx.stride, ctx.padding, *rest
+        )
         bits = torch.empty(0, 0, dtype=torch.uint8, device=x.device)
+        dys = [rows_of(_channels_last(dy))]
         _, dx, _, dparam = _gradients(
-            rows_of(_channels_last(dy)), None, rows_of(x), mean, rstd, weight, bias,
-            (None, None, None), None, total, bits, True, False, (0, 0), ctx.group_name, True,
-        )  # fmt: skip
+            dys, inputs, params, bits, total, ctx.options, write_g=False, size=[]
+        )
         dweight, dbias = dparam[1].to(weight.dtype), dparam[0].to(bias.dtype)
         dconv = dconv.to(conv_weight.dtype)
-        return shaped_like(dx, x), dweight, dbias, dconv, None, None, None, None, None, None
+        return None, None, None, None, None, shaped_like(dx, x), dconv, dweight, dbias
 
 
-def _normalised(x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    y, _ = forward_operators(True).apply(
-        rows_of(x), mean, rstd, weight, bias, None, None, None, None, None, True
-    )
-    return shaped_like(y, x)
+def _inputs(x: Tensor, shortcut: Tensor | None, statistics: Sequence[Tensor]) -> list[Tensor]:
+    """What the operators normalise: rows, mean and rstd of each batch norm."""
+    inputs = [rows_of(x), *statistics[:2]]
+    if shortcut is not None and len(statistics) > 2:
+        inputs += [rows_of(shortcut), *statistics[2:]]
+    return inputs
+
+
+def _normalised(inputs: list[Tensor], params: list[Tensor], x: Tensor) -> Tensor:
+    from kernels.gpu.norm_forward import apply
+
+    return shaped_like(apply(inputs, None, params, True)[0], x)
 
 
 def _gradients(
-    dy: Tensor, dy2: Tensor | None, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None,
-    bias: Tensor | None, second: Second, weight2: Tensor | None, total: Tensor | None, bits: Tensor,
-    relu: bool, write_g: bool, size: tuple[int, int], group_name: str, with_triton: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dys: list[Tensor],
+    inputs: list[Tensor],
+    params: list[Tensor],
+    bits: Tensor,
+    total: Tensor | None,
+    options: NormOptions,
+    *,
+    write_g: bool,
+    size: list[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(g, dx, dx2, dparam) of (rows, C) tensors, with the sums over all ranks."""
-    operators = backward_operators(with_triton)
-    g, sums, dparam = operators.reduce(
-        dy, dy2, x, mean, rstd, weight, bias, *second, bits, relu, write_g, *size
-    )
-    inv_count = len(mean) / x.shape[0]
-    if group_name and total is not None:
-        sums, inv_count = _all_reduce(sums, group_name) / total[..., None], 1.0
-    g = g if write_g else dy
-    dx, dx2 = operators.backward(
-        g, x, mean, rstd, weight, bias, *second, weight2, sums, bits if size[0] else None,
-        inv_count, relu and not write_g, *size,
-    )  # fmt: skip
+    reduce, backward = plain_reduce, plain_backward
+    if options.kernels == "triton":
+        from kernels.gpu.norm_backward import backward, reduce
+    g, sums, dparam = reduce(dys, inputs, params, bits, options.relu, write_g, size)
+    inv_count = options.num_views / inputs[0].shape[0]
+    if options.group is not None and total is not None:
+        sums, inv_count = all_reduce(sums, options.group) / total[..., None], 1.0
+    g = g if write_g else dys[0]
+    mask_from_x = options.relu and not write_g
+    tap = bits if size else None
+    dx, dx2 = backward(g, inputs, params, sums, tap, inv_count, mask_from_x, size)
     return g, dx, dx2, dparam
 
 
-def _all_reduce(x: Tensor, group_name: str) -> Tensor:
+def all_reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The sum over ranks by a functional collective, which torch.compile keeps in its graph."""
-    reduced = torch.ops._c10d_functional.all_reduce(x, "sum", group_name)
+    reduced = torch.ops._c10d_functional.all_reduce(x, "sum", group.group_name)
     return torch.ops._c10d_functional.wait_tensor(reduced)
 
 
@@ -242,8 +201,92 @@ def rows_of(x: Tensor) -> Tensor:
 
 
 def shaped_like(rows: Tensor, x: Tensor, size: Callable[[int], int] = int) -> Tensor:
-    """(rows, C) as x's shape, channels_last; `size` says what became of height and width."""
+    """(rows, C) as x's shape, channels_last; `size` maps x's height and width to the result's."""
     if x.dim() == 2:
         return rows.view(x.shape)
     n, c, h, w = x.shape
     return rows.view(n, size(h), size(w), c).permute(0, 3, 1, 2)
+
+
+def plain_apply(
+    inputs: list[Tensor], residual: Tensor | None, params: list[Tensor], relu: bool
+) -> tuple[Tensor, Tensor]:
+    """norm_forward.apply: y like x, and the mask (rows, C); (rows, 0) without shortcut or ReLU."""
+    x, has_shortcut = inputs[0], residual is not None or len(inputs) > 3
+    y = affine(standardise(*inputs[:3]), *params[:2])
+    if len(inputs) > 3:
+        y = y + affine(standardise(*inputs[3:]), *params[2:])
+    elif residual is not None:
+        y = y + by_view(residual, len(inputs[1]))
+    y = y.reshape(x.shape)
+    mask = y > 0 if relu and has_shortcut else y.new_empty((len(x), 0), dtype=torch.bool)
+    return (y.relu() if relu else y).to(x.dtype), mask
+
+
+def plain_reduce(
+    dys: list[Tensor],
+    inputs: list[Tensor],
+    params: list[Tensor],
+    bits: Tensor,
+    relu: bool,
+    write_g: bool,
+    size: list[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """norm_backward.reduce: g, the sums (V, K, C) of g, g xhat, g xhat2, and those over views."""
+    assert not size  # max-pool is PyTorch's own on the CPU
+    x, xhat = inputs[0], standardise(*inputs[:3])
+    g = dys[0].float() if len(dys) == 1 else dys[0].float() + dys[1].float()
+    if relu:
+        mask = bits if bits.shape[1] else affine(xhat, *params[:2]) > 0
+        g = g * mask.reshape(g.shape)
+    if write_g:
+        g = g.to(x.dtype)
+    rows = by_view(g, len(inputs[1]))
+    sums = [rows.sum(1), (rows * xhat).sum(1)]
+    if len(inputs) > 3:
+        sums.append((rows * standardise(*inputs[3:])).sum(1))
+    stacked = torch.stack(sums, dim=1)
+    over_views = stacked.sum(0)
+    if len(inputs) > 3:  # sum g again: the second bias's gradient must not share its memory
+        over_views = torch.cat([over_views, over_views[:1]])
+    return g if write_g else g.new_empty(0), stacked, over_views
+
+
+def plain_backward(
+    g: Tensor,
+    inputs: list[Tensor],
+    params: list[Tensor],
+    sums: Tensor,
+    tap: Tensor | None,
+    inv_count: float,
+    mask_from_x: bool,
+    size: list[int],
+) -> tuple[Tensor, Tensor]:
+    """norm_backward.backward: dx like x and dx2 like x2 (empty without one)."""
+    rows, means = by_view(g, len(inputs[1])), sums * inv_count
+    if mask_from_x:
+        rows = rows * (affine(standardise(*inputs[:3]), *params[:2]) > 0)
+
+    def gradient(norm: int) -> Tensor:
+        x, mean, rstd = inputs[3 * norm : 3 * norm + 3]
+        of_xhat = standardise(x, mean, rstd) * means[:, norm + 1 : norm + 2]
+        scale = rstd * params[2 * norm] if params else rstd
+        return ((rows - means[:, :1] - of_xhat) * scale[:, None]).reshape(x.shape).to(x.dtype)
+
+    dx = gradient(0)
+    return dx, gradient(1) if len(inputs) > 3 else dx.new_empty(0)
+
+
+def by_view(x: Tensor, num_views: int) -> Tensor:
+    """(V R, C) -> (V, R, C) fp32."""
+    return x.reshape(num_views, -1, x.shape[1]).float()
+
+
+def standardise(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    """xhat as (V, R, C) fp32."""
+    return (by_view(x, len(mean)) - mean[:, None]) * rstd[:, None]
+
+
+def affine(xhat: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """xhat weight + bias."""
+    return xhat if weight is None or bias is None else xhat * weight.float() + bias.float()

@@ -1,8 +1,7 @@
 """uint8 views -> normalised channels-last activations: the first op on the training device.
 
-Stands between the loader (uint8 NHWC, so that a quarter of the bytes of fp32 moves) and the stem.
-A newcomer's mistake: calling .contiguous() on the result. permute(0, 3, 1, 2) of NHWC memory *is*
-a channels-last NCHW tensor; no copy is made.
+The loader gives uint8 NHWC, a quarter of the bytes of fp32. permute(0, 3, 1, 2) of NHWC memory is a
+channels-last NCHW tensor; no copy is made.
 """
 
 from collections.abc import Sequence
@@ -41,7 +40,7 @@ def normalize_views(
         raise ValueError(f"mean and std are three values each, got {len(mean)} and {len(std)}")
     scale, shift = _scale_and_shift(tuple(mean), tuple(std), views_NHWC.device)
     if use_triton(kernels, views_NHWC):
-        from kernels.gpu.normalize import normalize  # here: see norm_autograd
+        from kernels.gpu.normalize import normalize  # see norm_autograd
 
         return normalize(views_NHWC, scale, shift, dtype).permute(0, 3, 1, 2)
     return torch.addcmul(shift, views_NHWC.float(), scale).to(dtype).permute(0, 3, 1, 2)
@@ -51,7 +50,7 @@ def normalize_views(
 def _scale_and_shift(
     mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """out = scale * uint8 + shift. Kept on the device: making them anew would wait for the GPU."""
+    """out = scale * uint8 + shift. Cached on the device: a new copy would wait for the GPU."""
     scale = torch.tensor([1 / (255 * s) for s in std], device=device)
     shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device)
     return scale, shift

@@ -18,7 +18,7 @@ from train import export, import_checkpoint
 from train.config import Config, DataConfig, MethodConfig, ModelConfig
 from train.import_checkpoint import import_file, read_tensors
 from train.methods.simsiam import MovingAverage, SimSiam
-from train.network.heads import LinearNorm
+from train.network.model import LinearNorm
 from train.network.resnet import ResNet
 from train.run import checkpoint, state
 from train.run.layouts import convert, linear_norm

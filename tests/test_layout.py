@@ -149,10 +149,11 @@ def test_without_triton_everything_imports_and_asking_for_it_is_refused():
     code = (
         "import importlib.util as util, sys; real = util.find_spec\n"
         "util.find_spec = lambda name, *a: None if name == 'triton' else real(name, *a)\n"
-        "import torch, train.main; from kernels.batch_norm import batch_norm_act\n"
-        "x, none = torch.randn(4, 3), (None,) * 4\n"
-        "assert not batch_norm_act(x, *none).isnan().any() and 'triton' not in sys.modules\n"
-        "batch_norm_act(x, *none, kernels='triton')"
+        "import torch, train.main\n"
+        "from kernels.batch_norm import Norm, NormOptions, batch_norm_act\n"
+        "x, norm = torch.randn(4, 3), Norm()\n"
+        "assert not batch_norm_act(x, norm).isnan().any() and 'triton' not in sys.modules\n"
+        "batch_norm_act(x, norm, NormOptions(kernels='triton'))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False

@@ -4,18 +4,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kernels import norm_autograd
+from kernels import batch_norm
 from kernels.batch_norm import (
     Norm,
+    NormOptions,
     batch_norm_act,
     batch_norm_act_conv,
     batch_norm_act_pool,
     block_end,
-)  # fmt: skip
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPS, MARGIN = 1e-5, 0.1
+TRITON = NormOptions(kernels="triton")
+TWO_VIEWS = NormOptions(2, kernels="triton")
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -86,18 +89,16 @@ class Case:
             torch.full((x.shape[1],), value, device=DEVICE) for value in (0.0, 1.0, 0.0, 1.0)
         ]
         norm, norm2 = Norm(weight, bias, *running[:2]), Norm(weight2, bias2, *running[2:])
-        options = {"num_views": self.views, "kernels": kernels, "eps": EPS}
+        options = NormOptions(self.views, kernels=kernels, eps=EPS, relu=self.relu)
         dy, dy2 = (g.to(DEVICE) for g in self.grads)
         if self.shortcut == "none":
-            y = batch_norm_act(x, *norm, relu=self.relu, **options)
+            y = batch_norm_act(x, norm, options)
             y.backward(dy)
         elif not self.relu:
-            y = batch_norm_act(x, *norm, residual=skip, relu=False, **options)
+            y = batch_norm_act(x, norm, options, residual=skip)
             y.backward((dy.double() + dy2.double()).to(dy.dtype))
         else:
-            y, again = block_end(
-                x, norm, skip, norm2 if self.shortcut == "norm" else None, **options
-            )
+            y, again = block_end(x, norm, skip, norm2 if self.shortcut == "norm" else None, options)
             torch.autograd.backward([y, again], [dy, dy2])
         found = self.named(y, leaves)
         names = ("running_mean", "running_var", "running_mean2", "running_var2")
@@ -180,7 +181,7 @@ def test_mean_1000_and_std_1_keep_the_digits_of_the_variance():
     x = torch.randn(8, 4, 30, 30, generator=torch.Generator().manual_seed(0)) + 1000
     x = channels_last(x).to(DEVICE)
     mean, var = torch.zeros(4, device=DEVICE), torch.ones(4, device=DEVICE)
-    batch_norm_act(x, None, None, mean, var, momentum=1.0, kernels="triton")
+    batch_norm_act(x, Norm(None, None, mean, var), TRITON._replace(momentum=1.0))
     exact = x.double().var((0, 2, 3))
     torch.testing.assert_close(var.double(), exact, rtol=1e-6, atol=0)  # sums of squares: 1e-1
 
@@ -199,7 +200,7 @@ def test_the_stem_with_max_pool_equals_plain_torch(shape, dtype):
                         for v in (1.5, 0.2))  # fmt: skip
         norm = Norm(weight, bias, torch.zeros(shape[1], device=DEVICE),
                     torch.ones(shape[1], device=DEVICE))  # fmt: skip
-        y = batch_norm_act_pool(leaf, norm, num_views=2, kernels=kernels)
+        y = batch_norm_act_pool(leaf, norm, NormOptions(2, kernels=kernels))
         y.backward(dy)
         found[kernels] = [y, leaf.grad, weight.grad, bias.grad]
     if dtype == torch.float32:
@@ -218,8 +219,8 @@ def test_of_equal_values_in_a_window_the_first_gets_the_gradient():
     grads = []
     for kernels in ("plain", "triton"):
         leaf = x.detach().requires_grad_()
-        norm = Norm(*(torch.ones(8, device=DEVICE) for _ in range(2)), None, None)
-        batch_norm_act_pool(leaf, norm, kernels=kernels).square().sum().backward()
+        norm = Norm(*(torch.ones(8, device=DEVICE) for _ in range(2)))
+        batch_norm_act_pool(leaf, norm, NormOptions(kernels=kernels)).square().sum().backward()
         grads.append(leaf.grad)
     torch.testing.assert_close(grads[1], grads[0], rtol=1e-5, atol=1e-5)
 
@@ -236,10 +237,10 @@ def test_normalising_again_in_backward_changes_no_gradient():
         weight, bias = (torch.full((12,), v, device=DEVICE, requires_grad=True) for v in (1.5, 0.2))
         norm = Norm(weight, bias, torch.zeros(12, device=DEVICE), torch.ones(12, device=DEVICE))
         if recompute:
-            y = batch_norm_act_conv(leaf, norm, conv.weight, stride=(2, 2), padding=(1, 1),
-                                    num_views=2)  # fmt: skip
+            shape = {"stride": (2, 2), "padding": (1, 1)}
+            y = batch_norm_act_conv(leaf, norm, conv.weight, NormOptions(2), **shape)
         else:
-            y = conv(batch_norm_act(leaf, *norm, num_views=2, kernels="triton"))
+            y = conv(batch_norm_act(leaf, norm, TWO_VIEWS))
         y.square().sum().backward()
         found.append([y, leaf.grad, weight.grad, bias.grad, conv.weight.grad, norm.running_var])
     for value, reference in zip(*found, strict=True):
@@ -250,12 +251,11 @@ def test_a_nan_goes_on_to_output_and_gradient():
     x = torch.randn(4, 8, 3, 3)
     x[0, 2, 1, 1] = torch.nan
     x = channels_last(x).to(DEVICE).requires_grad_()
-    y = batch_norm_act(x, None, None, None, None, num_views=2, kernels="triton")
+    y = batch_norm_act(x, Norm(), TWO_VIEWS)
     y.sum().backward()
     assert y[:2, 2].isnan().all() and x.grad[:2, 2].isnan().all()
     assert not y[2:].isnan().any() and not y[:, 3].isnan().any()
-    pooled = batch_norm_act_pool(x.detach(), Norm(None, None, None, None), num_views=2,
-                                 kernels="triton")  # fmt: skip
+    pooled = batch_norm_act_pool(x.detach(), Norm(), TWO_VIEWS)
     assert pooled[:2, 2].isnan().all()
 
 
@@ -264,15 +264,14 @@ def test_no_two_gradients_share_memory():
     x, skip = (channels_last(torch.randn(4, 6, 3, 3)).to(DEVICE).requires_grad_() for _ in range(2))
     weight, bias, weight2, bias2 = (torch.ones(6, device=DEVICE, requires_grad=True)
                                     for _ in range(4))  # fmt: skip
-    norms = Norm(weight, bias, None, None), Norm(weight2, bias2, None, None)
-    y, again = block_end(x, norms[0], skip, norms[1], kernels="triton")
+    norms = Norm(weight, bias), Norm(weight2, bias2)
+    y, again = block_end(x, norms[0], skip, norms[1], TRITON)
     (y + again).sum().backward()
     leaves = (x, skip, weight, bias, weight2, bias2)
     assert len({leaf.grad.data_ptr() for leaf in leaves}) == len(leaves)
     dy = torch.ones_like(x)
     for _ in range(2):
-        batch_norm_act(x, None, None, None, None, residual=skip, relu=False,
-                       kernels="triton").backward(dy)  # fmt: skip
+        batch_norm_act(x, Norm(), TRITON._replace(relu=False), residual=skip).backward(dy)
     assert (dy == 1).all()  # the caller's own
 
 
@@ -286,12 +285,14 @@ def test_what_is_not_finite_reaches_the_output_and_no_running_statistics(value, 
     running = {}
     for kernels in ("plain", "triton"):
         running[kernels] = torch.full((2, 8), 0.5, device=DEVICE)
-        y = batch_norm_act(x, None, None, *running[kernels], num_views=2, kernels=kernels)
+        norm = Norm(None, None, *running[kernels])
+        y = batch_norm_act(x, norm, NormOptions(2, kernels=kernels))
         assert value == 1e30 or (y[:2, 2].isnan().all() and not y[:, 3].isnan().any())
-    monkeypatch.setattr(norm_autograd, "_all_reduce", lambda sums, name: sums)  # a world of one
+    monkeypatch.setattr(batch_norm, "all_reduce", lambda sums, group: sums)  # a world of one
     running["over ranks"] = torch.full((2, 8), 0.5, device=DEVICE)
     norm = Norm(None, None, *running["over ranks"])
-    norm_autograd.batch_statistics([(x, norm)], 2, 0.1, EPS, "group", False)
+    options = NormOptions(2, group="group", kernels="plain", momentum=0.1, eps=EPS)
+    batch_norm._batch_statistics([(x, norm)], options)
     for found in running.values():
         assert (found[:, 2] == 0.5).all() and (found[:, 3] != 0.5).all()
         torch.testing.assert_close(found, running["plain"])
@@ -299,10 +300,10 @@ def test_what_is_not_finite_reaches_the_output_and_no_running_statistics(value, 
 
 def test_the_default_dtype_changes_nothing():
     x = torch.randn(8, 5, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    before = batch_norm_act(x, None, None, None, None, kernels="triton")
+    before = batch_norm_act(x, Norm(), TRITON)
     torch.set_default_dtype(torch.bfloat16)
     try:
-        assert torch.equal(before, batch_norm_act(x, None, None, None, None, kernels="triton"))
+        assert torch.equal(before, batch_norm_act(x, Norm(), TRITON))
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -312,36 +313,37 @@ def nchw(*shape: int) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("call", "message"),
+    ("shape", "norm", "num_views", "message"),
     [
-        (lambda: batch_norm_act(nchw(4, 3, 5, 5), None, None, None, None), "channels_last"),
-        (lambda: batch_norm_act(nchw(4, 3, 5), None, None, None, None), r"\(N, C\)"),
-        (lambda: batch_norm_act(nchw(5, 3), None, None, None, None, num_views=2), "num_views=2"),
-        (lambda: batch_norm_act(nchw(2, 3), None, None, None, None, num_views=2), "one value"),
-        (lambda: batch_norm_act(nchw(4, 3).int(), None, None, None, None), "floating"),
-        (lambda: batch_norm_act(nchw(4, 3), torch.ones(2), torch.ones(2), None, None), r"\(3,\)"),
-        (
-            lambda: batch_norm_act(nchw(4, 3), *torch.ones(3, 2).unbind(1), None, None),
-            "contiguous",
-        ),
-        (lambda: batch_norm_act(nchw(4, 3), None, None, None, None, num_views=0), "num_views=0"),
-        (lambda: batch_norm_act_pool(nchw(4, 3), Norm(*(None,) * 4)), r"\(N, C, H, W\)"),
-        (lambda: batch_norm_act(nchw(4, 3), torch.ones(3), None, None, None), "both or neither"),
-        (
-            lambda: batch_norm_act(nchw(4, 3), None, None, None, None, residual=nchw(4, 3).half()),
-            "must match",
-        ),
+        ((4, 3, 5, 5), Norm(), 1, "channels_last"),
+        ((4, 3, 5), Norm(), 1, r"\(N, C\)"),
+        ((5, 3), Norm(), 2, "num_views=2"),
+        ((2, 3), Norm(), 2, "one value"),
+        ((4, 3), Norm(), 0, "num_views=0"),
+        ((4, 3), Norm(torch.ones(2), torch.ones(2)), 1, r"\(3,\)"),
+        ((4, 3), Norm(*torch.ones(3, 2).unbind(1)), 1, "contiguous"),
+        ((4, 3), Norm(torch.ones(3)), 1, "both or neither"),
     ],
 )
 @pytest.mark.parametrize("kernels", ["plain", "triton"])
-def test_wrong_layouts_dtypes_and_shapes_are_refused(call, message, kernels, monkeypatch):
-    monkeypatch.setitem(batch_norm_act.__kwdefaults__, "kernels", kernels)
+def test_wrong_layouts_and_shapes_are_refused(shape, norm, num_views, message, kernels):
     with pytest.raises(ValueError, match=message):
-        call()
+        batch_norm_act(nchw(*shape), norm, NormOptions(num_views, kernels=kernels))
+
+
+@pytest.mark.parametrize("kernels", ["plain", "triton"])
+def test_wrong_dtypes_and_shortcuts_are_refused(kernels):
+    options = NormOptions(kernels=kernels)
+    with pytest.raises(ValueError, match="floating"):
+        batch_norm_act(nchw(4, 3).int(), Norm(), options)
+    with pytest.raises(ValueError, match="must match"):
+        batch_norm_act(nchw(4, 3), Norm(), options, residual=nchw(4, 3).half())
+    with pytest.raises(ValueError, match=r"\(N, C, H, W\)"):
+        batch_norm_act_pool(nchw(4, 3), Norm(), options)
 
 
 def test_float64_is_refused_by_kernels_that_compute_in_float32():
     x = torch.randn(4, 8, dtype=torch.float64)
     with pytest.raises(ValueError, match="compute in float32: use float32"):
-        batch_norm_act(x, None, None, None, None, kernels="triton")
-    assert batch_norm_act(x, None, None, None, None, kernels="plain").dtype == torch.float64
+        batch_norm_act(x, Norm(), TRITON)
+    assert batch_norm_act(x, Norm(), NormOptions(kernels="plain")).dtype == torch.float64

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from train.distributed import devices, take_device
-from train.network import precision
-from train.network.precision import DTYPES, set_tf32
+from train.network import model
+from train.network.model import DTYPES, set_tf32
 
 ROOT = Path(__file__).parent.parent
 CUDA = torch.device("cuda")
@@ -49,7 +49,7 @@ def test_a_device_is_taken_with_torchs_default_switched_off(monkeypatch):
 def test_nvidias_image_does_not_make_fp32_products_tf32():
     done = subprocess.run(
         [sys.executable, "-c", "import torch\n"
-         "from train.network.precision import set_tf32\n"
+         "from train.network.model import set_tf32\n"
          "before = torch.backends.cuda.matmul.allow_tf32\n"
          "set_tf32('fp32', torch.device('cuda'))\n"
          "print(before, torch.backends.cuda.matmul.allow_tf32)"],
@@ -66,5 +66,5 @@ def test_tf32_is_refused_where_there_is_none():
 
 def test_autocast_leaves_tf32_and_fp32_alone():
     for name, dtype in DTYPES.items():
-        with precision.autocast(name, torch.device("cpu")):
+        with model.autocast(name, torch.device("cpu")):
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype

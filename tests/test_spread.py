@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from train.evaluation.encoded import measure_spread, rankme
-from train.network.heads import build_projector
+from train.network.model import build_projector
 from train.run.report import COLLAPSED
 
 

@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.modules._functions import SyncBatchNorm
 
-from kernels.batch_norm import batch_norm_act
+from kernels.batch_norm import Norm, NormOptions, batch_norm_act
 from train.config import MethodConfig, ModelConfig
 from train.methods.simsiam import SimSiam
 from train.network.resnet import LAYERS
@@ -36,9 +36,8 @@ def forward_backward(x, residual, weighting, *, group, kernels="plain"):
     weight = torch.linspace(0.5, 1.5, CHANNELS).requires_grad_()
     bias = torch.linspace(-0.1, 0.1, CHANNELS).requires_grad_()
     mean, var = torch.zeros(CHANNELS), torch.ones(CHANNELS)
-    y = batch_norm_act(
-        x, weight, bias, mean, var, residual=residual, num_views=VIEWS, group=group, kernels=kernels
-    )
+    options = NormOptions(VIEWS, group=group, kernels=kernels)
+    y = batch_norm_act(x, Norm(weight, bias, mean, var), options, residual=residual)
     (y * flat(weighting)).sum().backward()
     shape = (VIEWS, -1, *y.shape[1:])
     return {
@@ -159,9 +158,8 @@ def test_plain_twin_equals_torch_for_each_view():
     expected = torch.stack([torch.relu(norm(v) + r) for v, r in zip(x, residual, strict=True)])
     mean, var = torch.zeros(CHANNELS), torch.ones(CHANNELS)
     flat = [t.flatten(0, 1).contiguous(memory_format=torch.channels_last) for t in (x, residual)]
-    y = batch_norm_act(
-        flat[0], norm.weight, norm.bias, mean, var, residual=flat[1], num_views=VIEWS
-    )
+    ours = Norm(norm.weight, norm.bias, mean, var)
+    y = batch_norm_act(flat[0], ours, NormOptions(VIEWS), residual=flat[1])
     torch.testing.assert_close(y.reshape(expected.shape), expected)
     torch.testing.assert_close(mean, norm.running_mean)
     torch.testing.assert_close(var, norm.running_var)

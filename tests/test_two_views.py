@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from kernels.batch_norm import batch_norm_act
+from kernels.batch_norm import Norm, NormOptions, batch_norm_act
 from train.config import MethodConfig, ModelConfig, OptimConfig
 from train.methods.simsiam import SimSiam
 from train.network.norm import BatchNorm, set_views
@@ -126,7 +126,7 @@ def test_twenty_steps_equal_two_passes_of_plain_batch_norm():
 
 def test_statistics_are_per_view_not_over_the_concatenated_batch():
     x = torch.cat([torch.randn(8, 4), 100 + 3 * torch.randn(8, 4)])
-    y = batch_norm_act(x, None, None, None, None, relu=False, num_views=2)
+    y = batch_norm_act(x, Norm(), NormOptions(2, relu=False))
     for view in y.chunk(2):
         torch.testing.assert_close(view.mean(0), torch.zeros(4), atol=1e-4, rtol=0)
         torch.testing.assert_close(view.std(0, correction=0), torch.ones(4), atol=1e-3, rtol=0)
@@ -142,7 +142,7 @@ def test_statistics_are_per_view_not_over_the_concatenated_batch():
 )
 def test_wrong_layout_or_shape_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
-        batch_norm_act(make(), None, None, None, None, num_views=2)
+        batch_norm_act(make(), Norm(), NormOptions(2))
 
 
 def test_the_triton_kernels_take_the_same_step_as_plain_torch():

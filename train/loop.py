@@ -14,7 +14,7 @@ from train.config import Config
 from train.distributed import StopSignal, World
 from train.distributed.world import ALLOWED_S, Stacks
 from train.evaluation.embed import EvaluationStopped, embed, knn_accuracy
-from train.network.precision import DTYPES, autocast
+from train.network.model import DTYPES, autocast
 from train.run import state
 from train.run.data import RunData
 from train.run.folder import RunWriter

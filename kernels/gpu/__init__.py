@@ -1,4 +1,4 @@
-"""The Triton kernels, and in launch.py what makes operators of them. Nothing else needs Triton.
+"""The Triton kernels, and launch.py, which makes them torch operators and needs no Triton itself.
 
 Imports torch and triton alone.
 """

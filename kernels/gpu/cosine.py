@@ -5,9 +5,8 @@
     z_std = mean over views and channels of std_n(z_vn / |z_vn|)
 
 Bytes: the first reads p and z once and writes dp, and for each program the mean and M2 of its
-normalised rows; the second merges those.
-A newcomer's mistake: std from sums of squares. After a collapse all rows are one vector, and
-nothing would be left of the variance: means and M2 are merged instead, as in norm_forward.
+normalised rows; the second merges those. Not sums of squares: after a collapse all rows are one
+vector, and no digit of the variance would be left.
 
 N rows of a view, D channels.
 """
@@ -30,9 +29,18 @@ EPS = 1e-12  # F.normalize's
 
 @triton.jit
 def _losses(
-    p_ptr, z_ptr, dp_ptr, loss_ptr, part_ptr, done_ptr, num_rows, dim, rows_per_program, scale,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
+    p_ptr,  # (2, N, D)
+    z_ptr,  # (2, N, D)
+    dp_ptr,  # (2, N, D) fp32
+    loss_ptr,  # (programs,) fp32
+    part_ptr,  # (programs, 4, D) fp32
+    done_ptr,  # (1,) int32, set to 0
+    num_rows,  # N
+    dim,  # D
+    rows_per_program,
+    scale,  # -1 / (2 N)
+    BLOCK: tl.constexpr,  # D or more
+):
     """dp of the program's rows, their loss, and (mean, M2) of zhat for each view: part[program]."""
     program = tl.program_id(0)
     if program == 0:
@@ -77,10 +85,20 @@ def _losses(
 
 @triton.jit
 def _merge_losses(
-    loss_ptr, part_ptr, done_ptr, std_ptr, loss_out_ptr, std_out_ptr,
-    num_rows, dim, num_parts, rows_per_program,
-    BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
+    loss_ptr,  # (parts,) fp32
+    part_ptr,  # (parts, 4, D) fp32
+    done_ptr,  # (1,) int32: programs that have finished
+    std_ptr,  # (programs,) fp32
+    loss_out_ptr,  # () fp32, as std_out
+    std_out_ptr,
+    num_rows,  # N
+    dim,  # D
+    num_parts,
+    rows_per_program,  # of _losses
+    BLOCK_S: tl.constexpr,  # of parts
+    BLOCK_D: tl.constexpr,  # of columns
+    BLOCK_P: tl.constexpr,  # parts or programs, or more
+):
     """z_std and the loss. Each program sums some columns; the last one to finish adds up."""
     columns = 2 * dim  # of both views
     column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -128,12 +146,10 @@ def loss_and_gradient(p: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     stds = torch.empty(merges, **fp32)
     loss, z_std = (torch.empty((), **fp32) for _ in range(2))
     done = torch.empty(1, dtype=torch.int32, device=p.device)
-    wrap_triton(_losses)[(num_parts,)](
-        p, z, dp, losses, part, done, num_rows, dim, rows_per_program, -0.5 / num_rows,
-        BLOCK=max(16, 1 << (dim - 1).bit_length()), num_warps=16,
-    )  # fmt: skip
-    wrap_triton(_merge_losses)[(merges,)](
-        losses, part, done, stds, loss, z_std, num_rows, dim, num_parts, rows_per_program,
-        BLOCK_S=16, BLOCK_D=BLOCK_D, BLOCK_P=max(128, 1 << (merges - 1).bit_length()), num_warps=4,
-    )  # fmt: skip
+    tensors, sizes = (p, z, dp, losses, part, done), (num_rows, dim, rows_per_program)
+    block = max(16, 1 << (dim - 1).bit_length())
+    wrap_triton(_losses)[(num_parts,)](*tensors, *sizes, -0.5 / num_rows, BLOCK=block, num_warps=16)
+    tensors, sizes = (losses, part, done, stds, loss, z_std), (num_rows, dim, num_parts)
+    block = {"BLOCK_S": 16, "BLOCK_D": BLOCK_D, "BLOCK_P": max(128, 1 << (merges - 1).bit_length())}
+    wrap_triton(_merge_losses)[(merges,)](*tensors, *sizes, rows_per_program, **block, num_warps=4)
     return loss, z_std, dp

@@ -1,9 +1,9 @@
-"""How Triton kernels are made into torch operators, and laid over a matrix of rows.
+"""Triton kernels as torch operators, and their grids over a matrix of rows.
 
 Every kernel of batch norm sees its tensor as (rows, channels), channels dense: NHWC memory and
-(N, C) alike. A grid has three axes: runs of rows, blocks of channels, views.
-A newcomer's mistake: launching a kernel outside an operator. torch.compile would then trace into
-the launcher; through `operator` and `wrap_triton` Inductor sees the kernel itself, no graph break.
+(N, C) alike. A grid has three axes: chunks of rows, blocks of channels, views.
+Launch kernels inside an operator only: torch.compile would trace into the launcher, but through
+`operator` and `wrap_triton` Inductor sees the kernel itself, without a graph break.
 """
 
 import os
@@ -14,7 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Triton's own switch, read when it is imported: kernels run in Python, on CPU tensors."""
+"""Triton's own switch, read at import: kernels run in Python, on CPU tensors."""
 
 TILE = 4096  # elements: 16 for each of 256 threads, two 16-byte loads in bf16
 POOL_TILE = 1024  # with max-pool a thread holds four windows' addresses: 2048 took 215 registers
@@ -29,16 +29,16 @@ PROGRAMS = 1024  # of a reduction: about 8 for each multiprocessor of an H200.
 def operator(name: str, *, mutates: tuple[str, ...] = ()) -> Callable:
     """Decorator: a function that allocates and launches becomes torch.ops.twinturbo.<name>.
 
-    The function is its own fake implementation too. In Triton's interpreter there is nothing that
-    Inductor could read, so the operator stays opaque to it and its code still runs.
+    The function is also its fake implementation. In Triton's interpreter the operator is opaque to
+    Inductor, which could not read the kernel.
     """
 
     def wrap(function: Callable) -> Callable:
         if not INTERPRETED:
             return torch.library.triton_op(f"twinturbo::{name}", function, mutates_args=mutates)
-        made = torch.library.custom_op(f"twinturbo::{name}", function, mutates_args=mutates)
-        made.register_fake(function)
-        return made
+        opaque = torch.library.custom_op(f"twinturbo::{name}", function, mutates_args=mutates)
+        opaque.register_fake(function)
+        return opaque
 
     return wrap
 
@@ -67,21 +67,27 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def block_sizes(num_channels: int, *, tile: int = TILE) -> tuple[int, int]:
-    """(BLOCK_R, BLOCK_C) of a tile: powers of two, channels at least 8 for a byte of mask bits."""
+def tiles(
+    num_rows: int, num_channels: int, num_views: int, *, tile: int = TILE
+) -> tuple[tuple[int, int, int], dict[str, int]]:
+    """The grid of a kernel with a program for each tile of (V, R, C), and its launch options.
+
+    Blocks are powers of two, channels at least 8 for a byte of mask bits.
+    """
     block_c = min(MAX_BLOCK_C, max(8, 1 << (num_channels - 1).bit_length()))
-    return tile // block_c, block_c
+    block_r = tile // block_c
+    grid = cdiv(num_rows, block_r), cdiv(num_channels, block_c), num_views
+    return grid, {"BLOCK_R": block_r, "BLOCK_C": block_c, "num_warps": NUM_WARPS}
 
 
-def reduction_grid(
-    rows_per_view: int, num_channels: int, num_views: int, *, tile: int = TILE
-) -> tuple[int, int]:
-    """(rows of a program, programs along the rows) of a reduction over each view's rows.
+def reduction(
+    num_rows: int, num_channels: int, num_views: int, *, tile: int = TILE
+) -> tuple[int, tuple[int, int, int], dict[str, int]]:
+    """(rows of a program, grid, launch options) of a reduction over each view's rows.
 
     Programs write partial results, which a second kernel merges in a fixed order.
     """
-    block_r, block_c = block_sizes(num_channels, tile=tile)
-    wanted = max(1, PROGRAMS // (cdiv(num_channels, block_c) * num_views))
-    tiles = cdiv(rows_per_view, block_r)
-    per_program = cdiv(tiles, min(wanted, tiles)) * block_r
-    return per_program, cdiv(rows_per_view, per_program)
+    (num_tiles, blocks, _), options = tiles(num_rows, num_channels, num_views, tile=tile)
+    programs = min(max(1, PROGRAMS // (blocks * num_views)), num_tiles)
+    per_program = cdiv(num_tiles, programs) * options["BLOCK_R"]
+    return per_program, (cdiv(num_rows, per_program), blocks, num_views), options

@@ -5,16 +5,15 @@ With xhat = (x - mean_v) rstd_v, m = (y > 0), g = m (dy + dy2), n = all ranks' r
     dbias = sum g    dweight = sum g xhat    dresidual = g
     dx = rstd_v weight (g - sum_v g / n - xhat sum_v (g xhat) / n)
 
-Where there is a shortcut the first pass sums the two incoming gradients, masks them with the bits
-of the forward pass and writes g once: it is the residual's gradient, and what the second pass
-reads. Without one nothing is written and m is found again from x. The second batch norm of a block
-end rides along: its g is the same.
+With a shortcut the first pass sums the two incoming gradients, masks them with the bits of the
+forward pass and writes g once: it is the residual's gradient, and what the second pass reads.
+Without one nothing is written and m is recomputed from x. A second batch norm has the same g.
 
 Bytes, without shortcut: dy, x | dy, x, dx. With: dy, dy2, x, bits, g | g, x, dx. Second batch norm:
 also x2 | x2, dx2.
-A newcomer's mistake: masks from y. y is two bytes an element to read again, the mask is one bit.
 
 V views, R rows of a view (images x pixels), C channels; (rows, C) is the memory of x.
+K sums: g, g xhat, and with a second batch norm g xhat2.
 """
 
 # Triton compiles these functions: its types are not those that pyright sees.
@@ -27,28 +26,72 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gpu.launch import (
-    NUM_WARPS,
     POOL_TILE,
     SECOND_TILE,
     TILE,
-    block_sizes,
     cdiv,
     operator,
-    reduction_grid,
+    reduction,
+    tiles,
     wrap_triton,
-)  # fmt: skip
-from kernels.gpu.norm_forward import normalise
-from kernels.gpu.norm_pool import pooled_gradient
+)
+from kernels.gpu.norm_forward import affine, standardise
+
+
+@triton.jit
+def pooled_gradient(dy_ptr, tap_ptr, out_row, in_rows, channel, num_channels, height, width):
+    """The gradient of rows of the unpooled map, fp32: what the up to four windows give back."""
+    out_width, out_height = (width + 1) // 2, (height + 1) // 2
+    column = out_row % width
+    line = (out_row // width) % height
+    image = out_row // (width * height)
+    total = (channel[None, :] + out_row[:, None]).to(tl.float32) * 0.0
+    for down in tl.static_range(2):
+        for across in tl.static_range(2):
+            window_line, window_column = (line + 1) // 2 - down, (column + 1) // 2 - across
+            tap_line = line + 1 - 2 * window_line
+            tap_column = column + 1 - 2 * window_column
+            in_map = in_rows & (window_line >= 0) & (window_line < out_height) & (tap_line < 3)
+            in_map &= (window_column >= 0) & (window_column < out_width) & (tap_column < 3)
+            inside = in_map[:, None] & (channel < num_channels)[None, :]
+            at = ((image * out_height + window_line) * out_width + window_column).to(tl.int64)
+            at = at[:, None] * num_channels + channel[None, :]
+            tap = tl.load(tap_ptr + at, mask=inside, other=255).to(tl.int32)
+            dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            total += tl.where(tap == (3 * tap_line + tap_column)[:, None], dy, 0.0)
+    return total
 
 
 @triton.jit
 def _reduce(
-    dy_ptr, dy2_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, x2_ptr, mean2_ptr, rstd2_ptr,
-    bits_ptr, g_ptr, part_ptr, num_rows, num_channels, rows_per_program, height, width,
-    AFFINE: tl.constexpr, FORKED: tl.constexpr, MASK: tl.constexpr, SECOND: tl.constexpr,
-    POOLED: tl.constexpr, WRITE_G: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """part[view, program] = sums of g, g xhat (and g xhat2). MASK: 0 none, 1 bits, 2 from x."""
+    dy_ptr,  # (V, R, C), or of the pooled map
+    dy2_ptr,  # (V, R, C)
+    x_ptr,  # (V, R, C)
+    mean_ptr,  # (V, C) fp32
+    rstd_ptr,  # (V, C) fp32
+    weight_ptr,  # (C,)
+    bias_ptr,  # (C,)
+    x2_ptr,  # (V, R, C)
+    mean2_ptr,  # (V, C) fp32
+    rstd2_ptr,  # (V, C) fp32
+    bits_ptr,  # (V, R, C / 8 rounded up) uint8, or the taps of the pooled map
+    g_ptr,  # (V, R, C)
+    part_ptr,  # (V, programs, K, C) fp32
+    num_rows,  # R
+    num_channels,  # C
+    rows_per_program,
+    height,  # of the map before it was pooled, as width
+    width,
+    AFFINE: tl.constexpr,
+    FORKED: tl.constexpr,  # with dy2
+    MASK: tl.constexpr,  # 0 none, 1 bits, 2 from x
+    SECOND: tl.constexpr,  # with x2
+    POOLED: tl.constexpr,
+    WRITE_G: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """part[view, program] = sums of g, g xhat (and g xhat2)."""
     split, view = tl.program_id(0), tl.program_id(2)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     octet = tl.program_id(1) * (BLOCK_C // 8) + tl.arange(0, BLOCK_C // 8)
@@ -58,44 +101,46 @@ def _reduce(
     first = split * rows_per_program
     count = tl.minimum(rows_per_program, num_rows - first)
     offset = row[:, None] * num_channels + channel[None, :]
+    mean_ptr += view * num_channels
+    rstd_ptr += view * num_channels
     sum_g = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     sum_gx = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     sum_gx2 = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     for done in range(0, count, BLOCK_R):
-        inside = (done + row < count)[:, None] & in_channels[None, :]
+        in_rows = done + row < count
+        inside = in_rows[:, None] & in_channels[None, :]
         start = (view * num_rows + first + done).to(tl.int64)
         at = start * num_channels + offset
         if POOLED:
-            g = pooled_gradient(dy_ptr, bits_ptr, view * num_rows + first + done + row,
-                                done + row < count, channel, in_channels, num_channels, height,
-                                width)  # fmt: skip
+            out_row = view * num_rows + first + done + row
+            g = pooled_gradient(
+                dy_ptr, bits_ptr, out_row, in_rows, channel, num_channels, height, width
+            )
         else:
             g = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
         if FORKED:
             g += tl.load(dy2_ptr + at, mask=inside, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        xhat = standardise(x, mean_ptr, rstd_ptr, channel, num_channels)
         if MASK == 1:
             bits_at = start * num_octets + row[:, None] * num_octets + octet[None, :]
-            bits_in = (done + row < count)[:, None] & (octet < num_octets)[None, :]
+            bits_in = in_rows[:, None] & (octet < num_octets)[None, :]
             bits = tl.load(bits_ptr + bits_at, mask=bits_in, other=0).to(tl.int32)
             passed = (bits[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
             g = tl.where(tl.reshape(passed, [BLOCK_R, BLOCK_C]) != 0, g, 0.0)
         if MASK == 2:
-            y = normalise(x, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, view, channel, in_channels,
-                          num_channels, AFFINE)  # fmt: skip
+            y = affine(xhat, weight_ptr, bias_ptr, channel, num_channels, AFFINE)
             g = tl.where(y > 0, g, 0.0)
         if WRITE_G:
             stored = g.to(g_ptr.dtype.element_ty)
             tl.store(g_ptr + at, stored, mask=inside)
             g = stored.to(tl.float32)
-        xhat = normalise(x, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, view, channel, in_channels,
-                         num_channels, False)  # fmt: skip
         sum_g += g
         sum_gx += g * xhat
         if SECOND:
             x2 = tl.load(x2_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            sum_gx2 += g * normalise(x2, mean2_ptr, rstd2_ptr, weight_ptr, bias_ptr, view, channel,
-                                     in_channels, num_channels, False)  # fmt: skip
+            at2 = view * num_channels
+            sum_gx2 += g * standardise(x2, mean2_ptr + at2, rstd2_ptr + at2, channel, num_channels)
     num_sums: tl.constexpr = 3 if SECOND else 2
     out = part_ptr + (view * tl.num_programs(0) + split) * num_sums * num_channels + channel
     tl.store(out, tl.sum(sum_g, 0), mask=in_channels)
@@ -106,10 +151,18 @@ def _reduce(
 
 @triton.jit
 def _merge_sums(
-    part_ptr, sums_ptr, dparam_ptr, num_parts, width, num_channels,
-    VIEWS: tl.constexpr, SECOND: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """sums[view] = sum over programs; dparam = sum over views. width = sums times channels."""
+    part_ptr,  # (V, programs, K, C) fp32
+    sums_ptr,  # (V, K, C) fp32
+    dparam_ptr,  # (K, C) fp32, with SECOND (K + 1, C)
+    num_parts,  # programs of a view
+    width,  # K C
+    num_channels,  # C
+    VIEWS: tl.constexpr,  # V
+    SECOND: tl.constexpr,
+    BLOCK_S: tl.constexpr,  # of parts
+    BLOCK_C: tl.constexpr,
+):
+    """sums[view] = sum over programs; dparam = sum over views."""
     column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     part = tl.arange(0, BLOCK_S)
     both = tl.zeros([BLOCK_C], tl.float32)
@@ -128,151 +181,155 @@ def _merge_sums(
 
 
 @triton.jit
-def _input_gradient(
-    g, x, sums_ptr, mean_ptr, rstd_ptr, weight_ptr, view, channel, in_channels, num_channels,
-    inv_count, which: tl.constexpr, NUM_SUMS: tl.constexpr, AFFINE: tl.constexpr,
-):  # fmt: skip
-    """dx of a tile in fp32; `which` row of sums holds sum g xhat."""
-    xhat = normalise(x, mean_ptr, rstd_ptr, weight_ptr, weight_ptr, view, channel, in_channels,
-                     num_channels, False)  # fmt: skip
-    row = sums_ptr + view * NUM_SUMS * num_channels + channel
-    mean_g = tl.load(row, mask=in_channels, other=0.0) * inv_count
-    mean_gx = tl.load(row + which * num_channels, mask=in_channels, other=0.0) * inv_count
-    scale = tl.load(rstd_ptr + view * num_channels + channel, mask=in_channels, other=0.0)
+def gradient_scale(rstd_ptr, weight_ptr, channel, num_channels, AFFINE: tl.constexpr):
+    """rstd weight, (BLOCK_C,) fp32."""
+    scale = tl.load(rstd_ptr + channel, mask=channel < num_channels, other=0.0)
     if AFFINE:
-        scale *= tl.load(weight_ptr + channel, mask=in_channels, other=0.0).to(tl.float32)
-    return (g - mean_g[None, :] - xhat * mean_gx[None, :]) * scale[None, :]
+        weight = tl.load(weight_ptr + channel, mask=channel < num_channels, other=0.0)
+        scale *= weight.to(tl.float32)
+    return scale
 
 
 @triton.jit
 def _backward(
-    g_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, x2_ptr, mean2_ptr, rstd2_ptr,
-    weight2_ptr, sums_ptr, place_ptr, dx_ptr, dx2_ptr, num_rows, num_channels, height, width,
-    inv_count, AFFINE: tl.constexpr, MASK: tl.constexpr, SECOND: tl.constexpr, POOLED: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """dx (and dx2) of one tile from g. MASK 2: g is dy, to be masked from x."""
+    g_ptr,  # (V, R, C), or of the pooled map
+    x_ptr,  # (V, R, C)
+    mean_ptr,  # (V, C) fp32
+    rstd_ptr,  # (V, C) fp32
+    weight_ptr,  # (C,)
+    bias_ptr,  # (C,)
+    x2_ptr,  # (V, R, C)
+    mean2_ptr,  # (V, C) fp32
+    rstd2_ptr,  # (V, C) fp32
+    weight2_ptr,  # (C,)
+    sums_ptr,  # (V, K, C) fp32
+    tap_ptr,  # as g, uint8
+    dx_ptr,  # (V, R, C)
+    dx2_ptr,  # (V, R, C)
+    num_rows,  # R
+    num_channels,  # C
+    height,  # of the map before it was pooled, as width
+    width,
+    inv_count,  # 1 / n, or 1 where sums are means already
+    AFFINE: tl.constexpr,
+    MASK: tl.constexpr,  # 2: g is dy, to be masked from x
+    SECOND: tl.constexpr,  # with x2
+    POOLED: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """dx (and dx2) of one tile from g."""
     view = tl.program_id(2)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     # last rows first: the summing pass has left them in the L2 cache (assumption)
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_R
     row = tl.arange(0, BLOCK_R)
+    in_rows = first + row < num_rows
     in_channels = channel < num_channels
-    inside = (first + row < num_rows)[:, None] & in_channels[None, :]
-    base = (view * num_rows + first).to(tl.int64) * num_channels
-    at = base + row[:, None] * num_channels + channel[None, :]
+    inside = in_rows[:, None] & in_channels[None, :]
+    at = (view * num_rows + first).to(tl.int64) * num_channels
+    at = at + row[:, None] * num_channels + channel[None, :]
+    mean_ptr += view * num_channels
+    rstd_ptr += view * num_channels
     if POOLED:
-        g = pooled_gradient(g_ptr, place_ptr, view * num_rows + first + row, first + row < num_rows,
-                            channel, in_channels, num_channels, height, width)  # fmt: skip
+        out_row = view * num_rows + first + row
+        g = pooled_gradient(g_ptr, tap_ptr, out_row, in_rows, channel, num_channels, height, width)
     else:
         g = tl.load(g_ptr + at, mask=inside, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    num_sums: tl.constexpr = 3 if SECOND else 2
+    xhat = standardise(x, mean_ptr, rstd_ptr, channel, num_channels)
     if MASK == 2:
-        y = normalise(x, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, view, channel, in_channels,
-                      num_channels, AFFINE)  # fmt: skip
+        y = affine(xhat, weight_ptr, bias_ptr, channel, num_channels, AFFINE)
         g = tl.where(y > 0, g, 0.0)
-    dx = _input_gradient(g, x, sums_ptr, mean_ptr, rstd_ptr, weight_ptr, view, channel,
-                         in_channels, num_channels, inv_count, 1, num_sums, AFFINE)  # fmt: skip
+    sums_ptr += view * (3 if SECOND else 2) * num_channels
+    mean_g = tl.load(sums_ptr + channel, mask=in_channels, other=0.0) * inv_count
+    centred = g - mean_g[None, :]
+    sums_ptr += num_channels
+    mean_gx = tl.load(sums_ptr + channel, mask=in_channels, other=0.0) * inv_count
+    dx = centred - xhat * mean_gx[None, :]
+    dx *= gradient_scale(rstd_ptr, weight_ptr, channel, num_channels, AFFINE)[None, :]
     tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
     if SECOND:
+        mean2_ptr += view * num_channels
+        rstd2_ptr += view * num_channels
         x2 = tl.load(x2_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        dx2 = _input_gradient(g, x2, sums_ptr, mean2_ptr, rstd2_ptr, weight2_ptr, view, channel,
-                              in_channels, num_channels, inv_count, 2, num_sums,
-                              AFFINE)  # fmt: skip
+        xhat2 = standardise(x2, mean2_ptr, rstd2_ptr, channel, num_channels)
+        sums_ptr += num_channels
+        mean_gx2 = tl.load(sums_ptr + channel, mask=in_channels, other=0.0) * inv_count
+        dx2 = centred - xhat2 * mean_gx2[None, :]
+        dx2 *= gradient_scale(rstd2_ptr, weight2_ptr, channel, num_channels, AFFINE)[None, :]
         tl.store(dx2_ptr + at, dx2.to(dx2_ptr.dtype.element_ty), mask=inside)
 
 
 @operator("batch_norm_reduce")
 def reduce(
-    dy: Tensor,
-    dy2: Tensor | None,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    x2: Tensor | None,
-    mean2: Tensor | None,
-    rstd2: Tensor | None,
+    dys: list[Tensor],
+    inputs: list[Tensor],
+    params: list[Tensor],
     bits: Tensor,
     relu: bool,
     write_g: bool,
-    height: int,
-    width: int,
+    size: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """g like x (empty unless write_g), sums (V, K, C) and their sum over views (K, C), fp32.
 
-    K is 2: sum g, sum g xhat; with a second batch norm 3: sum g xhat2, and over views a fourth row,
-    sum g once more. bits are ReLU's, or empty;
-    or the places of a max-pool over maps of height x width, whose dy is then given.
+    With a second batch norm the sum over views has a fourth row, sum g once more.
+    dys: one or two gradients of y. inputs and params: as of norm_forward.apply. bits: ReLU's mask,
+    or empty; with the size (height, width) of a max-pooled map its taps.
     """
+    x, mean, rstd = inputs[:3]
     num_views, num_channels = mean.shape
-    num_rows, num_sums = x.shape[0] // num_views, 3 if x2 is not None else 2
-    is_pooled = height > 0
-    tile = POOL_TILE if is_pooled else TILE if x2 is None else SECOND_TILE
-    block_r, block_c = block_sizes(num_channels, tile=tile)
-    per_program, num_parts = reduction_grid(num_rows, num_channels, num_views, tile=tile)
+    num_rows, has_second = x.shape[0] // num_views, len(inputs) > 3
+    num_sums = 3 if has_second else 2
+    tile = POOL_TILE if size else SECOND_TILE if has_second else TILE
+    per_program, grid, options = reduction(num_rows, num_channels, num_views, tile=tile)
     fp32 = {"dtype": torch.float32, "device": x.device}
-    part = torch.empty(num_views, num_parts, num_sums, num_channels, **fp32)
+    part = torch.empty(num_views, grid[0], num_sums, num_channels, **fp32)
     sums = torch.empty(num_views, num_sums, num_channels, **fp32)
-    dparam = torch.empty(num_sums + (x2 is not None), num_channels, **fp32)
+    dparam = torch.empty(num_sums + has_second, num_channels, **fp32)
     g = torch.empty_like(x) if write_g else torch.empty(0, device=x.device, dtype=x.dtype)
-    weight_bias = [mean if t is None else t for t in (weight, bias)]
-    second = [t if t is not None else other
-              for t, other in ((x2, x), (mean2, mean), (rstd2, rstd))]  # fmt: skip
-    mask = 0 if not relu else 2 if is_pooled or not bits.shape[1] else 1
-    wrap_triton(_reduce)[(num_parts, cdiv(num_channels, block_c), num_views)](
-        dy, dy2 if dy2 is not None else dy, x, mean, rstd, *weight_bias, *second,
-        bits if mask == 1 or is_pooled else x, g if write_g else x, part,
-        num_rows, num_channels, per_program, height, width,
-        AFFINE=weight is not None, FORKED=dy2 is not None, MASK=mask, SECOND=x2 is not None,
-        POOLED=is_pooled, WRITE_G=write_g, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=NUM_WARPS,
-    )  # fmt: skip
-    width = num_sums * num_channels
-    wrap_triton(_merge_sums)[(cdiv(width, 32),)](
-        part, sums, dparam, num_parts, width, num_channels, VIEWS=num_views,
-        SECOND=x2 is not None, BLOCK_S=32, BLOCK_C=32, num_warps=4,
-    )  # fmt: skip
+    mask = 0 if not relu else 2 if size or not bits.shape[1] else 1
+    weight, bias = params[:2] or (mean, mean)
+    tensors = (dys[0], dys[-1], x, mean, rstd, weight, bias, *(inputs[3:] or inputs))
+    tensors += (bits if mask == 1 or size else x, g if write_g else x, part)
+    sizes = (num_rows, num_channels, per_program, *(size or (0, 0)))
+    switches = {"AFFINE": bool(params), "FORKED": len(dys) == 2, "MASK": mask}
+    switches |= {"SECOND": has_second, "POOLED": bool(size), "WRITE_G": write_g}
+    wrap_triton(_reduce)[grid](*tensors, *sizes, **switches, **options)
+    sizes = (grid[0], num_sums * num_channels, num_channels)
+    switches = {"VIEWS": num_views, "SECOND": has_second}
+    wrap_triton(_merge_sums)[(cdiv(num_sums * num_channels, 32),)](
+        part, sums, dparam, *sizes, **switches, BLOCK_S=32, BLOCK_C=32, num_warps=4
+    )
     return g, sums, dparam
 
 
 @operator("batch_norm_backward")
 def backward(
     g: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    x2: Tensor | None,
-    mean2: Tensor | None,
-    rstd2: Tensor | None,
-    weight2: Tensor | None,
+    inputs: list[Tensor],
+    params: list[Tensor],
     sums: Tensor,
-    place: Tensor | None,
+    tap: Tensor | None,
     inv_count: float,
     mask_from_x: bool,
-    height: int,
-    width: int,
+    size: list[int],
 ) -> tuple[Tensor, Tensor]:
     """dx like x and dx2 like x2 (empty without one); sums times inv_count are means over rows.
 
-    With place, g is the gradient of a max-pool over maps of height x width.
+    With tap, g is the gradient of a max-pool of maps of this size.
     """
+    x, mean, rstd = inputs[:3]
     num_views, num_channels = mean.shape
-    num_rows = x.shape[0] // num_views
-    block_r, block_c = block_sizes(num_channels, tile=TILE if place is None else POOL_TILE)
+    num_rows, has_second = x.shape[0] // num_views, len(inputs) > 3
     dx = torch.empty_like(x)
-    dx2 = torch.empty_like(x2) if x2 is not None else torch.empty(0, device=x.device, dtype=x.dtype)
-    weight_bias = [mean if t is None else t for t in (weight, bias)]
-    second = [t if t is not None else other
-              for t, other in ((x2, x), (mean2, mean), (rstd2, rstd), (weight2, mean))]  # fmt: skip
-    wrap_triton(_backward)[(cdiv(num_rows, block_r), cdiv(num_channels, block_c), num_views)](
-        g, x, mean, rstd, *weight_bias, *second, sums, place if place is not None else x,
-        dx, dx2 if x2 is not None else x, num_rows, num_channels, height, width, inv_count,
-        AFFINE=weight is not None, MASK=2 if mask_from_x else 0, SECOND=x2 is not None,
-        POOLED=place is not None,
-        BLOCK_R=block_r, BLOCK_C=block_c, num_warps=NUM_WARPS,
-    )  # fmt: skip
+    dx2 = torch.empty(x.shape if has_second else 0, device=x.device, dtype=x.dtype)
+    weight, bias, weight2, _ = (*params, *[mean] * 4)[:4]
+    tensors = (g, x, mean, rstd, weight, bias, *(inputs[3:] or inputs), weight2, sums)
+    tensors += (x if tap is None else tap, dx, dx2 if has_second else x)
+    sizes = (num_rows, num_channels, *(size or (0, 0)), inv_count)
+    switches = {"AFFINE": bool(params), "MASK": 2 if mask_from_x else 0, "SECOND": has_second}
+    tile = TILE if tap is None else POOL_TILE
+    grid, options = tiles(num_rows, num_channels, num_views, tile=tile)
+    wrap_triton(_backward)[grid](*tensors, *sizes, **switches, POOLED=tap is not None, **options)
     return dx, dx2

@@ -3,11 +3,13 @@
     y = relu((x - mean_v) rstd_v weight + bias + shortcut)
     shortcut: nothing, a residual r, or a second batch norm (x2 - mean2_v) rstd2_v weight2 + bias2
 
-Bytes: statistics read x once; applying reads x and the shortcut and writes y, and where there is a
-shortcut one bit an element that says where ReLU let through. Without one the backward pass finds
-the mask from x, which it reads anyway.
-A newcomer's mistake: sums of x and x^2. With mean 1000 and std 1 nothing is left of the variance:
-here each program sums around the mean of its first rows, and parts are merged by mean and M2.
+Bytes: statistics read x once; applying reads x and the shortcut and writes y. With a shortcut it
+also writes one bit an element, ReLU's mask; without one backward recomputes the mask from x.
+The stem applies, and max-pools 3x3 with stride 2, in one pass. It writes the pooled map and a byte
+an output, the tap of its window (3 * row + column), the first one where several are equal, as
+PyTorch chooses. Ties are those of x's dtype, as PyTorch pools the rounded map.
+A newcomer's mistake: sums of x and x^2. With mean 1000 and std 1 no digit of the variance is left:
+each program sums around the mean of its first rows, and parts are merged by mean and M2.
 
 V views, R rows of a view (images x pixels), C channels; (rows, C) is the memory of x.
 Source of the merge: Chan, Golub and LeVeque, The American Statistician 37, 1983.
@@ -22,14 +24,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu.launch import NUM_WARPS, block_sizes, cdiv, operator, reduction_grid, wrap_triton
+from kernels.gpu.launch import POOL_TILE, cdiv, operator, reduction, tiles, wrap_triton
 
 
 @triton.jit
 def _statistics(
-    x_ptr, part_ptr, num_rows, num_channels, rows_per_program,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    x_ptr,  # (V, R, C)
+    part_ptr,  # (V, programs, 2, C) fp32
+    num_rows,  # R
+    num_channels,  # C
+    rows_per_program,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """part[view, program] = (mean, M2 = sum (x - mean)^2) of the program's rows. Reads x once."""
     split, view = tl.program_id(0), tl.program_id(2)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -59,11 +66,23 @@ def _statistics(
 
 @triton.jit
 def _merge_statistics(
-    part_ptr, mean_ptr, scale_ptr, running_mean_ptr, running_var_ptr,
-    num_rows, num_channels, rows_per_program, num_parts, momentum, eps,
-    VIEWS: tl.constexpr, HAS_RUNNING: tl.constexpr, WANT_VAR: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    part_ptr,  # (V, programs, 2, C) fp32
+    mean_ptr,  # (V, C) fp32
+    scale_ptr,  # (V, C) fp32: rstd or the variance
+    running_mean_ptr,  # (C,)
+    running_var_ptr,  # (C,)
+    num_rows,  # R
+    num_channels,  # C
+    rows_per_program,
+    num_parts,  # programs of a view
+    momentum,
+    eps,
+    VIEWS: tl.constexpr,  # V
+    HAS_RUNNING: tl.constexpr,
+    WANT_VAR: tl.constexpr,
+    BLOCK_S: tl.constexpr,  # of parts
+    BLOCK_C: tl.constexpr,
+):
     """mean and rstd (WANT_VAR: the biased variance) of each view; running statistics in order."""
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_channels = channel < num_channels
@@ -91,7 +110,7 @@ def _merge_statistics(
             count = tl.minimum(num_rows - (done + part) * rows_per_program, rows_per_program)
             delta = mean - view_mean[None, :]
             square += tl.where(inside, m2 + delta * delta * count[:, None], 0.0)
-        var = tl.sum(square, 0) / num_rows  # squares: not below 0; a NaN goes on
+        var = tl.sum(square, 0) / num_rows  # squares: not below 0; NaN stays NaN
         scale = var if WANT_VAR else tl.rsqrt(var + eps)
         tl.store(mean_ptr + view * num_channels + channel, view_mean, mask=in_channels)
         tl.store(scale_ptr + view * num_channels + channel, scale, mask=in_channels)
@@ -100,67 +119,135 @@ def _merge_statistics(
             running_mean += momentum * (view_mean - running_mean)
             running_var += momentum * (unbiased - running_var)
     if HAS_RUNNING:
-        # a step with such values is skipped, and its statistics with it: NaN would stay for ever
+        # the optimizer skips such a step, so skip its statistics: NaN would stay in them
         is_finite = in_channels & (running_var < float("inf"))
         tl.store(running_mean_ptr + channel, running_mean, mask=is_finite)
         tl.store(running_var_ptr + channel, running_var, mask=is_finite)
 
 
 @triton.jit
-def normalise(
-    x, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, view, channel, in_channels, num_channels,
-    AFFINE: tl.constexpr,
-):  # fmt: skip
-    """(x - mean_v) rstd_v [weight + bias] of a tile in fp32; also what backward recomputes."""
-    mean = tl.load(mean_ptr + view * num_channels + channel, mask=in_channels, other=0.0)
-    rstd = tl.load(rstd_ptr + view * num_channels + channel, mask=in_channels, other=0.0)
-    y = (x - mean[None, :]) * rstd[None, :]
+def standardise(x, mean_ptr, rstd_ptr, channel, num_channels):
+    """xhat = (x - mean) rstd of a tile in fp32; the pointers are to the view's (C,)."""
+    mean = tl.load(mean_ptr + channel, mask=channel < num_channels, other=0.0)
+    rstd = tl.load(rstd_ptr + channel, mask=channel < num_channels, other=0.0)
+    return (x - mean[None, :]) * rstd[None, :]
+
+
+@triton.jit
+def affine(xhat, weight_ptr, bias_ptr, channel, num_channels, AFFINE: tl.constexpr):
+    """xhat weight + bias, or without affine part xhat."""
     if AFFINE:
-        weight = tl.load(weight_ptr + channel, mask=in_channels, other=0.0).to(tl.float32)
-        bias = tl.load(bias_ptr + channel, mask=in_channels, other=0.0).to(tl.float32)
-        y = y * weight[None, :] + bias[None, :]
-    return y
+        weight = tl.load(weight_ptr + channel, mask=channel < num_channels, other=0.0)
+        bias = tl.load(bias_ptr + channel, mask=channel < num_channels, other=0.0)
+        xhat = xhat * weight.to(tl.float32)[None, :] + bias.to(tl.float32)[None, :]
+    return xhat
 
 
 @triton.jit
 def _apply(
-    x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr,
-    shortcut_ptr, mean2_ptr, rstd2_ptr, weight2_ptr, bias2_ptr, y_ptr, bits_ptr,
-    num_rows, num_channels,
-    AFFINE: tl.constexpr, SHORTCUT: tl.constexpr, RELU: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """y for one tile. SHORTCUT: 0 none, 1 residual, 2 second batch norm (bits written for both)."""
+    x_ptr,  # (V, R, C)
+    mean_ptr,  # (V, C) fp32
+    rstd_ptr,  # (V, C) fp32
+    weight_ptr,  # (C,)
+    bias_ptr,  # (C,)
+    shortcut_ptr,  # (V, R, C): the residual, or x2
+    mean2_ptr,  # (V, C) fp32
+    rstd2_ptr,  # (V, C) fp32
+    weight2_ptr,  # (C,)
+    bias2_ptr,  # (C,)
+    y_ptr,  # (V, R, C)
+    bits_ptr,  # (V, R, C / 8 rounded up) uint8
+    num_rows,  # R
+    num_channels,  # C
+    AFFINE: tl.constexpr,
+    SHORTCUT: tl.constexpr,  # 0 none, 1 residual, 2 second batch norm
+    RELU: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """y of one tile, and with SHORTCUT and RELU the bits of the mask."""
     view = tl.program_id(2)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     # last rows first: the statistics pass has left them in the L2 cache (assumption)
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_R
     row = first + tl.arange(0, BLOCK_R)
-    in_channels = channel < num_channels
-    inside = (row < num_rows)[:, None] & in_channels[None, :]
+    inside = (row < num_rows)[:, None] & (channel < num_channels)[None, :]
     start = (view * num_rows + first).to(tl.int64)  # beyond 2^31 elements at 2,674 views
-    base = start * num_channels
-    offset = tl.arange(0, BLOCK_R)[:, None] * num_channels + channel[None, :]
-    x = tl.load(x_ptr + base + offset, mask=inside, other=0.0).to(tl.float32)
-    y = normalise(x, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, view, channel, in_channels,
-                  num_channels, AFFINE)  # fmt: skip
+    at = start * num_channels + tl.arange(0, BLOCK_R)[:, None] * num_channels + channel[None, :]
+    mean_ptr += view * num_channels
+    rstd_ptr += view * num_channels
+    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    y = standardise(x, mean_ptr, rstd_ptr, channel, num_channels)
+    y = affine(y, weight_ptr, bias_ptr, channel, num_channels, AFFINE)
     if SHORTCUT > 0:
-        shortcut = tl.load(shortcut_ptr + base + offset, mask=inside, other=0.0).to(tl.float32)
+        skip = tl.load(shortcut_ptr + at, mask=inside, other=0.0).to(tl.float32)
         if SHORTCUT == 2:
-            shortcut = normalise(shortcut, mean2_ptr, rstd2_ptr, weight2_ptr, bias2_ptr, view,
-                                 channel, in_channels, num_channels, AFFINE)  # fmt: skip
-        y += shortcut
+            mean2_ptr += view * num_channels
+            rstd2_ptr += view * num_channels
+            skip = standardise(skip, mean2_ptr, rstd2_ptr, channel, num_channels)
+            skip = affine(skip, weight2_ptr, bias2_ptr, channel, num_channels, AFFINE)
+        y += skip
     if RELU:
         if SHORTCUT > 0:
             octet = tl.program_id(1) * (BLOCK_C // 8) + tl.arange(0, BLOCK_C // 8)
             num_octets = tl.cdiv(num_channels, 8)
             passed = tl.reshape((y > 0).to(tl.int32), [BLOCK_R, BLOCK_C // 8, 8])
             bits = tl.sum(passed << tl.arange(0, 8)[None, None, :], axis=2).to(tl.uint8)
-            at = tl.arange(0, BLOCK_R)[:, None] * num_octets + octet[None, :]
+            bits_at = tl.arange(0, BLOCK_R)[:, None] * num_octets + octet[None, :]
             mask = (row < num_rows)[:, None] & (octet < num_octets)[None, :]
-            tl.store(bits_ptr + start * num_octets + at, bits, mask=mask)
-        y = tl.where(y <= 0, 0.0, y)  # a NaN goes on: tl.maximum would make it 0
-    tl.store(y_ptr + base + offset, y.to(y_ptr.dtype.element_ty), mask=inside)
+            tl.store(bits_ptr + start * num_octets + bits_at, bits, mask=mask)
+        y = tl.where(y <= 0, 0.0, y)  # NaN stays NaN: tl.maximum would make it 0
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _apply_pool(
+    x_ptr,  # (images, height, width, C)
+    mean_ptr,  # (V, C) fp32
+    rstd_ptr,  # (V, C) fp32
+    weight_ptr,  # (C,)
+    bias_ptr,  # (C,)
+    y_ptr,  # the pooled map
+    tap_ptr,  # as y, uint8
+    num_rows,  # of a view of the pooled map
+    num_channels,  # C
+    height,  # of x, as width
+    width,
+    AFFINE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """y and the taps of one tile of the pooled map."""
+    view = tl.program_id(2)
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_channels = channel < num_channels
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    in_rows = row < num_rows
+    out_width, out_height = (width + 1) // 2, (height + 1) // 2
+    out_row = view * num_rows + row
+    column = out_row % out_width
+    line = (out_row // out_width) % out_height
+    image = out_row // (out_width * out_height)
+    mean_ptr += view * num_channels
+    rstd_ptr += view * num_channels
+    best = tl.full([BLOCK_R, BLOCK_C], -1.0, tl.float32)  # below what ReLU gives
+    best_tap = tl.zeros([BLOCK_R, BLOCK_C], tl.int32)
+    for tap in tl.static_range(9):
+        above, left = 2 * line - 1 + tap // 3, 2 * column - 1 + tap % 3
+        in_map = in_rows & (above >= 0) & (above < height) & (left >= 0) & (left < width)
+        inside = in_map[:, None] & in_channels[None, :]
+        at = ((image * height + above) * width + left).to(tl.int64) * num_channels
+        x = tl.load(x_ptr + at[:, None] + channel[None, :], mask=inside, other=0.0)
+        y = standardise(x.to(tl.float32), mean_ptr, rstd_ptr, channel, num_channels)
+        y = affine(y, weight_ptr, bias_ptr, channel, num_channels, AFFINE)
+        y = tl.where(y <= 0, 0.0, y).to(y_ptr.dtype.element_ty).to(tl.float32)
+        better = inside & ((y > best) | (y != y))  # NaN wins, as in PyTorch
+        best = tl.where(better, y, best)
+        best_tap = tl.where(better, tap, best_tap)
+    inside = in_rows[:, None] & in_channels[None, :]
+    to = out_row.to(tl.int64)[:, None] * num_channels + channel[None, :]
+    tl.store(y_ptr + to, best.to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(tap_ptr + to, best_tap.to(tl.uint8), mask=inside)
 
 
 @operator("batch_norm_statistics", mutates=("running_mean", "running_var"))
@@ -175,58 +262,70 @@ def statistics(
 ) -> tuple[Tensor, Tensor]:
     """Mean and rstd (want_var: biased variance) of each view, (V, C) fp32 each; x (rows, C)."""
     num_rows, num_channels = x.shape[0] // num_views, x.shape[1]
-    block_r, block_c = block_sizes(num_channels)
-    per_program, num_parts = reduction_grid(num_rows, num_channels, num_views)
+    per_program, grid, options = reduction(num_rows, num_channels, num_views)
     fp32 = {"dtype": torch.float32, "device": x.device}
-    part = torch.empty(num_views, num_parts, 2, num_channels, **fp32)
+    part = torch.empty(num_views, grid[0], 2, num_channels, **fp32)
     mean = torch.empty(num_views, num_channels, **fp32)
     scale = torch.empty_like(mean)
-    blocks = cdiv(num_channels, block_c)
-    wrap_triton(_statistics)[(num_parts, blocks, num_views)](
-        x, part, num_rows, num_channels, per_program,
-        BLOCK_R=block_r, BLOCK_C=block_c, num_warps=NUM_WARPS,
-    )  # fmt: skip
+    sizes = num_rows, num_channels, per_program
+    wrap_triton(_statistics)[grid](x, part, *sizes, **options)
     has_running = running_mean is not None and running_var is not None
+    running = (running_mean, running_var) if has_running else (part, part)
+    switches = {"VIEWS": num_views, "HAS_RUNNING": has_running, "WANT_VAR": want_var}
+    options = {"BLOCK_S": 32, "BLOCK_C": 32, "num_warps": 4}
     wrap_triton(_merge_statistics)[(cdiv(num_channels, 32),)](
-        part, mean, scale, running_mean if has_running else part,
-        running_var if has_running else part, num_rows, num_channels, per_program, num_parts,
-        momentum, eps, VIEWS=num_views, HAS_RUNNING=has_running, WANT_VAR=want_var,
-        BLOCK_S=32, BLOCK_C=32, num_warps=4,
-    )  # fmt: skip
+        part, mean, scale, *running, *sizes, grid[0], momentum, eps, **switches, **options
+    )
     return mean, scale
 
 
 @operator("batch_norm_apply")
 def apply(
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    shortcut: Tensor | None,
-    mean2: Tensor | None,
-    rstd2: Tensor | None,
-    weight2: Tensor | None,
-    bias2: Tensor | None,
-    relu: bool,
+    inputs: list[Tensor], residual: Tensor | None, params: list[Tensor], relu: bool
 ) -> tuple[Tensor, Tensor]:
-    """y like x, and the bits of ReLU: (rows, C / 8 rounded up) uint8, empty if there are none.
+    """y like x, and ReLU's mask: (rows, C / 8 rounded up) uint8, empty without shortcut or ReLU.
 
-    Shapes: x, shortcut (rows, C) of one dtype; mean, rstd (V, C) fp32; weight, bias (C,).
+    inputs: x (rows, C), mean and rstd (V, C) fp32; for a second batch norm its three too, and no
+    residual. params: weight and bias (C,) of each, or empty.
     """
+    x, mean, rstd = inputs[:3]
     num_views, num_channels = mean.shape
-    num_rows = x.shape[0] // num_views
-    block_r, block_c = block_sizes(num_channels)
-    kind = 0 if shortcut is None else 1 if mean2 is None else 2
-    y = torch.empty_like(x)
+    shortcut, *statistics2 = inputs[3:] or [x if residual is None else residual, mean, rstd]
+    kind = 2 if len(inputs) > 3 else int(residual is not None)
     width = cdiv(num_channels, 8) if relu and kind else 0
+    y = torch.empty_like(x)
     bits = torch.empty(x.shape[0], width, dtype=torch.uint8, device=x.device)
-    given = [value if value is not None else mean for value in (weight, bias)]
-    second = [mean if t is None else t for t in (mean2, rstd2, weight2, bias2)]
-    wrap_triton(_apply)[(cdiv(num_rows, block_r), cdiv(num_channels, block_c), num_views)](
-        x, mean, rstd, *given, shortcut if shortcut is not None else x, *second,
-        y, bits if width else x, num_rows, num_channels,
-        AFFINE=weight is not None, SHORTCUT=kind, RELU=relu,
-        BLOCK_R=block_r, BLOCK_C=block_c, num_warps=NUM_WARPS,
-    )  # fmt: skip
+    weight, bias, weight2, bias2 = (*params, *[mean] * 4)[:4]
+    num_rows = x.shape[0] // num_views
+    tensors = (x, mean, rstd, weight, bias, shortcut, *statistics2, weight2, bias2)
+    tensors += (y, bits if width else x)
+    switches = {"AFFINE": bool(params), "SHORTCUT": kind, "RELU": relu}
+    grid, options = tiles(num_rows, num_channels, num_views)
+    wrap_triton(_apply)[grid](*tensors, num_rows, num_channels, **switches, **options)
     return y, bits
+
+
+def pooled(size: int) -> int:
+    """Rows or columns after pooling."""
+    return (size + 1) // 2
+
+
+@operator("batch_norm_apply_pool")
+def apply_pool(
+    inputs: list[Tensor], params: list[Tensor], size: list[int]
+) -> tuple[Tensor, Tensor]:
+    """y and taps (uint8), (pooled rows, C) each; inputs and params as of apply, size of x's map."""
+    x, mean, rstd = inputs
+    num_views, num_channels = mean.shape
+    height, width = size
+    shape = (x.shape[0] // (height * width) * pooled(height) * pooled(width), num_channels)
+    y = torch.empty(shape, dtype=x.dtype, device=x.device)
+    tap = torch.empty(shape, dtype=torch.uint8, device=x.device)
+    num_rows = shape[0] // num_views
+    weight, bias = params or (mean, mean)
+    grid, options = tiles(num_rows, num_channels, num_views, tile=POOL_TILE)
+    tensors = x, mean, rstd, weight, bias, y, tap
+    wrap_triton(_apply_pool)[grid](
+        *tensors, num_rows, num_channels, height, width, AFFINE=bool(params), **options
+    )
+    return y, tap

@@ -1,8 +1,7 @@
 """Triton kernel of the first op on the training device: out = scale * uint8 + shift, per channel.
 
-Bytes: 1 read and sizeof(dtype) written an element, in one pass.
-A newcomer's mistake: one program a pixel. Three channels are no power of two, so the images are
-taken as one row of bytes, whose channel is the index modulo 3.
+Bytes: 1 read and sizeof(dtype) written an element, in one pass. Three channels are no power of two,
+so the images are one row of bytes, whose channel is the index modulo 3.
 """
 
 # Triton compiles these functions: its types are not those that pyright sees.

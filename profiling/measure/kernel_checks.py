@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 import kernels
 from kernels import batch_norm
-from kernels.batch_norm import Norm, batch_norm_act
+from kernels.batch_norm import Norm, NormOptions, batch_norm_act
 from kernels.choose import Kernels
 from kernels.cosine import symmetric_neg_cosine
 from kernels.norm_autograd import rows_of
@@ -198,18 +198,19 @@ def norm_case(kind: str, shape: Shape, draw: Draw) -> Case:
     def call(given: Named, how: Kernels) -> Named:
         x, (norm, norm2) = given["x"], (norm_of(given, end) for end in ("", "2"))
         results, second = {}, norm2 if kind == "norm" else None
+        options = NormOptions(2, kernels=how, relu=kind != "none")
         if kind == "pool":
-            results["y"] = batch_norm.batch_norm_act_pool(x, norm, num_views=2, kernels=how)
+            results["y"] = batch_norm.batch_norm_act_pool(x, norm, options)
         elif kind == "recompute" and how == "triton":
             results["y"] = batch_norm.batch_norm_act_conv(
-                x, norm, given["conv"], stride=(1, 1), padding=(0, 0), num_views=2
+                x, norm, given["conv"], NormOptions(2), stride=(1, 1), padding=(0, 0)
             )
         elif "skip" in given:
             results["y"], results["again"] = batch_norm.block_end(
-                x, norm, given["skip"], second, num_views=2, kernels=how
+                x, norm, given["skip"], second, options
             )
         else:
-            y = batch_norm_act(x, *norm, relu=kind != "none", num_views=2, kernels=how)
+            y = batch_norm_act(x, norm, options)
             results["y"] = F.conv2d(y, given["conv"].to(x.dtype)) if "conv" in given else y
         for end, used in (("", norm), ("2", second)):
             if used is not None:

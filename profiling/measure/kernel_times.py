@@ -33,7 +33,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kernels.batch_norm import Norm, batch_norm_act, batch_norm_act_pool, block_end
+from kernels.batch_norm import (
+    Norm,
+    NormOptions,
+    batch_norm_act,
+    batch_norm_act_pool,
+    block_end,
+)
 from kernels.choose import Kernels
 from kernels.cosine import symmetric_neg_cosine
 
@@ -108,13 +114,13 @@ class Inputs:
         """Our call: the result, at a block's end twice."""
         norm, norm2 = self.norms()
         x, kind = self.leaves[0], self.site.kind
+        options = NormOptions(2, kernels=kernels, relu=kind != "none")
         if kind == "pool":
-            return [batch_norm_act_pool(x, norm, num_views=2, kernels=kernels)]
+            return [batch_norm_act_pool(x, norm, options)]
         if not self.ends_block:
-            y = batch_norm_act(x, *norm, relu=kind == "relu", num_views=2, kernels=kernels)
-            return [y]
+            return [batch_norm_act(x, norm, options)]
         second = norm2 if kind == "norm" else None
-        return list(block_end(x, norm, self.leaves[1], second, num_views=2, kernels=kernels))
+        return list(block_end(x, norm, self.leaves[1], second, options))
 
     def plain(self) -> Outputs:
         """PyTorch's own operations on each view, ReLU in place."""

@@ -11,7 +11,7 @@ from pipeline.decode import reserve
 from pipeline.loader import GPU_THREADS
 from predict.limit import GPU_GIB, GPUS, count, describe
 from train.config import Config
-from train.network.precision import DTYPES
+from train.network.model import DTYPES
 
 REACHED = (0.6, 0.7)
 IMAGENET_IMAGES = 1_281_167

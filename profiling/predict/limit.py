@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from measure.kernel_times import Site, clock, copy_bandwidth
 from train.config import Config, MethodConfig, ModelConfig
 from train.methods.simsiam import SimSiam
-from train.network.precision import DTYPES
+from train.network.model import DTYPES
 
 OPTIMIZER_BYTES = 28
 GPUS = {  # (matmul FLOP/s in bf16, bytes/s of a copy): H200 measured by others, the rest assumed

@@ -11,9 +11,7 @@ from typing import Literal
 from pipeline.augment import AugmentConfig
 from pipeline.decode import DecodeOptions
 from train.methods import MethodConfig
-from train.network.model import ModelConfig
-from train.network.precision import Precision
-from train.network.values import at_least
+from train.network.model import ModelConfig, Precision, at_least
 
 MAX_EPOCHS = 1_000_000  # larger is surely a typo; the steps of all are listed at the start
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

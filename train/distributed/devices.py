@@ -6,7 +6,7 @@ import os
 import torch
 
 from pipeline.machine import usable_cores
-from train.network.precision import Precision, set_tf32
+from train.network.model import Precision, set_tf32
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 

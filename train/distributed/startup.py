@@ -25,7 +25,7 @@ from train.distributed.agreement import agree, process_facts
 from train.distributed.devices import take_device
 from train.distributed.watch import MAX_TIMEOUTS, WARN_S, Watch, may_restart, report
 from train.distributed.world import TRACE, World
-from train.network.precision import Precision
+from train.network.model import Precision
 
 PR_SET_PDEATHSIG = 1
 FROM_TORCHRUN = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}

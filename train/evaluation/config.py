@@ -15,7 +15,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from train.config import Config, at_least
 from train.config.parser import explain, flags, parse_config, with_brackets
-from train.network.precision import Precision
+from train.network.model import Precision
 from train.run.folder import CONFIG
 from train.run.program import refuse
 

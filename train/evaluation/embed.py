@@ -20,7 +20,7 @@ from kernels.normalize import normalize_views
 from pipeline.loader import eval_loader
 from train.config import Config
 from train.distributed import World, gather
-from train.network.precision import DTYPES, autocast
+from train.network.model import DTYPES, autocast
 from train.network.resnet import ResNet
 from train.run.data import EvalSet, RunData
 

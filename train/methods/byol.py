@@ -18,10 +18,8 @@ from kernels.choose import Kernels
 from kernels.cosine import symmetric_neg_cosine
 from pipeline.augment import AugmentConfig
 from train.methods.method import Method, MethodSpec, MomentumEncoder, Scale
-from train.network.heads import build_projector
-from train.network.model import ModelConfig
+from train.network.model import ModelConfig, build_projector, share
 from train.network.norm import count_batches
-from train.network.values import share
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.augment import AugmentConfig
-from train.network.heads import build_projector
-from train.network.model import ModelConfig, build_backbone
+from train.network.model import ModelConfig, build_backbone, build_projector
 from train.network.norm import set_kernels, set_sync_group, set_views
 
 MEMINFO = Path("/proc/meminfo")

@@ -26,9 +26,8 @@ from train.methods.method import (
     check_queue,
     collapse_meter,
 )
-from train.network.model import ModelConfig
+from train.network.model import ModelConfig, at_least, positive, share
 from train.network.norm import count_batches
-from train.network.values import at_least, positive, share
 
 
 @dataclass(frozen=True, kw_only=True)

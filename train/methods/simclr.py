@@ -16,10 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from train.methods.method import Method, MethodSpec, Scale, collapse_meter, gather_with_gradient
-from train.network.heads import build_predictor
-from train.network.model import ModelConfig
+from train.network.model import ModelConfig, build_predictor, positive
 from train.network.norm import count_batches
-from train.network.values import positive
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,10 +31,8 @@ from train.methods.method import (
     gather_rows,
     own_rows,
 )
-from train.network.heads import build_predictor
-from train.network.model import ModelConfig
+from train.network.model import ModelConfig, at_least, build_predictor
 from train.network.norm import count_batches, untracked
-from train.network.values import at_least
 
 
 @dataclass(frozen=True, kw_only=True)

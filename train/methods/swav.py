@@ -29,9 +29,8 @@ from train.methods.method import (
     own_rows,
     sum_over_ranks,
 )
-from train.network.model import ModelConfig
+from train.network.model import ModelConfig, at_least, positive
 from train.network.norm import count_batches
-from train.network.values import at_least, positive
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,9 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from train.methods.method import Method, MethodSpec, Scale, collapse_meter, gather_with_gradient
-from train.network.model import ModelConfig
+from train.network.model import ModelConfig, at_least
 from train.network.norm import count_batches
-from train.network.values import at_least
 
 
 @dataclass(frozen=True, kw_only=True)

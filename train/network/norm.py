@@ -1,7 +1,4 @@
-"""The batch norm module of every network here: kernels.batch_norm under torchvision's names.
-
-A newcomer's mistake: setting num_views on one layer. `set_views` and `set_sync_group` walk a model.
-"""
+"""BatchNorm: kernels.batch_norm as a module with torchvision's names; what sets a whole model's."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +9,7 @@ from torch import Tensor, nn
 
 from kernels.batch_norm import (
     Norm,
+    NormOptions,
     batch_norm_act,
     batch_norm_act_conv,
     batch_norm_act_pool,
@@ -21,7 +19,7 @@ from kernels.choose import Kernels, use_triton
 
 
 class BatchNorm(nn.Module):
-    """Batch norm with optional residual and ReLU in the same call; statistics per view.
+    """Batch norm with ReLU, and what follows it, in one call; statistics per view.
 
     Parameters and buffers are named and initialised as nn.BatchNorm2d's, so checkpoints exchange.
     """
@@ -43,21 +41,17 @@ class BatchNorm(nn.Module):
     def norm(self) -> Norm:
         """Parameters and running statistics as the operators take them."""
         if self.training and not self.tracks:
-            return Norm(self.weight, self.bias, None, None)
+            return Norm(self.weight, self.bias)
         return Norm(self.weight, self.bias, self.running_mean, self.running_var)
 
-    def forward(self, x: Tensor, *, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+    @property
+    def options(self) -> NormOptions:
+        """What set_views, set_kernels and set_sync_group have set."""
+        return NormOptions(self.num_views, self.training, self.group, self.kernels)
+
+    def forward(self, x: Tensor, *, relu: bool = False) -> Tensor:
         """Shapes: (N, C, H, W) channels_last or (N, C), views as equal slices of N."""
-        return batch_norm_act(
-            x,
-            *self.norm,
-            residual=residual,
-            relu=relu,
-            num_views=self.num_views,
-            training=self.training,
-            group=self.group,
-            kernels=self.kernels,
-        )
+        return batch_norm_act(x, self.norm, self.options._replace(relu=relu))
 
     def then_conv(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
         """conv(relu(norm(x))); with `recompute` the normalised map is not kept for backward."""
@@ -66,25 +60,12 @@ class BatchNorm(nn.Module):
         assert not isinstance(conv.padding, str) and conv.bias is None and conv.groups == 1
         assert conv.dilation == (1, 1) and conv.padding_mode == "zeros"
         return batch_norm_act_conv(
-            x,
-            self.norm,
-            conv.weight,
-            stride=(conv.stride[0], conv.stride[1]),
-            padding=(conv.padding[0], conv.padding[1]),
-            num_views=self.num_views,
-            group=self.group,
+            x, self.norm, conv.weight, self.options, stride=conv.stride, padding=conv.padding
         )
 
     def pool(self, x: Tensor) -> Tensor:
         """relu(norm(x)), then max-pool 3x3 of stride 2 (kernels.batch_norm_act_pool)."""
-        return batch_norm_act_pool(
-            x,
-            self.norm,
-            num_views=self.num_views,
-            training=self.training,
-            group=self.group,
-            kernels=self.kernels,
-        )
+        return batch_norm_act_pool(x, self.norm, self.options)
 
     def end_block(
         self, x: Tensor, shortcut: Tensor, downsample: "BatchNorm | None" = None
@@ -94,38 +75,39 @@ class BatchNorm(nn.Module):
         Shapes: (N, C, H, W) channels_last; with `downsample` the shortcut is normalised by it.
         """
         assert downsample is None or downsample.training == self.training
-        return block_end(
-            x,
-            self.norm,
-            shortcut,
-            downsample.norm if downsample is not None else None,
-            num_views=self.num_views,
-            training=self.training,
-            group=self.group,
-            kernels=self.kernels,
-        )
+        norm2 = downsample.norm if downsample is not None else None
+        return block_end(x, self.norm, shortcut, norm2, self.options)
+
+
+def norms_of(model: nn.Module) -> list[BatchNorm]:
+    """Every BatchNorm of the model."""
+    return [module for module in model.modules() if isinstance(module, BatchNorm)]
 
 
 def set_views(model: nn.Module, num_views: int) -> None:
     """Every BatchNorm of the model takes its batch as this many equal slices."""
-    for module in model.modules():
-        if isinstance(module, BatchNorm):
-            module.num_views = num_views
+    for norm in norms_of(model):
+        norm.num_views = num_views
 
 
 def set_kernels(model: nn.Module, kernels: Kernels, *, recompute: bool = False) -> None:
     """Every BatchNorm of the model runs these kernels, and recomputes what a convolution read."""
-    for module in model.modules():
-        if isinstance(module, BatchNorm):
-            module.kernels, module.recompute = kernels, recompute
+    for norm in norms_of(model):
+        norm.kernels, norm.recompute = kernels, recompute
+
+
+def set_sync_group(model: nn.Module, group: dist.ProcessGroup | None) -> None:
+    """Every BatchNorm of the model takes statistics over all ranks of the group (None: local)."""
+    for norm in norms_of(model):
+        norm.group = group
 
 
 def count_batches(model: nn.Module) -> None:
-    """One more batch for each view in every num_batches_tracked, in one operation.
+    """Add a batch for each view to every num_batches_tracked, in one operation.
 
     A model calls it once a training step: an addition in each of 57 layers is 57 launches.
     """
-    norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
+    norms = norms_of(model)
     if norms and norms[0].training:
         torch._foreach_add_([norm.num_batches_tracked for norm in norms], norms[0].num_views)
 
@@ -133,7 +115,7 @@ def count_batches(model: nn.Module) -> None:
 @contextmanager
 def untracked(model: nn.Module) -> Iterator[None]:
     """In training mode the batch's statistics normalise, and the running ones stay as they are."""
-    norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
+    norms = norms_of(model)
     for norm in norms:
         norm.tracks = False
     try:
@@ -141,10 +123,3 @@ def untracked(model: nn.Module) -> Iterator[None]:
     finally:
         for norm in norms:
             norm.tracks = True
-
-
-def set_sync_group(model: nn.Module, group: dist.ProcessGroup | None) -> None:
-    """Every BatchNorm of the model takes statistics over all ranks of the group (None: local)."""
-    for module in model.modules():
-        if isinstance(module, BatchNorm):
-            module.group = group

@@ -1,9 +1,7 @@
 """ResNet-18/34/50/101: the backbone, with torchvision's parameter names.
 
-Takes normalised channels-last views, gives pooled features. A newcomer's mistake: looking for bn +
-relu + add as separate modules. They are one call (norm.py), so there is no relu module; the names
-of all parameters and buffers still are torchvision's, and a test loads both ways.
-
+Batch norm, ReLU and addition are one call (norm.py), so there is no relu module; the names of all
+parameters and buffers still are torchvision's, and a test loads both ways.
 Source: He et al., CVPR 2016; stride on the 3x3 convolution as torchvision ("v1.5").
 CIFAR stem: SimSiam appendix D (3x3 convolution, stride 1, no max-pool).
 """
@@ -31,7 +29,7 @@ def conv(inputs: int, outputs: int, kernel: int, *, stride: int = 1) -> nn.Conv2
 
 
 class SlicedConv(nn.Conv2d):
-    """A 1x1 convolution of every second pixel: slices, then convolves with stride 1.
+    """A 1x1 convolution of stride 2 that slices, then convolves with stride 1.
 
     For narrow shortcuts: given a stride and fewer input channels than a vector register holds (8 on
     AVX2, 16 on AVX-512), oneDNN 3.x writes past its workspace in the fp32 backward pass of the

@@ -180,7 +180,7 @@ def split_layers(head: Tensors) -> list[Tensors]:
 
 
 def linear_norm(name: str, linear: Tensors, norm: Tensors, *, affine: bool) -> Tensors:
-    """A linear layer and its batch norm as train.network.heads.LinearNorm. Raises: ValueError."""
+    """A linear layer and its batch norm as train.network.model.LinearNorm. Raises: ValueError."""
     if linear.get("weight", torch.empty(0)).ndim != 2 or "running_mean" not in norm:
         raise ValueError("in SimSiam a batch norm follows each linear layer but the last")
     if affine != ("weight" in norm):
