@@ -43,23 +43,17 @@ _MAX_KINDS = 50  # keeps the report readable where each file has another extensi
 class ImageFolder:
     """The images under one folder, in an order that depends on their names alone.
 
+    It has classes if every image is in a first-level folder and there are at least two of these.
     Pickles as one string: for ImageNet's 1,281,167 images 51 MB with the labels, 0.2 s to write and
     0.1 s to read (2-core VM, n=4).
     """
 
-    root: str
-    """Absolute path of the folder."""
-    paths: list[bytes]
-    """Relative to root, sorted bytewise."""
-    labels: np.ndarray | None
-    """(N,) int64, indices into class_names. None unless every image is in a first-level sub-folder
-    and there are at least two of these."""
-    class_names: list[str]
-    """The first-level sub-folders that hold images, sorted bytewise; empty without labels."""
-    fingerprint: str
-    """SHA-256 of the relative names and the file sizes: equal for a copy elsewhere."""
-    skipped: dict[str, int]
-    """How many entries were left out, by kind: "extension .txt", "fifo", "unreadable" ..."""
+    root: str  # absolute path of the folder
+    paths: list[bytes]  # relative to root, sorted bytewise
+    labels: np.ndarray | None  # (N,) int64, indices into class_names; None without classes
+    class_names: list[str]  # the first-level folders, sorted bytewise, if all images are in these
+    fingerprint: str  # SHA-256 of the relative names and the file sizes: equal for a copy elsewhere
+    skipped: dict[str, int]  # entries left out, by kind: "extension .txt", "fifo", "unreadable" ...
 
     def __len__(self) -> int:
         """Return the number of images."""
