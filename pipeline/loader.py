@@ -7,14 +7,13 @@ ends early after an error, and every later epoch is empty (DALI 2.4). A bad imag
 another sample, the same in every run, and never left out: all ranks take the same steps.
 """
 
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from queue import Full, Queue
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -205,50 +204,31 @@ class DaliLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield a Batch for each step. Leaving the loop early ends the reading thread."""
-        queue: Queue = Queue(maxsize=self._depth)
-        stop = threading.Event()
-        with self._preparing() as prepare:
-            arguments = (prepare, queue, stop)
-            thread = threading.Thread(target=self._produce, args=arguments, daemon=True)
-            thread.start()
+        with (
+            self._preparing() as prepare,
+            ThreadPoolExecutor(self._threads, thread_name_prefix="colour, blur") as pool,
+            ThreadPoolExecutor(1, thread_name_prefix="prepare") as preparer,
+        ):
+            ahead = (preparer.submit(prepare, step) for step in self.steps)
             try:
-                with ThreadPoolExecutor(self._threads, thread_name_prefix="colour, blur") as pool:
-                    yield from self._run(prepare, queue, pool)
+                yield from self._run(prepare, ahead, pool)
             finally:
-                stop.set()
-                thread.join()
+                preparer.shutdown(cancel_futures=True)
 
-    def _produce(self, prepare: Prepare, queue: Queue, stop: threading.Event) -> None:
-        for step in self.steps:
-            try:
-                item: Work | Exception = prepare(step)
-            except Exception as error:  # raised again in the caller's thread
-                item = error
-            while not stop.is_set():
-                try:
-                    queue.put(item, timeout=0.1)
-                    break
-                except Full:
-                    continue
-            if stop.is_set() or isinstance(item, Exception):
-                return
-
-    def _run(self, prepare: Prepare, queue: Queue, pool: ThreadPoolExecutor) -> Iterator[Batch]:
+    def _run(
+        self, prepare: Prepare, ahead: "Iterator[Future[Work]]", pool: ThreadPoolExecutor
+    ) -> Iterator[Batch]:
         # DALI reads the images' bytes in place: a Work is kept until its batch is released
-        pipeline, in_flight, to_take = None, deque(), len(self.steps)
+        pipeline, in_flight, waiting = None, deque(), deque(islice(ahead, self._depth + 1))
 
         def take() -> None:
-            nonlocal to_take
-            item = queue.get()
-            if isinstance(item, Exception):
-                raise item
-            in_flight.append(item)
-            to_take -= 1
+            in_flight.append(waiting.popleft().result())
+            waiting.extend(islice(ahead, 1))
 
         try:
-            while in_flight or to_take:
+            while in_flight or waiting:
                 if pipeline is None:  # at the start, and after an error: DALI's is not trusted
-                    while len(in_flight) < self._depth and to_take:
+                    while len(in_flight) < self._depth and waiting:
                         take()
                     pipeline = self._build(len(in_flight))
                     for work in in_flight:
@@ -268,7 +248,7 @@ class DaliLoader:
                 work = in_flight.popleft()
                 batch = self._to_torch(work, outputs, pool)
                 pipeline.release_outputs()
-                if to_take:
+                if waiting:
                     take()
                     self._feed(pipeline, in_flight[-1])
                     pipeline.schedule_run()

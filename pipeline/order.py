@@ -39,9 +39,7 @@ def keyed_rng(seed: int, purpose: Purpose, index: int = 0, row: int = 0) -> np.r
 
 
 class SampleOrder:
-    """Global batches of sample ids; fewer than batch_size samples, other ones in each epoch, are
-    left out at its end.
-    """
+    """Global batches of sample ids; an epoch's last, incomplete batch is left out."""
 
     def __init__(self, num_samples: int, *, batch_size: int, seed: int):
         if num_samples < batch_size:
@@ -84,8 +82,7 @@ class Work:
     step: int
     ids: np.ndarray
     inputs: dict[str, list | np.ndarray]
-    finish: list[ViewDraws] | None = None
-    """Draws of the views whose colours and blur are done after DALI."""
+    finish: list[ViewDraws] | None = None  # draws of views that are coloured and blurred after DALI
 
 
 Prepare = Callable[[int], Work]
@@ -98,8 +95,7 @@ class ViewPlan:
     order: SampleOrder
     views: Sequence[AugmentConfig]
     rows: slice
-    colors: bool
-    """Whether colours and blur are DALI's, not done after it."""
+    colors: bool  # whether DALI does colours and blur
 
     def prepare(self, reader: ImageReader, step: int, allocate: Allocate | None = None) -> Work:
         """Read the images of a step into memory from `allocate`, and draw their views.

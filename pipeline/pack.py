@@ -178,10 +178,16 @@ def _write_shard(
 def _add(
     tar: tarfile.TarFile, keys: set[bytes], folder: ImageFolder, number: int, data: bytes
 ) -> Entry:
-    """Append an image and its label; `keys` are those of the shard so far."""
+    """Append an image and its label; `keys` are those of the shard so far.
+
+    The index has the true name of an image whose name is long, not printable, taken, or has a dot
+    in its stem, where WebDataset ends the key.
+    """
     path, label = folder.paths[number], None
     key, dot, extension = path.rpartition(b".")
-    if not is_plain(path) or key in keys:
+    is_plain = len(path) <= _MAX_NAME_BYTES and printable(path).encode() == path
+    is_plain &= b"." not in os.path.basename(key) and not key.startswith(RENAMED)
+    if not is_plain or key in keys:
         key = b"%b/%09d" % (RENAMED, number)
     keys.add(key)
     offset = tar.offset + tarfile.BLOCKSIZE
@@ -194,17 +200,6 @@ def _add(
         info.size = len(content)
         tar.addfile(info, io.BytesIO(content))
     return Entry(path, label, len(data), offset, len(data))
-
-
-def is_plain(path: bytes) -> bool:
-    """Whether an image may keep its name in a shard; the index has the true name of each.
-
-    Not if its stem has a dot, where WebDataset ends the key, nor if it is long or not printable.
-    """
-    is_long = len(path) > _MAX_NAME_BYTES
-    has_dot = b"." in os.path.basename(path).rpartition(b".")[0]
-    is_text = printable(path).encode() == path
-    return is_text and not is_long and not has_dot and not path.startswith(RENAMED)
 
 
 def checked(

@@ -1,11 +1,10 @@
-"""Reads, guards and draws in a process of its own: training does not wait for Python's lock.
+"""Reads, checks and draws in a separate process: training does not wait for Python's lock.
 
 Beside a GPU the trainer's thread launches kernels, each some microseconds of Python; a thread that
 reads beside it holds the lock in between. The process gets the reader and the plan once, then a
-step at a time; the images' bytes come back in memory that both share, and DALI reads them there.
-It imports neither torch nor DALI, knows no CUDA, and ends when the trainer does.
-A newcomer's mistake: multiprocessing's fork, of a process with threads, or its spawn, which imports
-train/main.py and with it torch once more.
+step at a time; the images' bytes come back in shared memory, and DALI reads them there. It imports
+neither torch nor DALI and ends when the trainer does. multiprocessing's fork would fork a process
+with threads, and its spawn would import train/main.py and with it torch.
 """
 
 import mmap
@@ -30,7 +29,7 @@ from pipeline.sources.reader import ImageReader
 
 ROOT = Path(__file__).resolve().parent.parent
 SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT}
-"""What may be sent to all processes of a job: the trainer decides, which may need batches yet."""
+"""Blocked, as they may be sent to all processes of a job: the trainer may still need batches."""
 PROGRAM = "from pipeline.reading_process import main; main()"
 ALIGNMENT = 64
 LEAST = 1 << 24
@@ -38,7 +37,7 @@ LEAST = 1 << 24
 
 @contextmanager
 def reading_process(reader: ImageReader, plan: ViewPlan) -> Iterator[Prepare]:
-    """Start the process; gives the function that has it make the Work of a step."""
+    """Start the process; gives the function that requests the Work of a step."""
     child = _Child(reader, plan)
     try:
         yield child.prepare
@@ -47,7 +46,7 @@ def reading_process(reader: ImageReader, plan: ViewPlan) -> Iterator[Prepare]:
 
 
 class SharedBytes:
-    """Memory that two processes see, for the images of a batch; grows, and is used again."""
+    """Memory shared by two processes, for the images of a batch; grows, and is used again."""
 
     def __init__(self, descriptor: int):
         self.descriptor = descriptor
@@ -67,7 +66,7 @@ class SharedBytes:
             return self._memory[start : start + num_bytes]
 
     def place_of(self, array: np.ndarray) -> tuple[int, int]:
-        """(start, end) of an array; one that was not allocated here is copied in."""
+        """(start, end) of an array, which is copied if it was not allocated here."""
         start = self._starts.get(array.__array_interface__["data"][0])
         if start is None:
             inside = self.allocate(array.size)
@@ -76,20 +75,19 @@ class SharedBytes:
         return start, start + array.size
 
     def clear(self) -> None:
-        """Forget what was allocated: from here on it is overwritten."""
+        """Free all arrays: they will be overwritten."""
         self._end = 0
         self._starts.clear()
 
     def mapped(self, size: int) -> np.ndarray:
-        """All of it, of at least `size` bytes, which the descriptor has."""
-        if size > self._memory.size:
-            # arrays of the mapping before keep that one, and both are the same memory
+        """All of it, at least `size` bytes, which the descriptor has."""
+        if size > self._memory.size:  # arrays keep the mapping before, of the same memory
             self._memory = np.frombuffer(mmap.mmap(self.descriptor, size), np.uint8)
             self._address = self._memory.__array_interface__["data"][0]
         return self._memory
 
     def __del__(self) -> None:
-        """Close the descriptor; what is mapped stays."""
+        """Close the descriptor; mappings stay."""
         os.close(self.descriptor)
 
 
@@ -104,10 +102,8 @@ class _Child:
         ours, theirs = socket.socketpair()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a new process inherits it
         try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", PROGRAM, str(theirs.fileno())],
-                cwd=ROOT, pass_fds=[theirs.fileno()],
-            )  # fmt: skip
+            command = [sys.executable, "-c", PROGRAM, str(theirs.fileno())]
+            self._process = subprocess.Popen(command, cwd=ROOT, pass_fds=[theirs.fileno()])
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             theirs.close()
@@ -123,15 +119,15 @@ class _Child:
                 reply = self._connection.recv()
             except (EOFError, OSError) as error:
                 raise RuntimeError(
-                    f"the process that reads images ended with {self._process.wait()}; where that "
-                    "is -9 memory lacked: lower --data.batch_size or --dali.prefetch"
+                    f"the process that reads images ended with {self._process.wait()}; -9 is "
+                    "probably the OOM killer: lower --data.batch_size or --dali.prefetch"
                 ) from error
             if isinstance(reply, Exception):
                 self._free.append(slot)
                 raise reply
-            ids, places, size, inputs, finish, found = reply
-            self._reader.bad.update(found)
-            self._known.update(bad, found)
+            ids, places, size, inputs, finish, new_bad = reply
+            self._reader.bad.update(new_bad)
+            self._known.update(bad, new_bad)
             memory = self._buffers[slot].mapped(size)
         inputs = {"encoded": [memory[start:end] for start, end in places], **inputs}
         work = Work(step, ids, inputs, finish)
@@ -148,7 +144,7 @@ class _Child:
         return slot
 
     def close(self) -> None:
-        """End the process: it sees the connection close."""
+        """End the process, by closing its connection."""
         self._connection.close()
         self._process.wait()
 
@@ -167,8 +163,8 @@ def serve(connection: Connection) -> None:
             buffers[slot].clear()
             work = plan.prepare(reader, step, buffers[slot].allocate)
             places = [buffers[slot].place_of(image) for image in work.inputs.pop("encoded")]
-            size, found = buffers[slot].mapped(0).size, dict([*reader.bad.items()][known:])
-            reply: tuple | Exception = work.ids, places, size, work.inputs, work.finish, found
+            size, new_bad = buffers[slot].mapped(0).size, dict([*reader.bad.items()][known:])
+            reply: tuple | Exception = work.ids, places, size, work.inputs, work.finish, new_bad
         except Exception as error:  # raised again in the trainer
             error.add_note(traceback.format_exc())
             reply = error
@@ -177,5 +173,5 @@ def serve(connection: Connection) -> None:
 
 def main() -> None:
     """The process: its argument is the connection's descriptor."""
-    with suppress(EOFError, ConnectionError):  # the trainer has all it wanted, or is gone
+    with suppress(EOFError, ConnectionError):  # closed by the trainer, or by its end
         serve(Connection(int(sys.argv[1])))

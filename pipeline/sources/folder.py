@@ -12,7 +12,7 @@ import os
 import stat
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import cached_property
@@ -43,23 +43,17 @@ _MAX_KINDS = 50  # keeps the report readable where each file has another extensi
 class ImageFolder:
     """The images under one folder, in an order that depends on their names alone.
 
+    It has classes if every image is in a first-level folder and there are at least two of these.
     Pickles as one string: for ImageNet's 1,281,167 images 51 MB with the labels, 0.2 s to write and
     0.1 s to read (2-core VM, n=4).
     """
 
-    root: str
-    """Absolute path of the folder."""
-    paths: list[bytes]
-    """Relative to root, sorted bytewise."""
-    labels: np.ndarray | None
-    """(N,) int64, indices into class_names. None unless every image is in a first-level sub-folder
-    and there are at least two of these."""
-    class_names: list[str]
-    """The first-level sub-folders that hold images, sorted bytewise; empty without labels."""
-    fingerprint: str
-    """SHA-256 of the relative names and the file sizes: equal for a copy elsewhere."""
-    skipped: dict[str, int]
-    """How many entries were left out, by kind: "extension .txt", "fifo", "unreadable" ..."""
+    root: str  # absolute path of the folder
+    paths: list[bytes]  # relative to root, sorted bytewise
+    labels: np.ndarray | None  # (N,) int64, indices into class_names; None without classes
+    class_names: list[str]  # the first-level folders, sorted bytewise, if all images are in these
+    fingerprint: str  # SHA-256 of the relative names and the file sizes: equal for a copy elsewhere
+    skipped: dict[str, int]  # entries left out, by kind: "extension .txt", "fifo", "unreadable" ...
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -264,15 +258,17 @@ def _scan(root: bytes) -> tuple[list[tuple[bytes, int]], Counter[str]]:
                 skipped[_repeated(path)] += 1
                 continue
             seen.add((status.st_dev, status.st_ino))
-            for name, kind, num_bytes in _entries(path):
-                if kind == "image":
-                    images.append((prefix + name, num_bytes))
-                elif kind == "folder":
-                    folders.append(prefix + name)
-                elif kind == "linked folder":
-                    heapq.heappush(linked, prefix + name)
-                else:
-                    count_skipped(skipped, kind)
+            with os.scandir(path) as entries:
+                for entry in entries:
+                    kind, num_bytes = _kind_of(entry)
+                    if kind == "image":
+                        images.append((prefix + entry.name, num_bytes))
+                    elif kind == "folder":
+                        folders.append(prefix + entry.name)
+                    elif kind == "linked folder":
+                        heapq.heappush(linked, prefix + entry.name)
+                    else:
+                        count_skipped(skipped, kind)
         except OSError:
             skipped["unreadable"] += 1
     return images, skipped
@@ -284,33 +280,26 @@ def count_skipped(skipped: Counter[str], kind: str) -> None:
     skipped[kind if known else "other extensions"] += 1
 
 
-def _entries(path: bytes) -> Iterator[tuple[bytes, str, int]]:
-    """Yield (name, kind, num_bytes): an image, a folder to list, or the kind to skip it as."""
-    with os.scandir(path) as entries:
-        for entry in entries:
-            num_bytes = 0
-            try:
-                kind, num_bytes = _kind_of(entry)
-            except FileNotFoundError:
-                kind = "dangling symlink" if entry.is_symlink() else "unreadable"
-            except OSError:
-                kind = "symlink loop" if entry.is_symlink() else "unreadable"
-            yield entry.name, kind, num_bytes
-
-
 def _kind_of(entry: os.DirEntry[bytes]) -> tuple[str, int]:
-    name = entry.name
-    if name.startswith(b"."):
+    """(kind, num_bytes): an image, a folder to list, or the kind to skip it as."""
+    if entry.name.startswith(b"."):
         return "hidden", 0
-    _, dot, extension = name.rpartition(b".")
+    _, dot, extension = entry.name.rpartition(b".")
     extension = (dot + extension).lower() if dot else b""
-    if entry.is_dir():  # the type comes with the scan: no stat, unless it is a link
-        if extension in IMAGE_EXTENSIONS:
-            return f"folder named {extension.decode()}", 0
-        return "linked folder" if entry.is_symlink() else "folder", 0
-    if extension not in IMAGE_EXTENSIONS:
-        return f"extension {printable(extension)}" if extension else "no extension", 0
-    status = entry.stat()
+    is_image = extension in IMAGE_EXTENSIONS
+    try:
+        if entry.is_dir():  # the type comes with the scan: no stat, unless it is a link
+            if is_image:
+                return f"folder named {extension.decode()}", 0
+            return "linked folder" if entry.is_symlink() else "folder", 0
+        if not is_image:
+            return f"extension {printable(extension)}" if extension else "no extension", 0
+        status = entry.stat()
+    except OSError as error:
+        if not entry.is_symlink():
+            return "unreadable", 0
+        is_dangling = isinstance(error, FileNotFoundError)
+        return "dangling symlink" if is_dangling else "symlink loop", 0
     if not stat.S_ISREG(status.st_mode):
         return _FILE_KINDS.get(stat.S_IFMT(status.st_mode), "device"), 0
     return "image", status.st_size

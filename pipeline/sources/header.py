@@ -12,8 +12,6 @@ import io
 import struct
 import warnings
 import zlib
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,12 +22,17 @@ _JPEG_SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _JPEG_MAX_SIDE = 65500  # libjpeg's own limit, below the 65535 that the header can hold
 _PNG_CRITICAL = {b"IHDR", b"PLTE", b"IDAT", b"IEND"}
 _TIFF_PARTS = ((273, 279), (324, 325))  # tags: offsets and byte counts of strips, of tiles
-_OTHER_STARTS = (
+_KINDS = (
+    ("JPEG", b"\xff\xd8"),
+    ("PNG", b"\x89PNG\r\n\x1a\n"),
+    ("WebP", b"RIFF"),
+    ("BMP", b"BM"),
+    ("TIFF", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")),
+)
+_OTHER_KINDS = (
     (b"GIF8", "unsupported image format (GIF)"),
-    (b"\x00\x00\x00\x0cjP", "unsupported image format (JPEG 2000)"),
-    (b"\xff\x4f\xff\x51", "unsupported image format (JPEG 2000)"),
-    (b"\x00\x00\x00\x0cJXL", "unsupported image format (JPEG XL)"),
-    (b"\xff\x0a", "unsupported image format (JPEG XL)"),
+    ((b"\x00\x00\x00\x0cjP", b"\xff\x4f\xff\x51"), "unsupported image format (JPEG 2000)"),
+    ((b"\x00\x00\x00\x0cJXL", b"\xff\x0a"), "unsupported image format (JPEG XL)"),
     (b"8BPS", "unsupported image format (Photoshop)"),
     (b"version https://git-lfs", "not an image (git-LFS pointer: run git lfs pull)"),
     (b"\x00\x05\x16\x07", "not an image (macOS ._ file)"),
@@ -56,9 +59,13 @@ def image_size(data: np.ndarray | bytes, *, max_pixels: int = 1 << 27) -> tuple[
         raise BadImage("empty file")
     view = memoryview(data) if isinstance(data, bytes) else data.data
     assert view.format == "B" and view.ndim == 1 and view.contiguous
-    kind, read_size = _reader_of(view)
+    head = bytes(view[:12])
+    kind = next((kind for kind, start in _KINDS if head.startswith(start)), "")
     try:
-        height, width = read_size(view)
+        if kind == "JPEG":
+            height, width = _jpeg_size(view)
+        else:
+            height, width = _png_size(view) if kind == "PNG" else _pillow_size(kind, view)
     except (IndexError, struct.error):
         raise BadImage(f"truncated {kind}: ends inside its header") from None
     if height < 1 or width < 1:
@@ -66,21 +73,6 @@ def image_size(data: np.ndarray | bytes, *, max_pixels: int = 1 << 27) -> tuple[
     if height * width > max_pixels:
         raise BadImage(f"image of {width}x{height} pixels exceeds the limit of {max_pixels}")
     return height, width
-
-
-def _reader_of(view: memoryview) -> tuple[str, Callable[[memoryview], tuple[int, int]]]:
-    start = bytes(view[:12])
-    if start[:2] == b"\xff\xd8":
-        return "JPEG", _jpeg_size
-    if start[:8] == b"\x89PNG\r\n\x1a\n":
-        return "PNG", _png_size
-    if start[:4] == b"RIFF" and start[8:] == b"WEBP":
-        return "WebP", partial(_pillow_size, "WebP")
-    if start[:2] == b"BM":
-        return "BMP", partial(_pillow_size, "BMP")
-    if start[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-        return "TIFF", partial(_pillow_size, "TIFF")
-    raise BadImage(_unknown_reason(bytes(view[:512]), len(view)))
 
 
 def _jpeg_size(view: memoryview) -> tuple[int, int]:
@@ -156,6 +148,8 @@ def _png_size(view: memoryview) -> tuple[int, int]:
 
 def _pillow_size(kind: str, view: memoryview) -> tuple[int, int]:
     """By Pillow's plugin of the format, since Image.open has another limit of pixels."""
+    if not kind:
+        raise BadImage(_unknown_reason(bytes(view[:512]), len(view)))
     from PIL import BmpImagePlugin, Image, TiffImagePlugin, WebPImagePlugin  # slow to import
 
     Image.MAX_IMAGE_PIXELS = None  # max_pixels is the limit
@@ -182,7 +176,7 @@ def _pillow_size(kind: str, view: memoryview) -> tuple[int, int]:
 
 
 def _unknown_reason(head: bytes, num_bytes: int) -> str:
-    for start, reason in _OTHER_STARTS:
+    for start, reason in _OTHER_KINDS:
         if head.startswith(start):
             return reason
     if head[4:8] == b"ftyp":

@@ -30,18 +30,12 @@ _ARRAYS = ("listing", "ends", "offsets", "spans", "labels")
 class Packed:
     """Which part of which folder a shard of pipeline/pack.py holds."""
 
-    source: str
-    """The folder's fingerprint."""
-    num_images: int
-    """Images of the whole folder."""
-    shard_bytes: int
-    """The most that a shard may hold."""
-    first: int
-    """Its first image in the folder's order."""
-    end: int
-    """One behind its last image."""
-    left_out: list[list[str]]
-    """Name and reason of each image among these that is not in the shard."""
+    source: str  # the folder's fingerprint
+    num_images: int  # of the whole folder
+    shard_bytes: int  # the most that a shard may hold
+    first: int  # its first image in the folder's order
+    end: int  # one behind its last image
+    left_out: list[list[str]]  # name and reason of each image among these that is not in the shard
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -49,25 +43,16 @@ class ShardIndex:
     """The N images of a shard, in the order in which a run counts them."""
 
     kind: str
-    num_bytes: int
-    """Of the shard."""
-    digest: str
-    """SHA-256 of the shard's first and last 64 KiB: read at every start, true for a copy."""
-    listing: np.ndarray
-    """uint8: name NUL size of each image, joined by NUL: what a folder's fingerprint is made of."""
-    ends: np.ndarray
-    """(N,) int64: where in the listing an image's entry ends."""
-    offsets: np.ndarray
-    """(N,) int64: where in the shard its bytes, or those of the record around it, begin."""
-    spans: np.ndarray
-    """(N,) int64: how many bytes to read there."""
-    labels: np.ndarray
-    """(N,) int64, indices into class_names; -1 for none."""
+    num_bytes: int  # of the shard
+    digest: str  # SHA-256 of its first and last 64 KiB: read at every start, true for a copy
+    listing: np.ndarray  # uint8: name NUL size of each image, joined by NUL, as in a fingerprint
+    ends: np.ndarray  # (N,) int64: where in the listing an image's entry ends
+    offsets: np.ndarray  # (N,) int64: where in the shard its bytes, or its record's, begin
+    spans: np.ndarray  # (N,) int64: how many bytes to read there
+    labels: np.ndarray  # (N,) int64, indices into class_names; -1 for none
     class_names: list[str]
-    skipped: dict[str, int]
-    """How many entries of the shard are no images, by kind."""
-    packed: Packed | None = None
-    """None for a shard made by another tool."""
+    skipped: dict[str, int]  # how many entries of the shard are no images, by kind
+    packed: Packed | None = None  # None for a shard made by another tool
 
 
 def index_path(shard: str) -> str:

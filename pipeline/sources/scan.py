@@ -54,13 +54,10 @@ class Entry(NamedTuple):
     """An image of a shard."""
 
     name: bytes
-    label: str | None
-    """The class as text, "7" or "cat"."""
-    size: int
-    """Bytes of the image."""
+    label: str | None  # the class as text, "7" or "cat"
+    size: int  # bytes of the image
     offset: int
-    span: int
-    """Bytes to read at the offset: the image of a tar file, or the record around it."""
+    span: int  # bytes to read at the offset: the image of a tar file, or the record around it
 
 
 @dataclass

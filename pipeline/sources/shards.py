@@ -52,25 +52,18 @@ _INDEXERS = 16  # threads that make indices: they mostly wait for the disk
 class ShardSet:
     """The images of some shards; arrays alone, so that it opens fast and pickles as it is."""
 
-    root: str
-    """The folder or the glob that was asked for."""
-    shards: list[str]
-    """Absolute paths, sorted bytewise."""
+    root: str  # the folder or the glob that was asked for
+    shards: list[str]  # absolute paths, sorted bytewise
     kind: str
-    starts: np.ndarray
-    """(shards + 1,) int64: the number of each shard's first image."""
-    listing: np.ndarray
+    starts: np.ndarray  # (shards + 1,) int64: the number of each shard's first image
+    listing: np.ndarray  # this and the next three as in ShardIndex
     ends: np.ndarray
     offsets: np.ndarray
     spans: np.ndarray
-    """As in ShardIndex, of all shards."""
-    labels: np.ndarray | None
-    """(N,) int64, indices into class_names. None unless every image has one and two differ."""
+    labels: np.ndarray | None  # (N,) int64. None unless every image has a class and two differ
     class_names: list[str]
-    fingerprint: str
-    """SHA-256 of names and sizes, as that of a folder."""
-    skipped: dict[str, int]
-    """How many entries of the shards are no images, by kind."""
+    fingerprint: str  # SHA-256 of names and sizes, as that of a folder
+    skipped: dict[str, int]  # how many entries of the shards are no images, by kind
     _descriptors: dict[int, int] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
