@@ -16,12 +16,11 @@ from torch import nn
 
 from train import export, import_checkpoint
 from train.config import Config, DataConfig, MethodConfig, ModelConfig
-from train.import_checkpoint import import_file, read_tensors
+from train.import_checkpoint import convert, import_file, linear_norm, read_tensors
 from train.methods.simsiam import MovingAverage, SimSiam
 from train.network.model import LinearNorm
 from train.network.resnet import ResNet
 from train.run import checkpoint, state
-from train.run.layouts import convert, linear_norm
 
 
 def mlp(*widths: int, bias: bool = True, norm_at_end: bool = True) -> nn.Sequential:

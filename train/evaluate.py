@@ -3,7 +3,7 @@
 Takes the newest checkpoint of a run folder: kNN for several k, the fast linear probe on cached
 features, RankMe, the collapse meter, a confusion matrix and test images with their nearest training
 images; then, unless --probe fast, the paper's linear probe: hours for ImageNet. Test images are
-those of val/ or --data.val, otherwise a tenth of the folder. Written to RUN/evaluation/.
+those of val/ or --data.val, or a tenth of the folder. Written to RUN/evaluation/.
 """
 
 import os

@@ -1,9 +1,17 @@
 """Take over another tool's weights: `python train/import_checkpoint.py FILE --out RUN`.
 
 FILE is a checkpoint of the official SimSiam or MoCo, of lightly or of solo-learn with a ResNet; the
-names in it tell which (train/run/layouts.py). Only tensors are read, never code. RUN becomes a run
-folder of step 0 for train/export.py and for `train/main.py --init RUN` with another --out; its
-other settings come from train/main.py's flags, e.g. --config.
+names in it tell which. Only tensors are read, never code. RUN becomes a run folder of step 0 for
+train/export.py and for `train/main.py --init RUN` with another --out; its other settings come from
+train/main.py's flags, e.g. --config.
+
+Heads are imported if they compute what ours do. A bias before a batch norm, which cancels in
+training, goes into the running mean: norm(W x + b; mean) = norm(W x; mean - b). Equal names are not
+equal networks: a projector whose last batch norm has a weight and a bias (the paper's baseline) is
+another one, and is left out with that reason.
+
+Sources: facebookresearch/simsiam@a7bc177, facebookresearch/moco@132aea9, lightly@e8d317f,
+solo-learn@9187ea3 and 1.0.2.
 """
 
 import os
@@ -22,7 +30,9 @@ import zipfile
 import zlib
 from collections import Counter
 from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from jsonargparse import ArgumentError
@@ -31,15 +41,53 @@ from safetensors import SafetensorError
 from train.config import Config
 from train.config.parser import build_parser, explain
 from train.methods.simsiam import SimSiam
+from train.network.resnet import LAYERS
 from train.run import checkpoint, state
 from train.run.checkpoint import Tensors
 from train.run.folder import RunFolder, environment
-from train.run.layouts import Imported, convert
 from train.run.program import exit_on_error, first_line, refuse
 
 MAX_GIB = 8  # a ResNet-101 with heads, momentum encoder and optimizer takes less than 1
 DAMAGED = RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError
 DAMAGED += zipfile.BadZipFile, zlib.error, SafetensorError  # raised for truncated and foreign files
+
+
+class Layout(NamedTuple):
+    """The prefixes of a tool's names, without the "module." of DataParallel."""
+
+    tool: str
+    backbone: str
+    projector: str
+    predictor: str
+
+
+LAYOUTS = (
+    Layout("SimSiam", "encoder.", "encoder.fc.", "predictor."),
+    Layout("MoCo", "encoder_q.", "encoder_q.fc.", "predictor."),
+    Layout("lightly", "backbone.", "projection_head.layers.", "prediction_head.layers."),
+    Layout("lightly", "backbone.", "projection_mlp.layers.", "prediction_mlp.layers."),
+    Layout("solo-learn", "backbone.", "projector.", "predictor."),
+    Layout("solo-learn", "encoder.", "projector.", "predictor."),  # up to 1.0.2
+)
+NOT_NEEDED = (
+    (r"encoder_k\.|momentum_|\w+_momentum\.", "momentum encoder"),
+    (r"queue", "queue of negatives"),
+    (r"(online_)?classifier\.|\w+\.fc\.", "classifier trained on labels"),
+)
+
+
+@dataclass
+class Imported:
+    """The tensors of a file under our names, and those left out."""
+
+    tool: str
+    network: dict[str, Any]
+    """Fields of ModelConfig."""
+    tensors: Tensors
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Why, by prefix in the file."""
+    unexpected: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def read_tensors(path: Path) -> Tensors:
@@ -85,6 +133,144 @@ def read_tensors(path: Path) -> Tensors:
                 f"{path} has a {name} that is sparse, quantized or without data: save plain tensors"
             )
     return tensors
+
+
+def detect(names: list[str]) -> Layout:
+    """The layout of the names in a file. Raises: ValueError if it is none of LAYOUTS."""
+
+    def has(prefix: str) -> bool:
+        return any(name.startswith(prefix) for name in names)
+
+    fitting = [layout for layout in LAYOUTS if has(layout.backbone)]
+    if not fitting:
+        known = sorted({f"{layout.backbone}*" for layout in LAYOUTS})
+        raise ValueError(
+            f"it has no tensors named {', '.join(known)}, but {', '.join(names[:3]) or 'none'}"
+        )
+    headless = fitting[0]._replace(tool="a backbone without heads")
+    return next((layout for layout in fitting if has(layout.projector)), headless)
+
+
+def convert(source: Tensors) -> Imported:
+    """Another tool's tensors under our names. Raises: ValueError if the backbone is not ours."""
+    layout = detect(list(source))
+    parts: dict[str, Tensors] = {"projector": {}, "predictor": {}, "backbone": {}}
+    rest = []
+    for name, tensor in source.items():
+        owner = next((part for part in parts if name.startswith(getattr(layout, part))), None)
+        if owner is None or re.match(r"(backbone|encoder)\.fc\.\w+$", name):
+            rest.append(name)
+        else:
+            parts[owner][name.removeprefix(getattr(layout, owner))] = tensor
+    backbone = torchvision_names(parts["backbone"])
+    network = describe_backbone(backbone)
+    tensors = {f"backbone.{name}": tensor for name, tensor in backbone.items()}
+    imported = Imported(layout.tool, network, tensors)
+    for name in rest:  # of none of the three networks
+        reason = next((text for pattern, text in NOT_NEEDED if re.match(pattern, name)), None)
+        if reason is None:
+            imported.unexpected.append(name)
+        else:
+            owner, dot, _ = name.partition(".")
+            imported.left_out[owner + dot + "*" * len(dot)] = reason
+    try:
+        take_heads(imported, parts["projector"], parts["predictor"])
+    except ValueError as error:
+        for part in ("projector", "predictor"):
+            if parts[part]:
+                imported.left_out[f"{getattr(layout, part)}*"] = str(error)
+    if layout.tool == "solo-learn" and network["stem"] == "cifar":
+        imported.notes.append("solo-learn pads its 3x3 stem by 2, ours by 1: features differ")
+    return imported
+
+
+def torchvision_names(backbone: Tensors) -> Tensors:
+    """Undo lightly's nn.Sequential(*list(resnet.children())[:-1]) and its own ResNet's names."""
+    children = {}
+    if "0.weight" in backbone:  # conv1, bn1, (relu, maxpool,) layer1 ...
+        first = 4 if any(name.startswith("7.") for name in backbone) else 2
+        children = {"0": "conv1", "1": "bn1"}
+        children |= {str(first + index): f"layer{index + 1}" for index in range(4)}
+    renamed = {}
+    for name, tensor in backbone.items():
+        child, _, rest = name.partition(".")
+        full = f"{children.get(child, child)}.{rest}"
+        renamed[full.replace(".shortcut.", ".downsample.")] = tensor
+    return renamed
+
+
+def describe_backbone(backbone: Tensors) -> dict[str, Any]:
+    """Architecture, stem and width, from names and shapes. Raises: ValueError."""
+    kind = "bottleneck" if "layer1.0.conv3.weight" in backbone else "basic"
+    blocks = {tuple(name.split(".")[:2]) for name in backbone if name.startswith("layer")}
+    depths = tuple(sum(layer == f"layer{i}" for layer, _ in blocks) for i in range(1, 5))
+    stem = backbone.get("conv1.weight", torch.empty(0))
+    arch = next((name for name, known in LAYERS.items() if known == (kind, depths)), None)
+    if arch is None or stem.ndim != 4 or stem.shape[2] not in (3, 7):
+        raise ValueError(
+            f"its backbone has {kind} blocks {depths} and a first convolution of shape "
+            f"{tuple(stem.shape)}: known are {', '.join(LAYERS)} with a 7x7 or 3x3 stem"
+        )
+    kind_of_stem = {7: "imagenet", 3: "cifar"}[stem.shape[2]]
+    return {"arch": arch, "stem": kind_of_stem, "width": stem.shape[0]}
+
+
+def take_heads(imported: Imported, projector: Tensors, predictor: Tensors) -> None:
+    """Add both heads under our names, or neither. Raises: ValueError if they are not SimSiam's."""
+    if not (projector and predictor):
+        raise ValueError("SimSiam's heads are a projector and a predictor; this file has only one")
+    layers, end = split_layers(projector), split_layers(predictor)
+    if len(layers) % 2 or len(end) != 3 or end[2].keys() != {"weight", "bias"}:
+        raise ValueError("not SimSiam's: linear, norm, ..., norm and linear, norm, linear")
+    pairs = list(zip(layers[::2], layers[1::2], strict=True))
+    tensors = linear_norm("predictor.0", end[0], end[1], affine=True)
+    for index, (linear, norm) in enumerate(pairs):
+        is_last = index == len(pairs) - 1
+        tensors |= linear_norm(f"projector.{index}", linear, norm, affine=not is_last)
+    tensors |= {f"predictor.1.{name}": tensor for name, tensor in end[2].items()}
+    imported.tensors |= tensors
+    imported.network |= {
+        "head_norm": "default",
+        "projector_layers": len(pairs),
+        "projector_hidden": len(layers[0]["weight"]),
+        "projector_dim": len(layers[-2]["weight"]),
+        "predictor_hidden": len(end[0]["weight"]),
+    }
+    biased = {f"projector.{index}": "bias" in linear for index, (linear, _) in enumerate(pairs)}
+    biased["predictor.0"] = "bias" in end[0]
+    if names := [name for name, is_biased in biased.items() if is_biased]:
+        imported.notes.append(
+            f"bias of {', '.join(names)}: moved into the batch norm's running mean"
+        )
+
+
+def split_layers(head: Tensors) -> list[Tensors]:
+    """Tensors by layer of linear, norm, (ReLU,) linear, ... Raises: ValueError if it is not."""
+    layers: dict[int, Tensors] = {}
+    for name, tensor in head.items():
+        index, _, leaf = name.partition(".")
+        if not index.isdecimal() or "." in leaf:
+            raise ValueError(f"{name} is not in a plain sequence of layers")
+        layers.setdefault(int(index), {})[leaf] = tensor
+    if sorted(layers) != [place // 2 * 3 + place % 2 for place in range(len(layers))]:
+        raise ValueError(f"its layers {sorted(layers)} are not linear, norm, (ReLU,) linear, ...")
+    return [layers[index] for index in sorted(layers)]
+
+
+def linear_norm(name: str, linear: Tensors, norm: Tensors, *, affine: bool) -> Tensors:
+    """A linear layer and its batch norm as train.network.heads.LinearNorm. Raises: ValueError."""
+    if linear.get("weight", torch.empty(0)).ndim != 2 or "running_mean" not in norm:
+        raise ValueError("in SimSiam a batch norm follows each linear layer but the last")
+    if affine != ("weight" in norm):
+        has = "no" if affine else "a"
+        raise ValueError(f"the batch norm of {name} has {has} weight and bias, unlike SimSiam's")
+    norm = dict(norm)
+    if "bias" in linear:
+        if linear["bias"].shape != norm["running_mean"].shape:
+            raise ValueError(f"the bias of {name} does not have the length of its batch norm")
+        norm["running_mean"] = norm["running_mean"].double() - linear["bias"].double()
+    tensors = {f"{name}.norm.{leaf}": tensor for leaf, tensor in norm.items()}
+    return {f"{name}.linear.weight": linear["weight"]} | tensors
 
 
 def fitted(imported: Imported, config: Config) -> Tensors:

@@ -54,18 +54,17 @@ def embed(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Features of this rank's share of the set, their labels and ids.
 
-    Shapes: (M, D) fp32, (M,), (M,) int64, on the training device. Unreadable images are left out.
-    `normalized` features have length 1, as kNN takes them. `tell` receives lines of progress.
-    `stop` is called after each batch, equally often on all ranks. Raises: EvaluationStopped when it
-    returns true.
+    Shapes: (M, D) fp32, (M,), (M,) int64, on the training device, without unreadable images.
+    normalized: of length 1, as kNN takes them. tell: receives lines of progress. stop: called after
+    each batch, equally often on all ranks. Raises: EvaluationStopped when it returns true.
     """
-    labels = torch.from_numpy(images.labels_by_id())
+    labels, look = torch.from_numpy(images.labels_by_id()), config.eval
     loader = eval_loader(
         images.reader,
         images.ids[world.rank :: world.size],
-        resize=config.eval.resize,
-        size=config.eval.size,
-        batch_size=config.eval.batch_size,
+        resize=look.resize,
+        size=look.size,
+        batch_size=look.batch_size,
         options=config.dali,
         device=world.device,
         local_world=world.local_size,
@@ -86,20 +85,27 @@ def embed(
                 raise EvaluationStopped
     finally:
         backbone.train(was_training)
-    rounds = math.ceil(math.ceil(len(images.ids) / world.size) / config.eval.batch_size)
+    rounds = math.ceil(math.ceil(len(images.ids) / world.size) / look.batch_size)
     # a rank may have a batch less than others; a list, so that each call is made
     if any([stop() for _ in range(rounds - len(ids))]):
         raise EvaluationStopped
     if not ids:  # fewer images than ranks
         none = torch.empty(0, dtype=torch.int64, device=world.device)
         return torch.empty(0, backbone.num_features, device=world.device), none, none
-    all_ids = torch.cat(ids)
-    good = all_ids >= 0
-    features = torch.cat(parts)
-    parts.clear()  # 10 GB for ImageNet: free them before what follows
-    if not good.all():
-        features = features[good.to(world.device)]
-    return features, labels[all_ids[good]].to(world.device), all_ids[good].to(world.device)
+    read = torch.cat(ids)
+    good = read >= 0
+    return (
+        join_rows(parts, good),
+        labels[read[good]].to(world.device),
+        read[good].to(world.device),
+    )
+
+
+def join_rows(parts: list[Tensor], good: Tensor) -> Tensor:
+    """The good rows of all parts, which are freed: ImageNet's have 10 GB."""
+    rows = torch.cat(parts)
+    parts.clear()
+    return rows if good.all() else rows[good.to(rows.device)]
 
 
 def knn_accuracy(

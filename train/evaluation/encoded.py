@@ -167,8 +167,8 @@ def rankme(outputs: Tensor) -> float:
 
     From 1 (all rows on one line) to min(N, D) (all directions alike). Not centred. It orders the
     runs of one method and width, not methods or networks.
-    Source: Garrido et al., ICML 2023, equation 1; there of the projector's outputs of 25,600
-    training images.
+    Source: Garrido et al., ICML 2023, equation 1, for the projector's outputs of 25,600 training
+    images.
     """
     z = outputs.double()
     z = z if len(z) >= z.shape[1] else z.T

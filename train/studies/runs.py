@@ -1,4 +1,4 @@
-"""The runs of a study: each a process of train/main.py, as many at once as there are places.
+"""The runs of a study: each a process of train/main.py, one at a time in each place.
 
 A place is a share of this machine's cores, with a GPU if the runs use one. A run whose folder holds
 a finished result is not started again; a stopped one resumes from its checkpoint.
@@ -168,8 +168,8 @@ def run_all(runs: Sequence[Run], places: Sequence[Place], log: Log) -> tuple[dic
 def start(run: Run, place: Place) -> subprocess.Popen:
     """The run's process, in its place.
 
-    It counts as started by a launcher, so that it ends when this process is killed, and has a
-    session of its own: a Ctrl-C in the terminal reaches it once, through us.
+    It counts as started by a launcher, so that it ends when this process is killed, and starts a
+    new session: a Ctrl-C in the terminal reaches it once, through us.
     """
     environment = os.environ | AS_TORCHRUN
     if place.gpu is not None:

@@ -162,11 +162,10 @@ def moving_average() -> Study:
 def methods(base: Config) -> Study:
     """The methods that it is compared with.
 
-    With the baseline's backbone, projector layers and SGD; each method's own settings by default,
-    but for what is named here, which a few hundred steps on the digits need: less momentum of
-    BYOL's target, half the learning rate for its loss, which is four times SimSiam's, and no
-    solarize, which inverts a digit; sharper assignments and queries; and for MoCo a small step
-    while the queue still holds random vectors.
+    With the baseline's backbone, projector layers and SGD, and each method's default settings
+    except those that a few hundred steps on the digits need: less momentum of BYOL's target, half
+    the learning rate for its loss, which is four times SimSiam's, and no solarize, which inverts a
+    digit; sharper assignments and queries; for MoCo a small step while its queue is random.
     """
     dim, worse = "--model.projector_dim=128", "a little worse, with a batch of 4096"
     flags = "--method.name=simclr", "--method.simclr.temperature=0.5", dim
