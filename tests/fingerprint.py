@@ -1,8 +1,8 @@
 """SHA-256 of the weights after 20 steps of each method: `python tests/fingerprint.py`.
 
 What a refactoring must leave as it is, bit for bit on one machine: run it before and after. With
-`--demo` the whole demo is added (two minutes). One JSON line.
-A newcomer's mistake: comparing two machines. Other instructions sum in another order.
+`--demo` the whole demo is added (two minutes). One JSON line. Two machines differ: other
+instructions sum in another order.
 """
 
 import hashlib
@@ -30,10 +30,9 @@ VARIANTS = {
 def weights_of(*flags: str) -> str:
     """Of the last checkpoint of a demo with these flags."""
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(
-            [sys.executable, "train/main.py", "--config=configs/demo.yaml", f"--out={folder}/run",
-             "--device=cpu", *flags], cwd=ROOT, capture_output=True, text=True, check=False,
-        )  # fmt: skip
+        command = [sys.executable, "train/main.py", "--config=configs/demo.yaml", "--device=cpu"]
+        command += [f"--out={folder}/run", *flags]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         if done.returncode:
             sys.exit(f"{' '.join(flags)}: {done.stderr[-1000:]}")
         path = max((Path(folder) / "run" / "checkpoints").glob("step-*")) / "model.safetensors"
@@ -41,7 +40,7 @@ def weights_of(*flags: str) -> str:
 
 
 if __name__ == "__main__":
-    found = {name: weights_of(*flags, *STEPS) for name, flags in VARIANTS.items()}
+    hashes = {name: weights_of(*flags, *STEPS) for name, flags in VARIANTS.items()}
     if "--demo" in sys.argv:
-        found["demo"] = weights_of()
-    print(json.dumps(found))
+        hashes["demo"] = weights_of()
+    print(json.dumps(hashes))

@@ -1,6 +1,6 @@
 """What the programs print and keep: tables, a JSON line, files of profiling/results/.
 
-A result there is never edited by hand: every file was written by a committed command.
+A result is never edited by hand: every file was written by a committed command.
 """
 
 import json

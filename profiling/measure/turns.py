@@ -5,11 +5,11 @@ per turn, and only ratios within one run are printed. A variant that fails is ke
 and the others continue.
 """
 
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from train.distributed import World, gather
@@ -32,7 +32,7 @@ class Timing:
 
     def rate(self, share: float = 0.5) -> float:
         """Images a second; `share` of the repetitions were slower."""
-        return self.images / quantile(self.seconds, 1 - share)
+        return self.images / float(np.quantile(self.seconds, 1 - share))
 
     def summary(self) -> dict:
         """images_per_s with p10 <= p50 <= p90, and n; or not_measured."""
@@ -44,14 +44,6 @@ class Timing:
             share = sum(self.gpu_was_idle) / len(self.gpu_was_idle)
             result["share_of_steps_that_the_host_limits"] = round(share, 3)
         return result
-
-
-def quantile(values: list[float], share: float) -> float:
-    """The value that `share` of them are below, interpolated."""
-    if len(values) == 1:
-        return values[0]
-    cuts = statistics.quantiles(values, n=100, method="inclusive")
-    return cuts[min(98, max(0, round(100 * share) - 1))]
 
 
 def take_turns(

@@ -58,7 +58,7 @@ def predict(work: Work, fabric: Fabric, ranks: int, *, compute_s: float, overlap
     """A step of `ranks` ranks, each of which takes `compute_s` alone.
 
     A collective begins when the one before it has ended, as on one communicator; batch norm's sums
-    have one of their own, so that this is the most they wait.
+    have another communicator, so that this is the most they wait.
     """
     layers = len(work.gradient_bytes)
     num_forward, forward_bytes = work.forward_sums

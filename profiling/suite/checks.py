@@ -171,7 +171,8 @@ class Suite:
         caches = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
         # compiled code is kept in OUT, for later stages and calls
         environment = os.environ | {k: str(self.out / "cache" / v) for k, v in caches.items()}
-        environment["TRITON_INTERPRET"] = str(int(interpret))
+        environment.pop("TRITON_INTERPRET", None)
+        environment |= {"TRITON_INTERPRET": "1"} if interpret else {}
         log, answer = (self.out / f"{self.stage}-{name}.{kind}" for kind in ("log", "out"))
         limit = self.deadline - time.monotonic() - (TO_SAVE_S if saves else 0)
         with log.open("w") as stderr, answer.open("w") as stdout:
