@@ -22,7 +22,7 @@ from pathlib import Path
 import yaml
 
 from measure.results import result_path
-from train.run.metrics import read_metrics
+from train.run.folder import read_metrics
 from train.run.program import refuse
 
 

@@ -51,12 +51,12 @@ from train.run.checkpoint import Checkpoint
 from train.run.data import EvalSet, check_apart, open_data
 from train.run.folder import (
     SLOW_PRECISION,
+    Log,
     RunFolder,
     environment,
     is_slow_precision,
     newest_checkpoint,
 )
-from train.run.metrics import Log
 from train.run.program import error_text, is_out_of_memory, memory_line, print_result, refuse
 from train.run.report import print_evaluation, thumbnails
 

@@ -20,7 +20,7 @@ from train.evaluation.knn import gather_rows
 from train.network.resnet import ResNet
 from train.run.checkpoint import Checkpoint
 from train.run.data import EvalSet, RunData, split_bank
-from train.run.metrics import Log
+from train.run.folder import Log
 from train.run.state import build_method, check_fits
 
 TOP = 5

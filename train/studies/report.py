@@ -7,7 +7,7 @@ ranges over seeds do not overlap; of two equal ones three seeds each part in one
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from train.run.metrics import read_metrics
+from train.run.folder import read_metrics
 from train.studies.runs import Run
 from train.studies.variants import Outcome, Row, Study
 
