@@ -16,7 +16,7 @@ from pathlib import Path
 import yaml
 
 from measure.results import errors_in_one_line, result_path
-from train.run.metrics import read_metrics
+from train.run.folder import read_metrics
 
 
 def read_run(run: Path) -> dict:

@@ -20,8 +20,7 @@ from train.distributed.startup import open_store, read_ranks
 from train.distributed.world import STOP_SIGNALS
 from train.run import state
 from train.run.data import open_data
-from train.run.folder import RunFolder, revision
-from train.run.metrics import Log, Metrics
+from train.run.folder import Log, Metrics, RunFolder, revision
 from train.run.program import exit_on_error, is_disk_full, is_out_of_memory, print_result
 from train.run.report import finite
 

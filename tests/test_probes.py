@@ -22,7 +22,7 @@ from train.evaluation.linear_probe import (
     fit_batch,
     images_a_pass,
 )
-from train.run.metrics import Log
+from train.run.folder import Log
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"), None)
 NEW: dict = {"world": ALONE, "folder": Path("nowhere"), "facts": {}, "log": Log(None)}

@@ -27,8 +27,7 @@ from pipeline.sources.shards import ShardSet, open_source
 from train import distributed
 from train.main import main, run
 from train.run.data import difference
-from train.run.folder import RunFolder
-from train.run.metrics import Log
+from train.run.folder import Log, RunFolder
 from train.run.program import read_config
 from train.window import bad_entries
 

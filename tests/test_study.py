@@ -16,7 +16,7 @@ import torch
 
 from train import distributed
 from train.distributed.startup import PR_SET_PDEATHSIG
-from train.run.metrics import Log
+from train.run.folder import Log
 from train.run.program import read_config
 from train.studies import runs as study_runs
 from train.studies.report import (

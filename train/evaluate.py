@@ -41,8 +41,7 @@ from train.network.resnet import ResNet
 from train.run import folder as run_folder
 from train.run.checkpoint import Checkpoint
 from train.run.data import EvalSet, check_apart, open_data
-from train.run.folder import RunFolder
-from train.run.metrics import Log
+from train.run.folder import Log, RunFolder
 from train.run.program import exit_on_error, print_result
 from train.run.report import print_evaluation, thumbnails
 

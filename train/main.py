@@ -32,8 +32,14 @@ from train.distributed.world import watched
 from train.loop import train, write_features
 from train.run import checkpoint, state, versions
 from train.run.data import open_data
-from train.run.folder import SLOW_PRECISION, RunFolder, RunWriter, environment, is_slow_precision
-from train.run.metrics import Log
+from train.run.folder import (
+    SLOW_PRECISION,
+    Log,
+    RunFolder,
+    RunWriter,
+    environment,
+    is_slow_precision,
+)
 from train.run.optim import GuardedStep, Schedule, build_optimizer
 from train.run.program import exit_on_error, print_result, read_config
 from train.run.report import finish

@@ -34,8 +34,7 @@ from train.config import Config, MethodConfig, at_least
 from train.config.parser import build_parser, explain, flags
 from train.distributed import resolve_device
 from train.run.data import DIGITS, check_apart
-from train.run.folder import environment
-from train.run.metrics import Log
+from train.run.folder import Log, environment
 from train.run.program import exit_on_error, print_result, refuse
 from train.studies.report import draw, markdown, summarize, unlike_paper
 from train.studies.runs import plan_places, plan_runs, run_all

@@ -15,8 +15,7 @@ from train.config import Config
 from train.distributed import World
 from train.run import state
 from train.run.data import RunData
-from train.run.folder import RunWriter
-from train.run.metrics import Log
+from train.run.folder import Log, RunWriter
 from train.run.optim import Schedule
 from train.run.report import collapse_advice, collapse_threshold
 from train.run.state import TrainState

@@ -20,7 +20,7 @@ from train.methods.method import collapse_meter
 from train.network.resnet import ResNet
 from train.run.checkpoint import Checkpoint
 from train.run.data import EvalSet, RunData, split_bank
-from train.run.metrics import Log
+from train.run.folder import Log
 from train.run.report import COLLAPSED
 from train.run.state import build_method, check_fits
 

@@ -33,7 +33,7 @@ from train.evaluation.embed import features_of
 from train.evaluation.encoded import Encoded
 from train.run import checkpoint
 from train.run.data import EvalSet
-from train.run.metrics import Log
+from train.run.folder import Log
 from train.run.optim import LARS, lr_at
 
 CROP_SCALE = (0.08, 1.0)  # torchvision's RandomResizedCrop, as the official code has it

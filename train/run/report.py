@@ -17,8 +17,7 @@ from pipeline.sources.reader import ImageReader
 from train.config import Config
 from train.distributed import World, from_main
 from train.methods import MethodSpec
-from train.run.folder import RunWriter
-from train.run.metrics import read_metrics
+from train.run.folder import RunWriter, read_metrics
 from train.run.optim import Schedule
 from train.run.state import TrainState, comparable
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from train.run.metrics import read_metrics
+from train.run.folder import read_metrics
 from train.studies.runs import Run
 from train.studies.variants import Outcome, Row, Study
 

@@ -23,7 +23,7 @@ import yaml
 from train.config import Config
 from train.config.parser import parse_config
 from train.distributed import StopSignal, World
-from train.run.metrics import Log
+from train.run.folder import Log
 from train.studies.variants import Row, left_out
 
 MAIN = Path(__file__).parent.parent / "main.py"
