@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
@@ -28,7 +29,6 @@ from pipeline.order import SampleOrder
 from pipeline.sources.folder import list_images
 from pipeline.sources.reader import ImageReader
 from train.config.parser import parse_config
-from train.evaluation.pictures import new_figure
 from train.studies.report import LABELS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,7 +69,7 @@ def draw_collapse(folder: Path, photos: list[np.ndarray], picture: Path) -> None
     study = newest("study-stop-gradient")
     if study is None:
         raise ValueError("profiling/results/ has no study-stop-gradient: run train/study.py first")
-    figure = new_figure(13, 3.9)
+    figure = Figure(figsize=(13, 3.9), layout="constrained")
     left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=[5.3, 7.7])[0]
     titles = "photo", "one view", "another view"
     rows = zip(photos, draw_views(folder, "imagenet", seed=3, steps=1), strict=True)
@@ -101,7 +101,7 @@ def draw_collapse(folder: Path, photos: list[np.ndarray], picture: Path) -> None
 
 def draw_recipes(folder: Path, picture: Path) -> None:
     """A row of views for each recipe: both photos' in two steps, or all of the first photo's."""
-    figure = new_figure(12, 1.6 * len(RECIPES))
+    figure = Figure(figsize=(12, 1.6 * len(RECIPES), layout="constrained"))
     grid = figure.subplots(len(RECIPES), WIDTH)
     for axes_row, recipe in zip(grid, RECIPES, strict=True):
         first, second = draw_views(folder, recipe, seed=0, steps=2)
