@@ -121,7 +121,6 @@ def _reduce(
         if FORKED:
             g += tl.load(dy2_ptr + at, mask=inside, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        xhat = standardise(x, mean_ptr, rstd_ptr, channel, num_channels)
         if MASK == 1:
             bits_at = start * num_octets + row[:, None] * num_octets + octet[None, :]
             bits_in = in_rows[:, None] & (octet < num_octets)[None, :]
@@ -129,12 +128,15 @@ def _reduce(
             passed = (bits[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
             g = tl.where(tl.reshape(passed, [BLOCK_R, BLOCK_C]) != 0, g, 0.0)
         if MASK == 2:
+            xhat = standardise(x, mean_ptr, rstd_ptr, channel, num_channels)
             y = affine(xhat, weight_ptr, bias_ptr, channel, num_channels, AFFINE)
             g = tl.where(y > 0, g, 0.0)
         if WRITE_G:
             stored = g.to(g_ptr.dtype.element_ty)
             tl.store(g_ptr + at, stored, mask=inside)
             g = stored.to(tl.float32)
+        # not before the mask, where xhat would be live longer (116 registers, not 97)
+        xhat = standardise(x, mean_ptr, rstd_ptr, channel, num_channels)
         sum_g += g
         sum_gx += g * xhat
         if SECOND:

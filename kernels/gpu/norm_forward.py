@@ -173,14 +173,15 @@ def _apply(
     row = first + tl.arange(0, BLOCK_R)
     inside = (row < num_rows)[:, None] & (channel < num_channels)[None, :]
     start = (view * num_rows + first).to(tl.int64)  # beyond 2^31 elements at 2,674 views
-    at = start * num_channels + tl.arange(0, BLOCK_R)[:, None] * num_channels + channel[None, :]
+    base = start * num_channels
+    at = tl.arange(0, BLOCK_R)[:, None] * num_channels + channel[None, :]  # int32: fewer registers
     mean_ptr += view * num_channels
     rstd_ptr += view * num_channels
-    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + base + at, mask=inside, other=0.0).to(tl.float32)
     y = standardise(x, mean_ptr, rstd_ptr, channel, num_channels)
     y = affine(y, weight_ptr, bias_ptr, channel, num_channels, AFFINE)
     if SHORTCUT > 0:
-        skip = tl.load(shortcut_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        skip = tl.load(shortcut_ptr + base + at, mask=inside, other=0.0).to(tl.float32)
         if SHORTCUT == 2:
             mean2_ptr += view * num_channels
             rstd2_ptr += view * num_channels
@@ -197,7 +198,7 @@ def _apply(
             mask = (row < num_rows)[:, None] & (octet < num_octets)[None, :]
             tl.store(bits_ptr + start * num_octets + bits_at, bits, mask=mask)
         y = tl.where(y <= 0, 0.0, y)  # NaN stays NaN: tl.maximum would make it 0
-    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(y_ptr + base + at, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
