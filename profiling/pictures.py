@@ -101,7 +101,7 @@ def draw_collapse(folder: Path, photos: list[np.ndarray], picture: Path) -> None
 
 def draw_recipes(folder: Path, picture: Path) -> None:
     """A row of views for each recipe: both photos' in two steps, or all of the first photo's."""
-    figure = Figure(figsize=(12, 1.6 * len(RECIPES), layout="constrained"))
+    figure = Figure(figsize=(12, 1.6 * len(RECIPES)), layout="constrained")
     grid = figure.subplots(len(RECIPES), WIDTH)
     for axes_row, recipe in zip(grid, RECIPES, strict=True):
         first, second = draw_views(folder, recipe, seed=0, steps=2)
