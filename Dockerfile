@@ -8,8 +8,8 @@
 # `docker stop` waits: docker stop -t 120.
 #
 # NVIDIA's image brings torch, triton, DALI and apex, built for one another: deploy/install.py adds
-# what is missing, exchanges a DALI that is too old, and fails if another package of the base changed.
-# It was not pulled here. What others report of 26.07: torch 2.13.0a0+9186a08b2c.nv26.07, CUDA
+# what is missing, replaces a DALI that is too old, and fails if another package of the base changed.
+# The image was not pulled for this file. What others report of 26.07: torch 2.13.0a0+9186a08b2c.nv26.07, CUDA
 # 13.3.1, Triton 3.7.1, DALI 2.2.0, Python 3.12, PIP_CONSTRAINT and the entry point (layer history of
 # an image over it and environments recorded in public repositories). 26.08 and 26.09 bring torch
 # 2.14, 25.12 brought 2.10: neither is a torch that the tests have seen. Driver: release 580 or newer

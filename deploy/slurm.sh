@@ -15,9 +15,9 @@
 #SBATCH --requeue                   # a node that fails requeues the job, too
 #SBATCH --open-mode=append          # one log over all requeues
 #SBATCH --output=slurm-%j.log
-# CHANGE: seconds before the time limit at which the ranks get the signal to save and stop: three
-# times what "checkpoint" lines in log.txt take, at least 60. SLURM may be a minute early. Preemption
-# signals the ranks itself and kills them after the partition's GraceTime: ask for one that long.
+# CHANGE: seconds before the time limit at which the ranks get the signal to save and stop: three times
+# what "checkpoint" lines in log.txt take, at least 60. SLURM may be a minute early. At preemption
+# SLURM signals the ranks, and kills them after the partition's GraceTime: ask for one that long.
 #SBATCH --signal=B:USR1@180
 set -euo pipefail
 
@@ -38,7 +38,7 @@ ulimit -n "$(ulimit -Hn)"
 # docs.pytorch.org/docs/stable/distributed.html, common environment variables.
 
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-port=$((20000 + SLURM_JOB_ID % 10000)) # so that two jobs on a node do not meet
+port=$((20000 + SLURM_JOB_ID % 10000)) # so that two jobs on a node take different ports
 mkdir -p "$OUT"
 touch "$OUT/.slurm-start"
 
@@ -65,8 +65,8 @@ while kill -0 "$step" 2>/dev/null; do # a signal ended wait, not the step
     wait "$step" || code=$?
 done
 
-# torchrun exits with 1 after a clean stop too: status.json says which it was, unless it is older
-# than this start, which then failed before it could write.
+# torchrun exits with 1 after a clean stop too, so status.json decides. A file older than this start
+# is of an earlier one: this start failed before it could write.
 if [[ $OUT/status.json -nt $OUT/.slurm-start ]] && grep -q '"state": "preempted"' "$OUT/status.json"; then
     echo "stopped and saved: requeueing job $SLURM_JOB_ID" >&2
     scontrol requeue "$SLURM_JOB_ID" # ends this script
