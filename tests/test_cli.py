@@ -94,7 +94,7 @@ def test_a_typo_in_a_yaml_key_names_the_nearest_one(capsys, tmp_path):
         (["--data.root=x", "--epochs=999999999999"], "epochs must be at most 1000000"),
         (["--data.root=x", "--augment.ratio=[1, .inf]"], "augment.ratio needs"),
         (["--data.root=x", "--augment.blur_sigma=[0.1, 1e9]"], "augment.blur_sigma needs"),
-        (["--data.root=x", "--dali.threads=100000"], "dali.threads must lie in 0 .. 1024"),
+        (["--data.root=x", "--dali.threads=100000"], "dali.threads must be in 0 .. 1024"),
         (["--config=/nowhere.yaml"], "/nowhere.yaml"),
     ],
 )

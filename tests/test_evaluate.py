@@ -238,7 +238,7 @@ def test_missing_labels_are_refused_where_needed_and_only_there(run, digits, tmp
 def test_pictures_are_not_written_among_the_images(run, digits, capfd):
     before = sorted(digits.rglob("*"))
     line = refusal(capfd, run, f"--data.root={digits}", f"--out={digits}/val/out")
-    assert f"--out {digits}/val/out lies in the images' folder {digits}/val" in line
+    assert f"--out {digits}/val/out is in the images' folder {digits}/val" in line
     assert sorted(digits.rglob("*")) == before
 
 

@@ -140,7 +140,7 @@ def test_a_study_without_a_variant_to_run_or_among_the_images_is_refused(tmp_pat
     chosen, own = choose("stop-gradient", studies(base)), StudyConfig()
     with pytest.raises(ValueError, match="no variant can be run: there are 1 images"):
         run_studies(chosen, own, base, out)
-    with pytest.raises(ValueError, match="lies in the images' folder"):
+    with pytest.raises(ValueError, match="is in the images' folder"):
         run_studies(chosen, own, base, tmp_path / "images")
 
 
