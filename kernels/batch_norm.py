@@ -116,11 +116,10 @@ def _norm_act(
         y = F.relu(y, inplace=True) if options.relu else y
         return (y, y) if options.fork else y
     options = options._replace(kernels="triton" if with_triton else "plain")
-    pairs, params = [(x, norm)], norm[:2]
+    pairs, params = [(x, norm)], (*norm[:2], None, None)
     if shortcut is not None and norm2 is not None:
-        pairs, params = [*pairs, (shortcut, norm2)], params + norm2[:2]
+        pairs, params = [*pairs, (shortcut, norm2)], norm[:2] + norm2[:2]
     statistics, total = _batch_statistics(pairs, options)
-    params = () if norm.weight is None else params
     return NormAct.apply(options, total, statistics, x, shortcut, *params)
 
 

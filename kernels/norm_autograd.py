@@ -53,20 +53,24 @@ class NormAct(torch.autograd.Function):
         statistics,  # mean and rstd (V, C), with a second batch norm its two too
         x,  # (N, C, H, W) channels_last or (N, C)
         shortcut,  # as x, or None; what a second batch norm normalises
-        *params,  # weight and bias (C,) of each batch norm; empty without affine part
-    ):
+        weight,  # (C,), as the other three; None without affine part
+        bias,
+        weight2,  # of a second batch norm
+        bias2,
+    ):  # no *params: without gradients Dynamo then miscounts, and leaves ctx out
+        params = [t for t in (weight, bias, weight2, bias2) if t is not None]
         inputs = _inputs(x, shortcut, statistics)
         residual = rows_of(shortcut) if shortcut is not None and len(inputs) == 3 else None
         if options.pool:
             from kernels.gpu.norm_forward import apply_pool, pooled
 
-            y, bits = apply_pool(inputs, list(params), list(x.shape[2:]))
+            y, bits = apply_pool(inputs, params, list(x.shape[2:]))
             y = shaped_like(y, x, pooled)
         else:
             apply = plain_apply
             if options.kernels == "triton":
                 from kernels.gpu.norm_forward import apply
-            y, bits = apply(inputs, residual, list(params), options.relu)
+            y, bits = apply(inputs, residual, params, options.relu)
             y = shaped_like(y, x)
         kept = shortcut if len(inputs) > 3 else None
         ctx.save_for_backward(total, bits, x, kept, *statistics, *params)
@@ -81,7 +85,7 @@ class NormAct(torch.autograd.Function):
         params = rest[len(statistics) :]
         dys = [rows_of(_channels_last(grad)) for grad in grads if grad is not None]
         if not dys:  # a later function gave no gradient; on all ranks alike
-            return (None,) * (5 + len(params))
+            return (None,) * 9
         g, dx, dx2, dparam = _gradients(
             dys,
             _inputs(x, kept, statistics),
@@ -98,6 +102,7 @@ class NormAct(torch.autograd.Function):
             if g is dys[0]:  # autograd may add to what it is given: not to the caller's gradient
                 dshortcut = dshortcut.clone()
         dparams = [dparam[row].to(p.dtype) for row, p in zip((1, 0, 2, 3), params, strict=False)]
+        dparams += [None] * (4 - len(dparams))
         return None, None, None, shaped_like(dx, x), dshortcut, *dparams
 
 
