@@ -180,7 +180,7 @@ def test_the_official_file_becomes_a_run_that_exports_and_starts_a_training(
     assert torch.equal(model.projector[1].linear.weight, projector[3].weight)
     assert len(lines) == 1 and lines[0].startswith("backbone, projector, predictor from")
     found = checkpoint.load_newest(tmp_path / "run" / "checkpoints", log=pytest.fail)
-    with pytest.raises(ValueError, match="train on from them with --init"):
+    with pytest.raises(ValueError, match="start from them with --init"):
         state.check_same_run(found.facts, {}, tmp_path / "run")
     with pytest.raises(ValueError, match="holds checkpoints already"):
         import_file(path, config(tmp_path / "run"))
