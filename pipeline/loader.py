@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -106,20 +106,9 @@ def view_loader(
             return reading_process(reader, plan)
         return nullcontext(partial(plan.prepare, reader))
 
-    def build(prefetch: int) -> "Pipeline":
-        return graph.build_view_pipeline(
-            options,
-            views,
-            batch_size=per_rank,
-            prefetch=prefetch,
-            num_threads=threads,
-            device_id=None if device.type == "cpu" else device.index,
-            colors=plan.colors,
-        )
-
-    return DaliLoader(
-        steps, preparing, build, reader=reader, options=options, device=device, threads=threads
-    )
+    settings = _settings(device, batch_size=per_rank, num_threads=threads)
+    build = partial(graph.build_view_pipeline, options, views, colors=plan.colors, **settings)
+    return DaliLoader(steps, preparing, build, reader, options, device, threads)
 
 
 def eval_loader(
@@ -150,18 +139,15 @@ def eval_loader(
         inputs = {"encoded": list(encoded), "roi_start": start, "roi_end": end}
         return Work(step, np.where(good, chosen, -1), inputs)
 
-    def build(prefetch: int) -> "Pipeline":
-        return graph.build_eval_pipeline(
-            options,
-            size=size,
-            batch_size=batch_size,
-            prefetch=prefetch,
-            num_threads=num_threads(options, local_world=local_world, device=device),
-            device_id=None if device.type == "cpu" else device.index,
-        )
-
+    threads = num_threads(options, local_world=local_world, device=device)
+    settings = _settings(device, batch_size=batch_size, num_threads=threads)
+    build = partial(graph.build_eval_pipeline, options, size=size, **settings)
     steps, preparing = range(-(-len(ids) // batch_size)), partial(nullcontext, prepare)
-    return DaliLoader(steps, preparing, build, reader=reader, options=options, device=device)
+    return DaliLoader(steps, preparing, build, reader, options, device)
+
+
+def _settings(device: torch.device, **sizes: int) -> dict[str, Any]:
+    return {"device_id": None if device.type == "cpu" else device.index, **sizes}
 
 
 def center_windows(sizes: np.ndarray, *, resize: int, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -175,28 +161,21 @@ def center_windows(sizes: np.ndarray, *, resize: int, size: int) -> tuple[np.nda
     return (start / resized).astype(np.float32), ((start + size) / resized).astype(np.float32)
 
 
+@dataclass(eq=False)
 class DaliLoader:
-    """Runs a DALI pipeline over the work of `steps`, in order.
+    """Runs a DALI pipeline over the work of `steps`, in order."""
 
-    `preparing` is entered for each iteration and gives the function that makes the Work of a step,
-    which may be called from two threads; `build` makes a pipeline for a number of batches in
-    flight; images that DALI could not decode are added to `reader.bad`.
-    """
-
-    def __init__(
-        self,
-        steps: Sequence[int],
-        preparing: Callable[[], AbstractContextManager[Prepare]],
-        build: "Callable[[int], Pipeline]",
-        *,
-        reader: ImageReader,
-        options: DecodeOptions,
-        device: torch.device,
-        threads: int = 1,
-    ):
-        self.steps, self.device, self.reader = steps, device, reader
-        self._options, self._depth = options, options.depth(device.type)
-        self._preparing, self._build, self._threads = preparing, build, threads
+    steps: Sequence[int]
+    preparing: Callable[[], AbstractContextManager[Prepare]]
+    """Entered for each iteration; gives the function that makes the Work of a step, which may be
+    called from two threads."""
+    build: "Callable[..., Pipeline]"
+    """Makes a pipeline for `prefetch` batches in flight."""
+    reader: ImageReader
+    """Images that DALI could not decode are added to its `bad`."""
+    options: DecodeOptions
+    device: torch.device
+    threads: int = 1
 
     def __len__(self) -> int:
         """Batches that an iteration yields."""
@@ -205,8 +184,8 @@ class DaliLoader:
     def __iter__(self) -> Iterator[Batch]:
         """Yield a Batch for each step. Leaving the loop early ends the reading thread."""
         with (
-            self._preparing() as prepare,
-            ThreadPoolExecutor(self._threads, thread_name_prefix="colour, blur") as pool,
+            self.preparing() as prepare,
+            ThreadPoolExecutor(self.threads, thread_name_prefix="colour, blur") as pool,
             ThreadPoolExecutor(1, thread_name_prefix="prepare") as preparer,
         ):
             ahead = (preparer.submit(prepare, step) for step in self.steps)
@@ -219,7 +198,8 @@ class DaliLoader:
         self, prepare: Prepare, ahead: "Iterator[Future[Work]]", pool: ThreadPoolExecutor
     ) -> Iterator[Batch]:
         # DALI reads the images' bytes in place: a Work is kept until its batch is released
-        pipeline, in_flight, waiting = None, deque(), deque(islice(ahead, self._depth + 1))
+        depth = self.options.depth(self.device.type)
+        pipeline, in_flight, waiting = None, deque(), deque(islice(ahead, depth + 1))
 
         def take() -> None:
             in_flight.append(waiting.popleft().result())
@@ -228,9 +208,9 @@ class DaliLoader:
         try:
             while in_flight or waiting:
                 if pipeline is None:  # at the start, and after an error: DALI's is not trusted
-                    while len(in_flight) < self._depth and waiting:
+                    while len(in_flight) < depth and waiting:
                         take()
-                    pipeline = self._build(len(in_flight))
+                    pipeline = self.build(prefetch=len(in_flight))
                     for work in in_flight:
                         self._feed(pipeline, work)
                     pipeline.schedule_run()  # the first call runs all that were fed
@@ -260,10 +240,9 @@ class DaliLoader:
         """Find the images of a failed batch that DALI cannot decode; False if there is none."""
         from pipeline import graph
 
-        device_id = None if self.device.type == "cpu" else self.device.index
         rows = np.flatnonzero(work.ids >= 0)
         images = [work.inputs["encoded"][row] for row in rows]
-        reasons = graph.undecodable(images, self._options, device_id=device_id)
+        reasons = graph.undecodable(images, self.options, **_settings(self.device))
         for position, reason in reasons.items():
             self.reader.bad[int(work.ids[rows[position]])] = reason
         return bool(reasons)
