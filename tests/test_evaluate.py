@@ -329,7 +329,7 @@ def changed(run: Path, copy: Path, change) -> Path:
     shutil.copytree(run, copy)
     found = newest_checkpoint(copy, log=print)
     model = change(found.tensors["model"])
-    checkpoint.save(copy / "checkpoints", 99, {"model": model}, found.state, about=found.facts)
+    checkpoint.save(copy / "checkpoints", 99, {"model": model}, found.state, facts=found.facts)
     return copy
 
 

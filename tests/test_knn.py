@@ -12,7 +12,7 @@ from train.config import Config, DataConfig, EvalConfig
 from train.distributed import World
 from train.evaluation import embed, knn
 from train.network.resnet import ResNet
-from train.run.data import EvalSet, RunData
+from train.run.data import EvalSet, RunData, split_bank
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"), None)
 
@@ -58,10 +58,10 @@ def test_bank_smaller_than_k_votes_with_what_there_is():
 
 def test_split_of_one_folder_is_disjoint_complete_and_repeatable():
     labels = np.arange(1000) % 7
-    bank, queries = knn.split_bank(labels, seed=3)
+    bank, queries = split_bank(labels, seed=3)
     assert len(queries) == 100
     assert sorted([*bank, *queries]) == list(range(1000))
-    np.testing.assert_array_equal(queries, knn.split_bank(labels, seed=3)[1])
+    np.testing.assert_array_equal(queries, split_bank(labels, seed=3)[1])
 
 
 @pytest.mark.parametrize("k", [10, 60])
