@@ -25,7 +25,8 @@ from torch._functorch.aot_autograd import make_boxed_func
 from torch._inductor import compile_fx
 from torch._inductor.graph import GraphLowering
 
-from train.config import AugmentConfig, Config, DataConfig, MethodConfig, ModelConfig
+from pipeline.augment import AugmentConfig
+from train.config import Config, DataConfig, MethodConfig, ModelConfig
 from train.distributed import own_buffers
 from train.methods import method
 from train.methods.moco import MoCoConfig
