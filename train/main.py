@@ -2,7 +2,7 @@
 
 The table of contents, in the order in which a batch of images meets it:
 pipeline/ (list, order, read, decode, augment) -> kernels/normalize -> train/methods/simsiam
-(resnet, heads, loss) -> train/optim -> train/loop (log, kNN) -> train/state (checkpoint).
+(resnet, heads, loss) -> train/run/optim -> train/loop (log, kNN) -> train/run/state (checkpoint).
 A newcomer's mistake: looking for --resume. The same command continues the run in its --out folder.
 """
 

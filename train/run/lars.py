@@ -1,7 +1,7 @@
 """LARS: SGD whose gradients are scaled to the norm of their weights, layer by layer.
 
 The scaled gradients go through torch's fused SGD, which reads on the device whether to skip a step
-(train/optim.GuardedStep): no wait for the host, and the momentum is updated in the same kernel.
+(train/run/optim.GuardedStep): no wait for the host, and the momentum is updated in the same kernel.
 A newcomer's mistake: weight decay on biases. Tensors of one dimension are plain SGD's.
 """
 
