@@ -358,3 +358,17 @@ def test_other_threads_read_only_where_reading_waits(waits, monkeypatch):
         assert attempt_all(read, range(64), pool) == list(range(64))
     here = names.count(threading.current_thread().name)
     assert here == (1 if waits else 64)
+
+
+def test_the_first_file_that_is_not_in_memory_hands_the_rest_to_the_other_threads():
+    here = []
+
+    def read(index: int) -> int:
+        if threading.current_thread() is threading.main_thread():
+            here.append(index)
+        time.sleep(0.02 * (index >= 64))
+        return index
+
+    with ThreadPoolExecutor(4) as pool:
+        assert attempt_all(read, range(80), pool) == list(range(80))
+    assert len(here) <= 65  # fewer where other programs had the cores

@@ -130,13 +130,13 @@ def attempt_all(read: Callable[[K], T], items: Sequence[K], pool: Executor) -> l
         return results
 
     done: list[T | BadImage] = []
-    begin, worked, size = time.perf_counter(), time.thread_time(), 1
-    while len(done) < len(items):
-        done += read_part(items[len(done) : len(done) + size])
-        waited = time.perf_counter() - begin - (time.thread_time() - worked)
-        if waited > MOST_WAIT_S * max(8, len(done)):
+    begin, worked = time.perf_counter(), time.thread_time()
+    for item in items:
+        done += read_part([item])
+        most, passed = MOST_WAIT_S * max(8, len(done)), time.perf_counter() - begin
+        # the second clock is a system call: it is read where so much time has passed at all
+        if passed > most and passed - (time.thread_time() - worked) > most:
             break
-        size = 8 if len(done) >= 8 else 1  # reading the clocks takes 1 us
     left = items[len(done) :]
     per_thread = max(1, -(-len(left) // READERS))
     parts = [left[start : start + per_thread] for start in range(0, len(left), per_thread)]
