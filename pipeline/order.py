@@ -25,6 +25,7 @@ class Purpose(IntEnum):
     VIEWS = 2
     REPLACEMENT = 3
     KNN_SPLIT = 4
+    RANK_IMAGES = 5
 
 
 def keyed_rng(seed: int, purpose: Purpose, index: int = 0, row: int = 0) -> np.random.Generator:
@@ -73,6 +74,22 @@ class SampleOrder:
         """The sample in place of a bad image: the same on every run, rank count and resume."""
         rng = keyed_rng(self.seed, Purpose.REPLACEMENT, step, row)
         return int(rng.integers(self.num_samples, size=attempt + 1)[attempt])
+
+
+class PartOrder(SampleOrder):
+    """SampleOrder over the samples `ids` alone, a part of a folder or of shards."""
+
+    def __init__(self, ids: np.ndarray, *, batch_size: int, seed: int):
+        super().__init__(len(ids), batch_size=batch_size, seed=seed)
+        self.ids = ids
+
+    def permutation(self, epoch: int) -> np.ndarray:
+        """(len(ids),) int64: the epoch's order; every sample of the part once."""
+        return self.ids[super().permutation(epoch)]
+
+    def replacement(self, step: int, row: int, attempt: int) -> int:
+        """A replacement from the part."""
+        return int(self.ids[super().replacement(step, row, attempt)])
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from train.evaluation.encoded import measure_spread, rankme
+from train.evaluation.encoded import measure_spread
+from train.evaluation.health import rankme
 from train.network.model import build_projector
 from train.run.report import COLLAPSED
 

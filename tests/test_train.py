@@ -90,6 +90,7 @@ def test_a_run_leaves_results_curves_and_everything_to_run_it_again(straight, im
         "train/loss", "train/lr", "train/z_std", "train/grad_norm", "time/data_wait_pct",
         "throughput/images_per_sec", "throughput/views_per_sec", "memory/max_active_gib",
         "throughput/device/images_per_sec", "data/bad_samples", "eval/knn_top1",
+        "eval/rank_features", "eval/rank_z", "eval/spectrum_features", "eval/spectrum_z",
     }  # fmt: skip
     with Image.open(out / "curves.png") as picture:
         assert picture.size[0] > 500
@@ -108,7 +109,7 @@ def test_tensorboard_holds_scalars_pictures_and_features(straight):
     board.Reload()
     tags = board.Tags()
     assert {"train/loss", "eval/knn_top1", "throughput/images_per_sec"} <= set(tags["scalars"])
-    assert "views" in tags["images"]
+    assert {"views", "spectrum"} <= set(tags["images"])
     assert [event.step for event in board.Scalars("train/loss")] == [1, 2, 4, 6, 8, 10, 12]
     assert (out / "tb" / "projector_config.pbtxt").exists()
 
@@ -190,6 +191,8 @@ def test_two_ranks_equal_one_rank_with_the_same_global_batch(images, tmp_path):
     two = result(run(images, tmp_path / "two", "--max_steps=6", ranks=2))
     assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
     assert two["knn_by_step"] == one["knn_by_step"]
+    for name in ("rank_features", "rank_z", "decay_features"):
+        assert two[name] == pytest.approx(one[name], rel=1e-3), name
     ours, reference = weights(tmp_path / "two"), weights(tmp_path / "one")
     for name, value in ours.items():
         if name.startswith("model/") and not name.endswith("num_batches_tracked"):
@@ -372,9 +375,13 @@ def test_a_flat_folder_trains_without_knn(images, tmp_path):
     root.mkdir()
     for path in images.rglob("*.jpg"):
         (root / path.name).write_bytes(path.read_bytes())
-    done = run(root, tmp_path / "run", "--max_steps=2")
+    done = run(root, tmp_path / "run", "--max_steps=3", "--eval.rank_steps=2")
     assert result(done)["knn_top1"] is None and result(done)["knn_top1_untrained"] is None
     assert "no kNN check" in done.stderr
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ranks = {row["step"]: row for row in map(json.loads, lines) if "eval/rank_z" in row}
+    assert set(ranks) == {0, 2, 3}  # measured without labels
+    assert 1 < result(done)["rank_z"] == ranks[3]["eval/rank_z"] <= result(done)["rank_limit"] == 32
 
 
 def test_evaluation_and_checkpoints_are_off_the_clock(images, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ Between two log steps nothing here waits for the device: no .item() in a step.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 from torch import Tensor
 from torch.profiler import record_function
@@ -14,6 +15,7 @@ from train.config import Config
 from train.distributed import StopSignal, World
 from train.distributed.world import ALLOWED_S, Stacks
 from train.evaluation.embed import EvaluationStopped, embed, knn_accuracy
+from train.evaluation.health import log_health, measure_health
 from train.network.model import DTYPES, autocast
 from train.run import state
 from train.run.data import RunData
@@ -60,15 +62,14 @@ def train(
         stacks.allow(ALLOWED_S)  # for each batch
         return stop.agreed()
 
-    def check_knn() -> None:
+    def check() -> None:
         stacks.allow(ALLOWED_S)
-        measure_knn(config, world, data, current, schedule, run, stop=stopping_in_check)
+        check_encoder(config, world, data, current, schedule, run, stop=stopping_in_check)
 
     ended = "finished"
     try:
-        # at step 0, or where the run was stopped within the check
-        if knn_is_due(config, schedule, current.step) and str(current.step) not in current.knn:
-            check_knn()
+        if check_is_due(config, schedule, current.step):  # step 0, or the run was stopped within it
+            check()
         window.restart()
         for batch, (_, for_targets) in zip(loader, passes, strict=True):
             window.data_arrived()
@@ -85,9 +86,9 @@ def train(
             is_last, stopping = current.step == schedule.last, stop.agreed()
             if current.step % config.log_every == 0 or current.step == 1 or is_last or stopping:
                 window.log()
-            if knn_is_due(config, schedule, current.step):
+            if check_is_due(config, schedule, current.step):
                 window.pause()
-                check_knn()
+                check()
             if current.step % save_every == 0 or is_last or stopping:
                 stacks.allow(ALLOWED_S)
                 window.pause()
@@ -163,7 +164,13 @@ def knn_is_due(config: Config, schedule: Schedule, step: int) -> bool:
     return step % every == 0 or step == schedule.last
 
 
-def measure_knn(
+def check_is_due(config: Config, schedule: Schedule, step: int) -> bool:
+    """With kNN, and every eval.rank_steps steps for rank and spectrum alone."""
+    every, images = config.eval.rank_steps, config.eval.rank_images
+    return knn_is_due(config, schedule, step) or bool(images and every and step % every == 0)
+
+
+def check_encoder(
     config: Config,
     world: World,
     data: RunData,
@@ -171,18 +178,27 @@ def measure_knn(
     schedule: Schedule,
     run: RunWriter,
     *,
-    stop,
+    stop: Callable[[], bool],
 ) -> None:
-    """Measure kNN and log it. Raises: EvaluationStopped when `stop` says so."""
-    top1 = knn_accuracy(current.model.backbone, data, config, world, tell=run.log, stop=stop)
-    if top1 is None:
-        return
-    current.knn[str(current.step)] = top1
-    epoch = current.step / schedule.steps_per_epoch
-    run.log(f"epoch {epoch:.2f}  step {current.step}  kNN top-1 {top1:.2f} %")
-    run.metrics.scalars(current.step, {"eval/knn_top1": top1}, epoch=epoch)
-    if current.step == 0:
-        warn_of_bad_queries(data, world, run.log)
+    """Measure and log rank and spectrum, and kNN where it is due; not again after a resume.
+
+    Raises: EvaluationStopped when `stop` says so.
+    """
+    step, model, epoch = current.step, current.model, current.step / schedule.steps_per_epoch
+    if config.eval.rank_images and current.health.get("step") != step:
+        health = measure_health(model, data.train, config, world, step=step, stop=stop)
+        if health is not None:
+            log_health(health, current.health, epoch, run)
+            current.health = health
+    if knn_is_due(config, schedule, step) and str(step) not in current.knn:
+        top1 = knn_accuracy(model.backbone, data, config, world, tell=run.log, stop=stop)
+        if top1 is None:
+            return
+        current.knn[str(step)] = top1
+        run.log(f"epoch {epoch:.2f}  step {step}  kNN top-1 {top1:.2f} %")
+        run.metrics.scalars(step, {"eval/knn_top1": top1}, epoch=epoch)
+        if step == 0:
+            warn_of_bad_queries(data, world, run.log)
 
 
 def write_features(

@@ -98,11 +98,18 @@ class EvalConfig:
     """Side of the centre crop, pixels."""
     batch_size: int = 256
     """Images a forward pass and process."""
+    rank_images: int = 1024
+    """Training images, clean, whose features' rank and spectrum are measured with each check, which
+    needs no labels; 0: not measured."""
+    rank_steps: int = 1000
+    """Steps between two such measurements within an epoch; 0: with kNN alone."""
 
     def __post_init__(self) -> None:
         """Refuse impossible values."""
         for name in ("every_epochs", "k", "resize", "size", "batch_size"):
             at_least(f"eval.{name}", getattr(self, name), 1)
+        at_least("eval.rank_images", self.rank_images, 0)
+        at_least("eval.rank_steps", self.rank_steps, 0)
         if not self.temperature >= 0.02:  # exp(1 / 0.01) is more than fp32 holds
             raise ValueError(f"eval.temperature must be at least 0.02, got {self.temperature}")
         if self.size > self.resize:

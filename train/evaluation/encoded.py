@@ -16,6 +16,7 @@ from train.config import Config
 from train.distributed import World
 from train.evaluation.config import EvaluateConfig
 from train.evaluation.embed import embed, gather_rows
+from train.evaluation.health import rankme
 from train.methods.method import collapse_meter
 from train.network.resnet import ResNet
 from train.run.checkpoint import Checkpoint
@@ -28,7 +29,6 @@ TOP = 5
 MANY_IMAGES = 2**40  # more than any queue of a method holds
 PARTS = ("backbone", "projector")  # the encoder; what else a checkpoint holds is for training
 RANKME_IMAGES = 25600  # as in the paper; more change nothing (its appendix G)
-EPSILON = 1e-7
 
 
 class Encoded(NamedTuple):
@@ -160,19 +160,3 @@ def measure_spread(projector: nn.Module | None, features: Tensor) -> dict[str, f
         meter = collapse_meter(z[None]).item()
         spread = {"rankme": rankme(z), "collapse_meter": meter, "collapsed": meter < COLLAPSED}
     return spread | {"rankme_features": rankme(features)}
-
-
-def rankme(outputs: Tensor) -> float:
-    """exp(-sum_k p_k log p_k) with p_k = s_k / sum(s) + 1e-7, s the singular values of (N, D).
-
-    From 1 (all rows on one line) to min(N, D) (all directions alike). Not centred. It orders the
-    runs of one method and width, not methods or networks.
-    Source: Garrido et al., ICML 2023, equation 1, for the projector's outputs of 25,600 training
-    images.
-    """
-    z = outputs.double()
-    z = z if len(z) >= z.shape[1] else z.T
-    # of the Gram matrix in fp64: closer to the true ones than svdvals in fp32, in a tenth the time
-    s = torch.linalg.eigvalsh(z.T @ z).clamp_min(0).sqrt()
-    p = s / s.sum().clamp_min(torch.finfo(s.dtype).tiny) + EPSILON
-    return (-(p * p.log()).sum()).exp().item()

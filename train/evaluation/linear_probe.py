@@ -17,14 +17,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.augment import AugmentConfig
 from pipeline.loader import Ranks, view_loader
-from pipeline.order import SampleOrder
+from pipeline.order import PartOrder
 from train import distributed
 from train.config import Config
 from train.distributed import World
@@ -207,22 +206,6 @@ def train_epoch(probe: LinearProbe, backbone: nn.Module, images: EvalSet, config
             losses.append(probe.step(*map(torch.cat, zip(*rows, strict=True))))
             rows = []
     return distributed.mean(probe.world, torch.stack(losses).mean(0))
-
-
-class PartOrder(SampleOrder):
-    """SampleOrder over the samples `ids` alone: the training part of a folder or of shards."""
-
-    def __init__(self, ids: np.ndarray, *, batch_size: int, seed: int):
-        super().__init__(len(ids), batch_size=batch_size, seed=seed)
-        self.ids = ids
-
-    def permutation(self, epoch: int) -> np.ndarray:
-        """(len(ids),) int64: the epoch's order; every sample of the part once."""
-        return self.ids[super().permutation(epoch)]
-
-    def replacement(self, step: int, row: int, attempt: int) -> int:
-        """A replacement from the part."""
-        return int(self.ids[super().replacement(step, row, attempt)])
 
 
 def augmented_features(

@@ -126,11 +126,15 @@ class Metrics:
         purge_step = step + 1 if step else None
         self.writer = SummaryWriter(str(folder / "tb"), purge_step=purge_step)
 
-    def scalars(self, step: int, values: dict[str, float], **other: float) -> None:
+    def scalars(self, step: int, values: dict[str, float], **other: Any) -> None:
         """Append one row and the TensorBoard scalars of `values`; `other` is in the row only."""
         if self.path is not None:
             append(self.path, json.dumps({"step": step, **other, **values}) + "\n")
         self._board(lambda board: [board.add_scalar(tag, v, step) for tag, v in values.items()])
+
+    def figure(self, step: int, tag: str, figure: Any) -> None:
+        """A matplotlib Figure."""
+        self._board(lambda board: board.add_figure(tag, figure, step))
 
     def view_pairs(self, step: int, views: Tensor) -> None:
         """Some images' two views, one above the other. views: (2, N, S, S, 3) uint8."""

@@ -6,6 +6,7 @@ A collapsed run has the best loss: the collapse meter and kNN are shown beside i
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -21,6 +22,8 @@ from train.run.folder import RunWriter, read_metrics
 from train.run.optim import Schedule
 from train.run.state import TrainState, comparable
 
+HEALTH = ("rank_features", "rank_z", "rank_limit", "decay_features", "partially_collapsed")
+HEALTH += ("spectrum_features", "spectrum_z")  # of evaluation/health.measure_health
 COLLAPSED = 0.1  # of the meter in evaluation mode: below it a run counts as collapsed
 
 
@@ -59,6 +62,7 @@ def finish(
         "steps": current.step,
         "batch_size": config.data.batch_size,
         "bad_images": int(current.last.get("data/bad_samples", 0)),
+        **{name: current.health.get(name) for name in HEALTH},
         "knn_by_step": {step: current.knn[str(step)] for step in steps},
         "state": ended,
         "run": str(run.folder.path) if run.folder is not None else "",
@@ -110,30 +114,61 @@ def collapse_threshold(config: Config, num_ranks: int) -> float:
 
 
 def draw_curves(folder: Path, *, threshold: float, method: MethodSpec) -> None:
-    """curves.png from metrics.jsonl: loss, collapse meter and kNN over steps."""
+    """curves.png from metrics.jsonl: loss, collapse meter, rank and kNN over steps; spectra."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rows, least = read_metrics(folder / "metrics.jsonl"), method.least_loss
-    figure = Figure(figsize=(7, 7), layout="constrained")
+    figure = Figure(figsize=(7, 11), layout="constrained")
     FigureCanvasAgg(figure)
     panels = (
-        ("train/loss", "loss" + (f" ({least:g} is the least)" if least is not None else "")),
-        ("train/z_std", "std(z/|z|) * sqrt(d)"),
-        ("eval/knn_top1", "kNN top-1 [%]"),
+        (("train/loss",), "loss" + (f" ({least:g} is the least)" if least is not None else "")),
+        (("train/z_std",), "std(z/|z|) * sqrt(d)"),
+        (("eval/rank_features", "eval/rank_z"), "effective rank"),
+        (("eval/knn_top1",), "kNN top-1 [%]"),
     )
-    rows_of_axes = figure.subplots(len(panels), sharex=True)
-    for axes, (tag, label) in zip(rows_of_axes, panels, strict=True):
-        points = [(row["step"], row[tag]) for row in rows if tag in row]
-        steps, values = zip(*points, strict=True) if points else ((), ())
-        axes.plot(steps, values, marker="o" if len(points) < 30 else None, markersize=3)
+    *over_steps, last = figure.subplots(len(panels) + 1)
+    for axes, (tags, label) in zip(over_steps, panels, strict=True):
+        for tag in tags:
+            points = [(row["step"], row[tag]) for row in rows if row.get(tag) is not None]
+            steps, values = zip(*points, strict=True) if points else ((), ())
+            marker = "o" if len(points) < 30 else None
+            axes.plot(steps, values, marker=marker, markersize=3, label=tag.split("_")[-1])
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
-        if tag == "train/z_std":
+        axes.sharex(over_steps[0])
+        if tags == ("train/z_std",):
             axes.axhline(threshold, linestyle=":", color="tab:red")
             axes.set_ylim(bottom=0)
-    rows_of_axes[-1].set_xlabel("step")
+        if len(tags) > 1:
+            axes.legend()
+    over_steps[-1].set_xlabel("step")
+    measured = [row for row in rows if row.get("eval/spectrum_z")]
+    plot_spectra(last, {f"step {row['step']}": row for row in measured[:1] + measured[1:][-1:]})
     figure.savefig(folder / "curves.png", dpi=120)
+
+
+def plot_spectra(axes: Any, rows: dict[str, dict]) -> None:
+    """Singular values of the features (dashed) and of z against their number, by label."""
+    for color, (label, row) in enumerate(rows.items()):
+        for name, style in ("features", "--"), ("z", "-"):
+            values = row[f"eval/spectrum_{name}"]
+            numbers = [1 << i for i in range(len(values))]
+            axes.loglog(numbers, values, style, color=f"C{color}", label=f"{name}, {label}")
+    axes.set_xlabel("number of the direction")
+    axes.set_ylabel("share of the largest singular value")
+    axes.grid(alpha=0.3)
+    if rows:
+        axes.legend()
+
+
+def spectra_figure(row: dict) -> Any:
+    """The spectra of one measurement, for TensorBoard."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 4), layout="constrained")
+    plot_spectra(figure.subplots(), {f"step {row['step']}": row})
+    return figure
 
 
 def print_on_stderr(content: Table | str) -> None:
@@ -149,6 +184,8 @@ def print_table(result: dict, method: MethodSpec) -> None:
     for key, label, form in (
         ("knn_top1_untrained", "kNN top-1, untrained encoder", "{:.1f} %"),
         ("knn_top1", f"kNN top-1 after {result['knn_step'] or result['steps']} steps", "{:.1f} %"),
+        ("rank_features", "effective rank of the features", "{:.1f}"),
+        ("rank_z", f"effective rank of z, at most {result['rank_limit'] or 'its size'}", "{:.1f}"),
         ("loss", "loss", "{:.4f}"),
         ("z_std", "std(z/|z|) * sqrt(d)", "{:.3f}"),
         ("images_per_s", f"images/s ({result['views']} views each)", "{:.1f}"),

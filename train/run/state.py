@@ -22,7 +22,7 @@ from train.run.optim import GuardedStep
 # are compared by fingerprint, recomputing gives the same bits
 FREE = {"out", "max_steps", "log_every", "checkpoint_every", "timeout_s", "device", "compile"}
 FREE |= {"eval", "dali", "data.root", "data.val", "data.max_bad_fraction", "model.recompute"}
-CLOCKS = ("train_s", "wait_s", "knn", "last")  # fields that are saved as JSON
+CLOCKS = ("train_s", "wait_s", "knn", "last", "health")  # fields that are saved as JSON
 NOT_INHERITED = {"target", "queue"}  # parts of a method that a new run does not start from
 
 
@@ -46,6 +46,8 @@ class TrainState:
     """kNN top-1 by step (as text, for JSON)."""
     last: dict[str, float] = field(default_factory=dict)
     """The last logged scalars."""
+    health: dict = field(default_factory=dict)
+    """The last measurement of rank and spectrum (evaluation/health.measure_health)."""
 
     @property
     def names(self) -> dict[nn.Parameter, str]:
@@ -154,7 +156,7 @@ def restore(state: TrainState, saved: checkpoint.Checkpoint) -> None:
     state.guard.scaler.load_state_dict(values["scaler"])
     state.step = saved.step
     for name in CLOCKS:
-        setattr(state, name, values[name])
+        setattr(state, name, values.get(name, getattr(state, name)))  # older ones have fewer
 
 
 def check_fits(expected: checkpoint.Tensors, given: checkpoint.Tensors) -> None:

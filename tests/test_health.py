@@ -1,0 +1,64 @@
+"""Rank, spectrum and what two views share, of matrices whose values are known, and in a run."""
+
+import math
+
+import pytest
+import torch
+
+from train.evaluation.health import alignment, decay, retrieval, spectrum, uniformity
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def with_singular_values(values: torch.Tensor, rows: int = 600) -> torch.Tensor:
+    """(rows, len(values)) fp32 whose columns sum to 0, with these singular values."""
+    basis = torch.randn(rows, len(values), generator=seeded(), dtype=torch.float64)
+    left = torch.linalg.qr(basis - basis.mean(0)).Q
+    right = torch.linalg.qr(torch.randn(len(values), len(values), generator=seeded(1)).double()).Q
+    return (left * values @ right).float()
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0])
+def test_the_decay_of_a_power_law_is_its_exponent(alpha):
+    k = torch.arange(1, 101, dtype=torch.float64)
+    assert decay(with_singular_values(k ** (-alpha / 2))) == pytest.approx(alpha, abs=0.01)
+
+
+def test_too_few_directions_have_no_decay():
+    assert decay(with_singular_values(torch.ones(6).double())) is None
+    assert decay(torch.ones(50, 20)) is None
+
+
+def test_the_spectrum_is_of_the_centred_matrix_at_powers_of_two():
+    values = torch.arange(40, 0, -1, dtype=torch.float64)
+    x = with_singular_values(values) + 1000
+    expected = [(values[k - 1] / values[0]).item() for k in (1, 2, 4, 8, 16, 32)]
+    assert spectrum(x) == pytest.approx(expected, rel=1e-3)
+    assert spectrum(torch.ones(50, 20)) == []
+
+
+def test_retrieval_is_whole_for_equal_views_and_chance_for_unrelated_ones():
+    a, b = (torch.randn(500, 32, generator=seeded(seed)) for seed in (0, 1))
+    assert retrieval(a, 3 * a) == 100
+    assert retrieval(a, b) < 2
+    swapped = a[torch.arange(500) ^ 1]
+    assert retrieval(a, swapped) == 0
+    assert retrieval(a + 50, a + 50) == 100  # what all share is taken off
+
+
+def test_alignment_is_the_squared_distance_on_the_sphere():
+    a = torch.randn(100, 8, generator=seeded())
+    assert alignment(a, 5 * a) == pytest.approx(0, abs=1e-9)
+    assert alignment(a, -a) == pytest.approx(4)
+    x, y = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]])
+    assert alignment(x, y) == pytest.approx(2)
+
+
+def test_uniformity_of_a_collapse_is_zero_and_of_orthogonal_rows_minus_four():
+    assert uniformity(torch.ones(50, 8)) == pytest.approx(0, abs=1e-9)
+    assert uniformity(torch.eye(20)) == pytest.approx(-4)
+    two = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+    expected = math.log((2 * math.exp(-4) + math.exp(-8)) / 3)
+    assert uniformity(two) == pytest.approx(expected)
