@@ -275,7 +275,7 @@ def test_a_switch_of_another_method_is_refused(options, message):
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
-        (BYOLConfig, {"momentum": 1.5}, "method.byol.momentum must lie in 0 .. 1"),
+        (BYOLConfig, {"momentum": 1.5}, "method.byol.momentum must be in 0 .. 1"),
         (SwAVConfig, {"epsilon": 0.01}, "method.swav.epsilon must be at least 0.025"),
         (SwAVConfig, {"prototypes": 1}, "method.swav.prototypes must be at least 2"),
         (MoCoConfig, {"queue": 7}, "method.moco.queue holds pairs of keys: even, got 7"),

@@ -186,11 +186,13 @@ def test_a_bug_on_one_rank_keeps_its_traceback_and_rank_0_names_the_rank(ranks, 
     assert f"error: rank 1 on host {os.uname().nodename}: 'x'" in capfd.readouterr().err
 
 
-def test_torchrun_is_ended_only_where_a_restart_could_not_succeed(monkeypatch):
+def test_torchrun_is_ended_once_and_only_where_a_restart_could_not_succeed(monkeypatch):
     sent = []
+    watch._terminate.cache_clear()
     monkeypatch.setattr(watch.os, "kill", lambda pid, number: sent.append((pid, number)))
-    for restarts, local_rank in (("0", "0"), ("3", "1"), ("3", "0")):
+    for restarts, local_rank in (("0", "0"), ("3", "1"), ("3", "0"), ("3", "0")):
         monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
         monkeypatch.setenv("LOCAL_RANK", local_rank)
         watch.end_torchrun()
     assert sent == [(os.getppid(), signal.SIGTERM)]
+    watch._terminate.cache_clear()

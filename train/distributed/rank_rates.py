@@ -27,7 +27,7 @@ from train.distributed import World, from_main, gather
 BUCKET = 25 << 20
 """Bytes of an all-reduce: a bucket of gradients of DistributedDataParallel."""
 LINK = 4 << 20
-ROUNDS = 3  # of each link, the fastest counts: a busy moment is no slow link
+ROUNDS = 5  # over all links, of each the fastest counts: a busy moment is no slow link
 PHOTOS, BATCH, FILL = 64, 32, 2  # FILL batches before the clock starts
 SLOW = 0.5
 """Share of the median below which a rank or link is called slow."""
@@ -95,20 +95,18 @@ def all_reduce_rate(world: World, seconds: float) -> float:
 
 def link_rate(world: World) -> float:
     """GB/s from this rank to the next one; the other pairs wait meanwhile."""
-    values, mine = torch.zeros(LINK // 4, device=world.device), 0.0
-    for sender in range(world.size):
-        receiver, fastest = (sender + 1) % world.size, float("inf")
-        for _ in range(1 + ROUNDS):  # the first one connects
+    values, fastest = torch.zeros(LINK // 4, device=world.device), [float("inf")] * world.size
+    for _ in range(1 + ROUNDS):  # the first one connects
+        for sender in range(world.size):
+            receiver = (sender + 1) % world.size
             gather(world, None)
             spent = 0.0
             if world.rank == sender:
                 spent = seconds_of(lambda to=receiver: dist.send(values, to), world)
             elif world.rank == receiver:
                 spent = seconds_of(lambda of=sender: dist.recv(values, of), world)
-            fastest = min(fastest, max(gather(world, spent)))
-        if world.rank == sender:
-            mine = LINK / fastest / 1e9
-    return mine
+            fastest[sender] = min(fastest[sender], max(gather(world, spent)))
+    return LINK / fastest[world.rank] / 1e9
 
 
 def seconds_of(work: Callable[[], object], world: World) -> float:

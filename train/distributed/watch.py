@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch.distributed as dist
@@ -319,7 +320,13 @@ def may_restart() -> bool:
 def end_torchrun() -> None:
     """Have torchrun exit instead of restarting what cannot succeed: no exit code means that.
 
-    Only the first process of a host does it.
+    Only the first process of a host does it, and once: a second signal would interrupt torchrun
+    while it ends its processes.
     """
     if may_restart() and os.environ["LOCAL_RANK"] == "0":
-        os.kill(os.getppid(), signal.SIGTERM)
+        _terminate(os.getppid())
+
+
+@cache
+def _terminate(process: int) -> None:
+    os.kill(process, signal.SIGTERM)

@@ -50,7 +50,7 @@ def positive(name: str, value: float) -> None:
 def share(name: str, value: float) -> None:
     """Raise ValueError unless a flag's value is in 0 .. 1."""
     if not 0 <= value <= 1:
-        raise ValueError(f"{name} must lie in 0 .. 1, got {value}")
+        raise ValueError(f"{name} must be in 0 .. 1, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
