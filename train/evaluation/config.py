@@ -171,9 +171,9 @@ class FeaturesConfig:
     """Nearest neighbours of each image, by cosine similarity; 0 for none. All pairs are compared:
     the time grows with the square of the number of images."""
     duplicate_cosine: float = 0.99
-    """Two images with a larger cosine similarity, among each other's k nearest, are listed as near
-    duplicates. Features of a small or little trained network lie closer together: raise it
-    there."""
+    """Two images with a larger cosine similarity, one among the other's k nearest, are listed as
+    near duplicates. What 0.99 finds is in profiling/LOG.md. Features of a small or little trained
+    network lie closer together: raise it there."""
     map: Literal["pca", "umap", "none"] = "pca"
     """How the images of map.png are laid out; umap needs umap-learn."""
     device: Literal["auto", "cpu", "cuda"] | None = None
