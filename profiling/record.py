@@ -16,7 +16,7 @@ from pathlib import Path
 
 import yaml
 
-from measure.results import errors_in_one_line, result_path
+from measure.results import ROOT, errors_in_one_line, result_path
 from train.run.folder import read_metrics
 
 KINDS = "result.json", "evaluation.json", "features.json"  # of a training first
@@ -26,7 +26,7 @@ def read_run(run: Path) -> dict:
     """What a finished run left behind. Raises: ValueError if it is not finished."""
     kind = next((name for name in KINDS if (run / name).exists()), KINDS[0])
     try:
-        result = json.loads((run / kind).read_text())
+        result = json.loads((run / kind).read_text().replace(f"{ROOT}/", ""))
         env = json.loads((run / "env.json").read_text())
     except FileNotFoundError as error:
         name = Path(error.filename).name
