@@ -21,7 +21,6 @@ from train import features as program
 from train.config.parser import parse_config
 from train.distributed import World
 from train.evaluation import feature_report, feature_rounds, image_map, similar
-from train.evaluation.config import FeaturesConfig, FolderConfig
 from train.evaluation.feature_files import RowFile
 from train.run import checkpoint
 from train.run.state import build_method
@@ -467,8 +466,3 @@ def test_umap_lays_groups_apart():
     positions = image_map.lay_out(rows, "umap")
     between = np.linalg.norm(positions[:30].mean(0) - positions[30:].mean(0))
     assert between > positions[:30].std(0).max()
-
-
-def test_defaults_are_right_for_a_first_look(monkeypatch):
-    config = FeaturesConfig(data=FolderConfig(root="x"), out="y")
-    assert (config.k, config.map, config.format) == (10, "pca", "npy")
