@@ -210,14 +210,17 @@ def print_evaluation(result: dict, method: MethodSpec) -> None:
     rows = [(f"kNN, k = {k}", accuracy) for k, accuracy in result["knn"].items()]
     if (fast := result["fast_probe"]) is not None:
         rows.append((f"fast probe on cached features, learning rate {fast['lr']}", fast))
+    for few in result["few_labels"]:
+        label = f"fast probe, {100 * few['fraction']:g} % of the labels ({few['labels']})"
+        rows.append((f"{label}, {few['draws']} draws", few))
     if (linear := result["linear_probe"]) is not None:
         rows += [
             (f"linear probe (LARS, {linear['epochs']} epochs), learning rate {lr}", accuracy)
             for lr, accuracy in linear["by_lr"].items()
         ]
     for label, accuracy in rows:
-        top5 = "needs 5 classes" if accuracy["top5"] is None else f"{accuracy['top5']:.2f} %"
-        table.add_row(label, f"{accuracy['top1']:.2f} %", top5)
+        top5 = "needs 5 classes" if accuracy["top5"] is None else percent(accuracy["top5"])
+        table.add_row(label, percent(accuracy["top1"]), top5)
     for key, label in (
         ("rankme", "RankMe of the projector's outputs (the paper's)"),
         ("rankme_features", "RankMe of the backbone's features"),
@@ -230,6 +233,14 @@ def print_evaluation(result: dict, method: MethodSpec) -> None:
         meter = result["collapse_meter"]
         print_on_stderr(collapse_advice(meter, threshold=COLLAPSED, method=method))
     print_on_stderr(f"pictures and evaluation.json: {result['out']}")
+
+
+def percent(value: float | dict) -> str:
+    """A percentage; of several draws their mean and standard deviation."""
+    if not isinstance(value, dict):
+        return f"{value:.2f} %"
+    std = "" if value["std"] is None else f" +- {value['std']:.2f}"
+    return f"{value['mean']:.2f}{std} %"
 
 
 def collapse_advice(z_std: float, *, threshold: float, method: MethodSpec) -> str:
