@@ -1,10 +1,12 @@
 """Rank, spectrum and what two views share, of matrices whose values are known, and in a run."""
 
+import json
 import math
 
 import pytest
 import torch
 
+from forked import forked
 from train.evaluation.health import alignment, decay, retrieval, spectrum, uniformity
 
 
@@ -62,3 +64,35 @@ def test_uniformity_of_a_collapse_is_zero_and_of_orthogonal_rows_minus_four():
     two = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
     expected = math.log((2 * math.exp(-4) + math.exp(-8)) / 3)
     assert uniformity(two) == pytest.approx(expected)
+
+
+SMALL = [
+    "train/main.py", "--config=configs/demo.yaml", "--device=cpu", "--max_steps=40",
+    "--model.width=8", "--model.projector_dim=64", "--model.projector_hidden=64",
+    "--model.predictor_hidden=16", "--eval.every_epochs=100", "--eval.rank_images=300",
+    "--eval.rank_steps=20", "--log_every=20",
+]  # fmt: skip
+
+
+def trained(out, *flags: str) -> tuple[dict, str]:
+    """The result and stderr of 40 steps on the digits."""
+    done = forked([*SMALL, f"--out={out}", *flags])
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+
+@pytest.fixture(scope="module")
+def healthy(tmp_path_factory) -> tuple[dict, str]:
+    return trained(tmp_path_factory.mktemp("healthy") / "run")
+
+
+@pytest.mark.parametrize("flag", ["--optim.lr=30", "--optim.weight_decay=0.1"])
+def test_a_partial_collapse_that_the_meter_misses_is_warned_of_and_its_remedy_helps(
+    flag, healthy, tmp_path
+):
+    found, stderr = trained(tmp_path / "run", flag)
+    assert found["partially_collapsed"] and found["rank_z"] < 4 and not found["collapsed"]
+    assert "PARTIAL COLLAPSE" in stderr and flag.split("=")[0] in stderr.split("Remedy: ")[1]
+    found, stderr = healthy  # the flag at the preset's value, which is lower
+    assert not found["partially_collapsed"] and found["rank_z"] > 12
+    assert "COLLAPSE" not in stderr
