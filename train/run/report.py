@@ -245,13 +245,10 @@ def percent(value: float | dict) -> str:
 
 def collapse_advice(z_std: float, *, threshold: float, method: MethodSpec) -> str:
     """One line that says what happened and what to change."""
-    cause = (
-        f"expected with --{method.collapses_by} false; set it to true"
-        if method.collapses_by is not None
-        else "lower --optim.lr for this batch size, check the augmentations, keep batch norm in "
-        "the projector"
+    remedy = method.collapse_remedy or (
+        "lower --optim.lr, and leave batch norm in the projector (--model.head_norm default)"
     )
     return (
         f"COLLAPSED: std(z/|z|) * sqrt(d) is {z_std:.3f}, below {threshold:.2f}: nearly all images "
-        f"get one representation, and a low loss is not good here. Remedy: {cause}."
+        f"get one representation, and a low loss is not good here. Remedy: {remedy}."
     )
