@@ -38,7 +38,7 @@ class Method(nn.Module):
         self.group: dist.ProcessGroup | None = None
 
     def build_projector(self, model: ModelConfig, **options) -> nn.Sequential:
-        """A projector of the --model widths; options: as train.network.heads.build_projector."""
+        """A projector of the --model widths; options: as train.network.model.build_projector."""
         features = self.backbone.num_features
         return build_projector(
             features,
