@@ -102,17 +102,17 @@ def test_a_partial_collapse_that_the_meter_misses_is_warned_of_and_its_remedy_he
 
 
 NO_NORM = "--model.head_norm=none"
-LONGER = "--log_every=5", "--max_steps=60"
+SHORT = "--log_every=4", "--max_steps=24"
 
 
 @pytest.mark.parametrize("changed", [(NO_NORM, "--optim.lr=0.05"), ("--optim.lr=3",)])
 def test_each_remedy_for_a_collapse_ends_it(changed, trained):
     collapsing = NO_NORM, "--optim.lr=3"
-    found, stderr = trained(*collapsing, *LONGER)
+    found, stderr = trained(*collapsing, *SHORT)
     assert found["collapsed"]
     (flag,) = {flag.split("=")[0] for flag in set(collapsing) - set(changed)}
     assert flag in stderr.split("COLLAPSED: ")[1].split("Remedy: ")[1].splitlines()[0]
-    found, stderr = trained(*changed, *LONGER)
+    found, stderr = trained(*changed, *SHORT)
     assert not found["collapsed"] and "COLLAPSED" not in stderr
 
 
