@@ -251,6 +251,8 @@ def compare(own: LearningConfig, config: Config, out: Path, log: Log) -> dict:
     device = resolve_device(config.device)
     (place,) = plan_places(1, with_gpus=device == "cuda")
     state = take_turns(left, place, minutes=own.minutes, log=log)
+    if state == "paused":
+        log("paused; the same command resumes, a peer at the start of an epoch that was stopped")
     runs = list({turn.run.folder: turn.run for turn in turns}.values())
     result = {
         "state": state,

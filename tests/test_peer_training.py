@@ -34,6 +34,7 @@ from train.config.parser import parse_config
 from train.distributed import World
 from train.loop import train_step
 from train.main import build_state
+from train.network.model import autocast
 from train.run.folder import Log, RunFolder, read_metrics
 from train.run.optim import Schedule
 from train.studies.runs import Run, plan_places
@@ -81,12 +82,23 @@ def test_a_peers_first_steps_are_ours_on_the_same_views(peer, constant):
         assert train_epoch(theirs, config, schedule, [views]) == pytest.approx(
             loss.item(), abs=2e-4
         )
-        rates = [[group["lr"] for group in of.optimizer.param_groups] for of in (ours, theirs)]
-        assert rates[0] == rates[1]
+        names = "name", "lr", "momentum", "weight_decay"
+        ours_groups, groups = (
+            [[group[name] for name in names] for group in of.optimizer.param_groups]
+            for of in (ours, theirs)
+        )
+        assert groups == ours_groups
     assert theirs.step == 3 and theirs.train_s > 0
     trunk = theirs.ddp.trunk.state_dict()
     for name, value in ours.model.backbone.state_dict().items():
         torch.testing.assert_close(trunk[name], value, rtol=1e-2, atol=1e-3)
+
+
+def test_the_loss_of_a_peer_is_fp32_where_its_network_is_bf16(peer):
+    config = tiny_config("--precision=bf16")
+    theirs = build_peer(peer, config, ALONE, images=64)
+    with autocast(config.precision, ALONE.device):
+        assert theirs.ddp(*torch.randn(2, 8, 3, 16, 16)).dtype == torch.float32
 
 
 def test_a_peers_network_has_our_width_and_torchvisions_names(torchvision):
@@ -139,7 +151,7 @@ def test_a_mistake_in_the_flags_is_one_line(flags, text, capsys):
     assert end.value.code == 2 and text in error and error.count("\n") == 1
 
 
-def test_lightlys_views_have_our_settings_and_an_epoch_is_the_same_again(tiny_images):
+def test_lightlys_views_have_our_settings_and_an_epoch_is_the_same_again(tiny_images, torchvision):
     pytest.importorskip("lightly.data", reason=peers.WHAT_TO_INSTALL["lightly"])
     config = tiny_config("--augment.hue=0.2", root=tiny_images)
     check_peer("lightly", config)

@@ -125,6 +125,8 @@ class Official(nn.Module):
         """The loss. Shapes: (N, 3, S, S) twice."""
         z1, z2 = (self.projector(self.trunk(x)) for x in (view1, view2))
         p1, p2 = self.predictor(z1), self.predictor(z2)
+        # as autocast on a GPU has it; on a CPU it leaves the loss in bf16
+        z1, z2, p1, p2 = (x.float() for x in (z1, z2, p1, p2))
         return (self.criterion(p1, z2) + self.criterion(p2, z1)) / 2
 
 
