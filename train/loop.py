@@ -196,7 +196,8 @@ def check_encoder(
             return
         current.knn[str(step)] = top1
         run.log(f"epoch {epoch:.2f}  step {step}  kNN top-1 {top1:.2f} %")
-        run.metrics.scalars(step, {"eval/knn_top1": top1}, epoch=epoch)
+        clock = {"train_s": round(current.train_s, 3)}
+        run.metrics.scalars(step, {"eval/knn_top1": top1}, epoch=epoch, **clock)
         if step == 0:
             warn_of_bad_queries(data, world, run.log)
 

@@ -1,4 +1,4 @@
-"""The tables and pictures of profiling/throughput.py's and scaling.py's results.
+"""The tables and pictures of the results of throughput.py, scaling.py and learning.py.
 
 Nothing is computed here: what is shown is in the JSON line already.
 """
@@ -145,4 +145,38 @@ def draw_scaling(result: dict, path: Path) -> None:
     for axis in (rates, strong, links):
         axis.legend(fontsize=8)
     figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def draw_learning(result: dict, path: Path) -> None:
+    """kNN top-1 over epochs and over hours of training: the mean over seeds, the range as a band.
+
+    Of runs of different length only what all of a program have is drawn.
+    """
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    plt.switch_backend("agg")
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
+    for name, program in result["programs"].items():
+        curves = [run["knn"] for run in program["runs"] if run["knn"]]
+        if not curves:
+            continue
+        points = np.array([curve[: min(map(len, curves))] for curve in curves])
+        knn = points[..., 2]
+        for axis, column in zip(panels, (0, 1), strict=True):
+            x = points[..., column].mean(0)
+            (line,) = axis.plot(x, knn.mean(0), "o-", markersize=3, label=f"{name}, n = {len(knn)}")
+            axis.fill_between(x, knn.min(0), knn.max(0), color=line.get_color(), alpha=0.2)
+    panels[0].set(xlabel="epoch", ylabel="kNN top-1 [%]")
+    panels[1].set(xlabel="hours of training")
+    for axis in panels:
+        axis.grid(alpha=0.3)
+        if axis.lines:  # none before the first turn has ended
+            axis.legend(fontsize=8, loc="lower right")
+    width = result["config"]["model"]["width"]
+    network = f"{result['config']['model']['arch']} of {width} channels"
+    device = f"{result['environment']['cores']} cores of {result['environment']['device']}"
+    figure.suptitle(f"{network}, {result['images']} images, {device}", fontsize=10)
+    figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -22,10 +22,12 @@ from torch import Tensor, nn
 
 from train.config import Config
 from train.distributed import World, own_buffers
+from train.network.resnet import LAYERS
 
+FOR_LIGHTLY = "not installed: pip install --no-deps lightly tqdm lightning-utilities"
 WHAT_TO_INSTALL = {
     "torchvision": "not installed: pip install --no-deps torchvision==0.28.0",
-    "lightly": "not installed: pip install --no-deps lightly",
+    **dict.fromkeys(("lightly", "tqdm", "lightning_utilities"), FOR_LIGHTLY),
     "solo": "not installed: pip install --no-deps solo-learn",
 }
 
@@ -60,20 +62,43 @@ def import_torchvision() -> Any:
     return torchvision
 
 
+def torchvision_resnet(arch: str, width: int) -> tuple[Any, int]:
+    """torchvision's network, all channels in proportion to `width` (64: as published); features.
+
+    Not for grouped and wide networks of another width than 64.
+    """
+    models = import_torchvision().models
+
+    class Scaled(models.ResNet):
+        def _make_layer(self, block: Any, planes: int, *rest: Any, **options: Any) -> nn.Sequential:
+            if planes == 64:  # the first stage
+                self.inplanes = width
+            return super()._make_layer(block, planes * width // 64, *rest, **options)
+
+    if width == 64:
+        network = getattr(models, arch)(zero_init_residual=True)
+        return network, network.fc.in_features
+    block = {"basic": models.resnet.BasicBlock, "bottleneck": models.resnet.Bottleneck}
+    layers = LAYERS[arch]
+    network = Scaled(block[layers.block], list(layers.depths), zero_init_residual=True)
+    network.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
+    network.bn1 = nn.BatchNorm2d(width)
+    return network, network.fc.in_features * width // 64
+
+
 class Official(nn.Module):
     """Source: facebookresearch/simsiam simsiam/builder.py, main_simsiam.py."""
 
     def __init__(self, config: Config):
         super().__init__()
         model = config.model
-        network = getattr(import_torchvision().models, model.arch)(zero_init_residual=True)
+        network, features = torchvision_resnet(model.arch, model.width)
         if model.stem == "cifar":
-            network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+            network.conv1 = nn.Conv2d(3, model.width, 3, padding=1, bias=False)
             network.maxpool = nn.Identity()
-        width = network.fc.in_features
         network.fc = nn.Identity()
         self.trunk = network
-        self.projector, self.predictor = self.heads(config, width)
+        self.projector, self.predictor = self.heads(config, features)
 
     def heads(self, config: Config, width: int) -> tuple[nn.Module, nn.Module]:
         """Projector and predictor on `width` features."""
@@ -100,6 +125,8 @@ class Official(nn.Module):
         """The loss. Shapes: (N, 3, S, S) twice."""
         z1, z2 = (self.projector(self.trunk(x)) for x in (view1, view2))
         p1, p2 = self.predictor(z1), self.predictor(z2)
+        # as autocast on a GPU has it; on a CPU it leaves the loss in bf16
+        z1, z2, p1, p2 = (x.float() for x in (z1, z2, p1, p2))
         return (self.criterion(p1, z2) + self.criterion(p2, z1)) / 2
 
 
