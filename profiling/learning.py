@@ -215,7 +215,7 @@ def summarize(runs: Sequence[Run], epochs: int) -> dict:
             "knn_top1": spread([top1 for _, _, top1 in ends]),
         }
     rates = {
-        name: {run["seed"]: run["images_per_s"] for run in program["runs"]}
+        name: {run["seed"]: run["images_per_s"] for run in program["runs"] if run["train_s"]}
         for name, program in programs.items()
     }
     ours = rates.pop("ours", {})

@@ -268,16 +268,18 @@ def test_a_run_that_fails_ends_the_comparison_with_its_reason(tmp_path):
 def test_ratios_pair_runs_of_one_seed_and_hours_are_of_whole_runs(tmp_path):
     runs = []
     whole, half = ("ours", 0, 30.0, 2), ("official", 1, 10.0, 1)
-    for name, seed, rate, epochs in (whole, ("ours", 1, 20.0, 2), ("official", 0, 10.0, 2), half):
+    none = [(name, 2, None, 0) for name in ("ours", "official")]  # stopped before the first step
+    rest = ("ours", 1, 20.0, 2), ("official", 0, 10.0, 2), half, *none
+    for name, seed, rate, epochs in (whole, *rest):
         run = Run(name, seed, tmp_path / name / str(seed), ())
         run.folder.mkdir(parents=True)
         row = {"step": 3, "epoch": float(epochs), "eval/knn_top1": 40.0 + seed, "train_s": 3600.0}
         (run.folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
-        result = {"steps": 3, "train_s": 3600.0, "images_per_s": rate, "state": "finished"}
+        result = {"steps": 3, "train_s": 3600.0 * bool(rate), "images_per_s": rate}
         (run.folder / "result.json").write_text(json.dumps(result))
         runs.append(run)
     found = summarize(runs, 2)
     assert found["images_per_s_ratios"]["ours/official"] == {"mean": 2.5, "min": 2.0, "max": 3.0}
     assert found["programs"]["ours"]["knn_top1"] == {"mean": 40.5, "min": 40.0, "max": 41.0}
     assert found["programs"]["official"]["hours"] == {"mean": 1.0, "min": 1.0, "max": 1.0}
-    assert found["programs"]["official"]["n"] == 2
+    assert found["programs"]["official"]["n"] == 3
