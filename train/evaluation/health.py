@@ -143,8 +143,13 @@ def measure_health(
         "spectrum_features": spectrum(features),
         "spectrum_z": spectrum(z),
         "rank_limit": min(z.shape),
-        "partially_collapsed": step > 0 and rank_z < min(LEAST_RANK, min(z.shape) / 8),
+        "partially_collapsed": step > 0 and is_partially_collapsed(rank_z, min(z.shape)),
     }
+
+
+def is_partially_collapsed(rank: float, limit: int) -> bool:
+    """Whether the effective rank of z, at most `limit`, is that of a partial collapse."""
+    return rank < min(LEAST_RANK, limit / 8)
 
 
 def log_health(health: dict, before: dict, epoch: float, run: RunWriter) -> None:
@@ -169,5 +174,5 @@ def partial_collapse_advice(health: dict) -> str:
     return (
         f"PARTIAL COLLAPSE: z varies along {health['rank_z']:.1f} directions of "
         f"{health['rank_limit']} (effective rank), which the collapse meter need not show. "
-        "Remedy: lower --optim.lr"
+        "Remedy: lower --optim.lr, or --optim.weight_decay where it is above 0.001"
     )

@@ -1,0 +1,81 @@
+"""The settings that a pilot tries, and how its time is shared among them: successive halving.
+
+Every trial has the schedule of the longest one, so that trials are compared at the same learning
+rate after the same number of steps; the better half continues for as many steps again.
+Source: Jamieson & Talwalkar, AISTATS 2016 (successive halving).
+"""
+
+import math
+from dataclasses import dataclass
+
+from torch.quasirandom import SobolEngine
+
+from train.config import Config
+
+LR, CROP, COLOR = (0.01, 4.0), (0.08, 0.6), (0.0, 1.5)
+"""Ranges of optim.lr and augment.scale's lower end, both on a logarithmic scale, and of the factor
+on brightness, contrast, saturation and hue."""
+LEAST_STEPS = 16  # of a trial's first part
+
+
+@dataclass(frozen=True, order=True)
+class Setting:
+    """What is varied."""
+
+    lr: float
+    """optim.lr, for 256 images."""
+    crop: float
+    """The least share of an image that a crop has (augment.scale)."""
+    color: float
+    """Factor on the strengths of colour jitter."""
+
+    def flags(self, base: Config) -> list[str]:
+        """The flags of train/main.py that make it of the base configuration."""
+        augment = base.augment
+        flags = [f"--optim.lr={self.lr:g}", f"--augment.scale=[{self.crop:g},{augment.scale[1]:g}]"]
+        for name, most in (("brightness", 1), ("contrast", 1), ("saturation", 1), ("hue", 0.5)):
+            flags.append(f"--augment.{name}={min(most, getattr(augment, name) * self.color):g}")
+        return flags
+
+    def __str__(self) -> str:
+        """For people."""
+        return f"lr {self.lr:g}, crops from {self.crop:.0%}, colour x {self.color:g}"
+
+
+def settings_around(base: Config, count: int) -> list[Setting]:
+    """The base's own setting, then points of a Sobol sequence over the ranges."""
+    settings = [Setting(base.optim.lr, base.augment.scale[0], 1.0)]
+    for u, v, w in SobolEngine(3, scramble=True, seed=1).draw(count - 1).tolist():
+        lr, crop = (a * (b / a) ** x for (a, b), x in ((LR, u), (CROP, v)))
+        color = COLOR[0] + w * (COLOR[1] - COLOR[0])
+        settings.append(Setting(float(f"{lr:.2g}"), float(f"{crop:.2g}"), round(color, 1)))
+    return settings
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many trials take part, and to which step each part leads."""
+
+    counts: list[int]
+    steps: list[int]
+
+    @property
+    def total(self) -> int:
+        """Steps of the schedule of every trial."""
+        return self.steps[-1]
+
+
+def plan(count: int, *, seconds: float, step_s: float, fixed_s: float) -> Plan:
+    """Halving that takes so many seconds of all workers together.
+
+    step_s: of a step; fixed_s: of what a part of a trial costs beside its steps. With too little
+    time there are fewer trials, then parts of LEAST_STEPS.
+    """
+    while True:
+        counts = [count >> part for part in range(max(1, count.bit_length() - 1))]
+        weight = counts[0] + sum(n * (1 << part) / 2 for part, n in enumerate(counts) if part)
+        first = math.floor((seconds - fixed_s * sum(counts)) / (weight * step_s))
+        if first >= LEAST_STEPS or count <= 4:
+            first = max(first, LEAST_STEPS)
+            return Plan(counts, [first << part for part in range(len(counts))])
+        count = count * 3 // 4
