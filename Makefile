@@ -28,7 +28,7 @@ test: check
 
 # oneDNN and ATen choose other code there; tests/convolutions.py has both settings in `make test`
 AVX2 := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2
-COMPUTES := train learning checkpoint resnet optim precision methods simclr byol moco swav switches \
+COMPUTES := train learning checkpoint resnet optim precision methods simclr byol moco swav vicreg switches \
 	sync_norm norm_kernels loss_kernels cosine two_views evaluate knn probes
 
 test-avx2: $(VENV)/.ready-dev

@@ -83,20 +83,23 @@ def batch_norm_act_conv(
     *,
     stride: tuple[int, ...],
     padding: tuple[int, ...],
+    groups: int = 1,
 ) -> Tensor:
     """conv2d(batch_norm_act(x)) in training that keeps x and not the normalised map.
 
     Backward runs the normalising kernel once more: 4 bytes an element of x in bf16 against the 2
     that are not kept. Triton kernels only.
-    Shapes: x (N, C, H, W) channels_last, conv_weight (D, C, h, w). Raises: as batch_norm_act.
+    Shapes: x (N, C, H, W) channels_last, conv_weight (D, C / groups, h, w). Raises: as
+    batch_norm_act.
     """
     _check(x, norm, options, None, None)
     if x.dim() != 4 or norm.weight is None:
         raise ValueError("batch_norm_act_conv takes (N, C, H, W) and a weight and bias")
     options = options._replace(kernels="triton", relu=True)
     statistics, total = _batch_statistics([(x, norm)], options)
+    how = stride, padding, groups
     return NormActConv.apply(
-        options, total, statistics, stride, padding, x, conv_weight, norm.weight, norm.bias
+        options, total, statistics, how, x, conv_weight, norm.weight, norm.bias
     )
 
 

@@ -115,27 +115,28 @@ class NormActConv(torch.autograd.Function):
         options,  # NormOptions
         total,  # as NormAct's
         statistics,  # mean and rstd (V, C)
-        stride,  # of the convolution, as padding: (height, width)
-        padding,
+        how,  # the convolution's stride and padding, (height, width) each, and groups
         x,  # (N, C, H, W) channels_last
-        conv_weight,  # (D, C, h, w)
+        conv_weight,  # (D, C / groups, h, w)
         weight,  # (C,), as bias
         bias,
     ):
         ctx.save_for_backward(total, x, conv_weight, *statistics, weight, bias)
-        ctx.options, ctx.stride, ctx.padding = options, stride, padding
+        ctx.options, ctx.how = options, how
+        stride, padding, groups = how
         y = _normalised(_inputs(x, None, statistics), [weight, bias], x)
         with torch.autocast(x.device.type, enabled=False):  # in x's dtype, forward and backward
-            return F.conv2d(y, conv_weight.to(x.dtype), None, stride, padding)
+            return F.conv2d(y, conv_weight.to(x.dtype), None, stride, padding, 1, groups)
 
     @staticmethod
     def backward(ctx, *grads):  # noqa: D102 - torch's contract
         total, x, conv_weight, mean, rstd, weight, bias = ctx.saved_tensors
         inputs, params = _inputs(x, None, (mean, rstd)), [weight, bias]
         y, dy = _normalised(inputs, params, x), _channels_last(grads[0])
-        rest = ((1, 1), False, (0, 0), 1, (True, True, False))  # dilation ... output_mask
+        stride, padding, groups = ctx.how
+        rest = ((1, 1), False, (0, 0), groups, (True, True, False))  # dilation ... output_mask
         dy, dconv, _ = torch.ops.aten.convolution_backward(
-            dy, y, conv_weight.to(x.dtype), None, ctx.stride, ctx.padding, *rest
+            dy, y, conv_weight.to(x.dtype), None, stride, padding, *rest
         )
         bits = torch.empty(0, 0, dtype=torch.uint8, device=x.device)
         dys = [rows_of(_channels_last(dy))]
@@ -144,7 +145,7 @@ class NormActConv(torch.autograd.Function):
         )
         dweight, dbias = dparam[1].to(weight.dtype), dparam[0].to(bias.dtype)
         dconv = dconv.to(conv_weight.dtype)
-        return None, None, None, None, None, shaped_like(dx, x), dconv, dweight, dbias
+        return None, None, None, None, shaped_like(dx, x), dconv, dweight, dbias
 
 
 def _inputs(x: Tensor, shortcut: Tensor | None, statistics: Sequence[Tensor]) -> list[Tensor]:

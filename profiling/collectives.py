@@ -25,6 +25,7 @@ from stand_ins.fake_h200 import triton_for_h200, with_fake_parameters
 from train.config import MethodConfig, ModelConfig
 from train.methods.simsiam import SimSiam
 from train.network.norm import BatchNorm
+from train.network.resnet import LAYERS
 
 BUCKET = 25 << 20  # bytes; DistributedDataParallel's default
 
@@ -149,7 +150,7 @@ def two_pass_step(arch: Any) -> int:
 def main() -> None:
     """Count, print one JSON line."""
     parser = argparse.ArgumentParser(description="Count the collectives of a synchronised step.")
-    parser.add_argument("--arch", choices=("resnet18", "resnet50"), default="resnet50")
+    parser.add_argument("--arch", choices=tuple(LAYERS), default="resnet50")
     parser.add_argument("--kernels", choices=("triton", "plain"), default="triton")
     flags = parser.parse_args()
     from torch.testing._internal.distributed.fake_pg import FakeStore

@@ -36,6 +36,7 @@ from stand_ins.fake_h200 import pretend_h200, trace, triton_for_h200
 from train.config import MethodConfig, ModelConfig
 from train.methods.simsiam import SimSiam
 from train.network.norm import set_views
+from train.network.resnet import LAYERS
 
 
 class Step(nn.Module):
@@ -227,7 +228,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description="Count a compiled step's launches and bytes.")
     parser.add_argument("--images", type=int, default=256, help="images of a step")
-    parser.add_argument("--arch", choices=("resnet18", "resnet50"), default="resnet50")
+    parser.add_argument("--arch", choices=tuple(LAYERS), default="resnet50")
     parser.add_argument("--steps", nargs="+", choices=tuple(STEPS), default=list(STEPS))
     parser.add_argument("--saved-only", action="store_true", help="what is kept for backward")
     parser.add_argument("--save", type=Path, help="also write the JSON to this file")

@@ -249,6 +249,8 @@ def main() -> None:
     if flags.each_once is not None:
         check(flags.each_once, dtype)
     elif flags.compile_only:
+        if INTERPRETED:
+            refuse("--compile-only compiles nothing with TRITON_INTERPRET=1: unset it", code=1)
         rows = compile_table(flags.images, dtype)
         print(json.dumps({"images": flags.images, "dtype": flags.dtype, "kernels": rows}))
     else:

@@ -1,8 +1,9 @@
 """Keep the results of finished runs: `python profiling/record.py NAME RUN [RUN ...]`.
 
 Reads result.json, env.json, config.yaml and the metrics of each run folder and writes
-profiling/results/NAME_<device>_<yyyymm>.json. The figures of README and docs/measured.md point to
-these files. The runs must share one revision.
+profiling/results/NAME_<device>_<yyyymm>.json. Takes folders of train/evaluate.py and
+train/features.py too. The figures of README and docs/measured.md point to these files. The runs
+must share one revision.
 """
 
 import root_first  # isort: skip # noqa: F401
@@ -15,24 +16,34 @@ from pathlib import Path
 
 import yaml
 
-from measure.results import errors_in_one_line, result_path
+from measure.results import ROOT, errors_in_one_line, result_path
 from train.run.folder import read_metrics
+
+KINDS = "result.json", "evaluation.json", "features.json"  # of a training first
 
 
 def read_run(run: Path) -> dict:
     """What a finished run left behind. Raises: ValueError if it is not finished."""
+    kind = next((name for name in KINDS if (run / name).exists()), KINDS[0])
     try:
-        parts = {name: json.loads((run / f"{name}.json").read_text()) for name in ("result", "env")}
+        result = json.loads((run / kind).read_text().replace(f"{ROOT}/", ""))
+        env = json.loads((run / "env.json").read_text())
     except FileNotFoundError as error:
         name = Path(error.filename).name
         raise ValueError(f"{run} has no {name}: is the run finished?") from error
-    if (state := parts["result"]["state"]) != "finished":
+    parts = {
+        "result": result,
+        "env": env,
+        "config": yaml.safe_load((run / "config.yaml").read_text()),
+        "command": re.sub(r"^\S*/", "", (run / "command.txt").read_text().strip()),
+    }
+    if kind != KINDS[0]:
+        return parts
+    if (state := result["state"]) != "finished":
         raise ValueError(f"{run} is {state}, not finished: start it again first")
     rows = [row for row in read_metrics(run / "metrics.jsonl") if "train/loss" in row]
     return {
         **parts,
-        "config": yaml.safe_load((run / "config.yaml").read_text()),
-        "command": re.sub(r"^\S*/", "", (run / "command.txt").read_text().strip()),
         "images_per_s_p50": statistics.median(row["throughput/images_per_sec"] for row in rows),
         "curve": [{key: row[key] for key in ("step", "train/loss", "train/z_std")} for row in rows],
     }

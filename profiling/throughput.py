@@ -175,16 +175,17 @@ def memory(world: World) -> dict:
 
 
 def check_method(config: Config, m: MeasureConfig) -> None:
-    """Raise ValueError if a part that is SimSiam's alone is asked for with another method."""
+    """Raise ValueError if a part that is SimSiam's two views alone is asked for with others."""
     remedies = {"--dry-run": "leave it out"}
     if not m.dry_run:
         remedies = {"--peers true": "give --peers false"} if m.peers else {}
         if "limit" in m.what:
             remedies["--what limit"] = "give --what loader,step,end_to_end,ranks"
-    if config.method.name != "simsiam" and remedies:
+    name, views = config.method.name, config.method.spec.num_views
+    if (name, views) != ("simsiam", 2) and remedies:
         raise ValueError(
-            f"{' and '.join(remedies)}: for SimSiam's step alone, --method.name is "
-            f"{config.method.name}: {' and '.join(remedies.values())}"
+            f"{' and '.join(remedies)}: for SimSiam's step of two views alone, --method.name is "
+            f"{name}, with {views} views: {' and '.join(remedies.values())}"
         )
 
 

@@ -6,7 +6,7 @@ Output and both gradients, in fp32 and bf16, with one thread and with two, chann
 training. A program of its own: a CPU's instructions are chosen once for a process, and a write past
 a workspace may end it. It names each convolution before it runs, so that the last line is the one
 that crashed or hangs. Further arguments are convolutions to check instead, as they are printed:
-"rows inputs height width outputs kernel stride padding".
+"rows inputs height width outputs kernel stride padding groups".
 """
 
 import os
@@ -30,6 +30,7 @@ ROOT = Path(__file__).parent.parent
 TESTS = [  # (arch, stem, width, pixels): the tests' networks, and one where the fault shows
     ("resnet18", "cifar", 8, 8), ("resnet18", "cifar", 8, 16), ("resnet18", "cifar", 8, 32),
     ("resnet18", "cifar", 16, 32), ("resnet18", "imagenet", 8, 32), ("resnet18", "cifar", 4, 32),
+    ("resnext50_32x4d", "cifar", 8, 16),
 ]  # fmt: skip
 ROWS = (3, 16)
 """An odd number, which two threads cannot share out equally: where AVX-512 meets the fault; and one
@@ -51,6 +52,7 @@ class Shape(NamedTuple):
     kernel: int
     stride: int
     padding: int
+    groups: int = 1
 
     def __str__(self) -> str:
         return " ".join(map(str, self))
@@ -66,16 +68,17 @@ class Recorder(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is torch.conv2d:
             x, weight, bias, stride, padding, dilation, groups = args
-            assert bias is None and groups == 1 and dilation == (1, 1), "check() knows none of it"
+            assert bias is None and dilation == (1, 1), "check() knows none of it"
             assert stride[0] == stride[1] and padding[0] == padding[1]
             self.shapes.add(Shape(*x.shape, weight.shape[0], *weight.shape[2:3], stride[0],
-                                  padding[0]))  # fmt: skip
+                                  padding[0], groups))  # fmt: skip
         return function(*args, **(kwargs or {}))
 
 
 def networks() -> set[tuple]:
     """(arch, stem, width, pixels, rows) of every preset and test."""
     found = {(*network, rows) for network in TESTS for rows in ROWS}
+    found.add(("resnext50_32x4d", "imagenet", 64, 32, min(ROWS)))  # groups of 4 to 32 channels
     for preset in sorted((ROOT / "configs").glob("*.yaml")):
         config = parse_config(["--config", str(preset), "--data.root=none"])
         sizes = {config.augment.size, config.eval.size}
@@ -101,7 +104,7 @@ def shapes() -> list[Shape]:
 def convolved(shape: Shape, x: Tensor, weight: Tensor, dy: Tensor) -> list[Tensor]:
     """y, dw and, unless x is an image, dx."""
     wanted = [weight.requires_grad_()] + [x.requires_grad_()] * (shape.inputs != 3)
-    y = torch.nn.functional.conv2d(x, weight, None, shape.stride, shape.padding)
+    y = torch.nn.functional.conv2d(x, weight, None, shape.stride, shape.padding, 1, shape.groups)
     return [y.detach(), *torch.autograd.grad(y, wanted, dy)]
 
 
@@ -119,7 +122,7 @@ def allowed(length: int, dtype: torch.dtype, partial_sums: int) -> float:
 
 def check(shape: Shape, dtype: torch.dtype) -> list[str]:
     """What is further from double precision than rounding explains."""
-    rows, inputs, height, width, outputs, kernel, stride, padding = shape
+    rows, inputs, height, width, outputs, kernel, stride, padding, groups = shape
     generator = torch.Generator().manual_seed(0)
 
     def made(*sizes: int) -> Tensor:
@@ -129,16 +132,16 @@ def check(shape: Shape, dtype: torch.dtype) -> list[str]:
     out_height, out_width = (
         (side + 2 * padding - kernel) // stride + 1 for side in (height, width)
     )
-    operands = (made(rows, inputs, height, width), made(outputs, inputs, kernel, kernel),
+    operands = (made(rows, inputs, height, width), made(outputs, inputs // groups, kernel, kernel),
                 made(rows, outputs, out_height, out_width))  # fmt: skip
     exact = convolved(shape, *(value.double() for value in operands))
     lengths = {
-        "output": (inputs * kernel**2, 1),
+        "output": (inputs // groups * kernel**2, 1),
         "weight's gradient": (
             rows * out_height * out_width,
             rows if dtype == torch.bfloat16 else 1,
         ),
-        "input's gradient": (outputs * kernel**2, 1),
+        "input's gradient": (outputs // groups * kernel**2, 1),
     }
     wrong = []
     for threads in (1, 2):

@@ -170,6 +170,35 @@ def test_the_walkthroughs_figures_are_those_of_its_results():
     assert "{}, {} and {} %".format(*values) in text
 
 
+def test_the_walkthroughs_few_labels_and_features_are_those_of_its_results():
+    text = (ROOT / "docs" / "train-on-your-images.md").read_text()
+    kept, one_line = ROOT / "profiling" / "results", re.sub(r" \\\n\s+", " ", text)
+
+    def recorded(name: str) -> dict:
+        (run,) = json.loads(next(kept.glob(f"{name}_*.json")).read_text())["runs"]
+        return run
+
+    evaluated = recorded("few-labels-digits")["result"]
+    for few in evaluated["few_labels"]:
+        share = f"{100 * few['fraction']:g} % of the labels ({few['labels']}), {few['draws']} draws"
+        top1 = few["top1"]
+        assert re.search(rf"{re.escape(share)} +{top1['mean']:.2f} \+- {top1['std']:.2f} %", text)
+    fast = evaluated["fast_probe"]
+    assert re.search(rf"learning rate {fast['lr']} +{fast['top1']:.2f} %", text)
+    training, features = recorded("train-photos"), recorded("features-photos")
+    assert training["command"] in one_line and features["command"] in one_line
+    found = features["result"]
+    assert f"took {found['seconds']:.0f} s and printed" in text
+    assert (
+        f"{found['exact_duplicates']} images are exact copies of others, and "
+        f"{found['near_duplicates']} pairs are near duplicates (cosine above 0.99)"
+    ) in text
+    assert f"features.npy ({found['images']} x {found['dimension']}), names.txt" in text
+    assert found["step"] == training["result"]["steps"]
+    assert "trained on them for seven minutes" in re.sub(r"\s+", " ", text)
+    assert round(training["result"]["train_s"] / 60) == 7
+
+
 def test_the_classifier_of_the_walkthrough_learns_from_an_exported_encoder(
     tmp_path, monkeypatch, capsys
 ):

@@ -102,6 +102,22 @@ def test_a_run_is_evaluated_with_figures_and_pictures(run, tmp_path, capfd):
             assert np.asarray(picture).std() > 20
 
 
+def test_accuracy_with_few_labels_is_beside_that_with_all(run, tmp_path, capfd):
+    flags = ["--k=[]", "--probe=fast", "--fast.epochs=10", f"--out={tmp_path}/out"]
+    found = result(capfd, run, *flags, "--fast.label_fractions=0.01,0.5", "--fast.label_draws=3")
+    one, half = found["few_labels"]
+    assert (one["fraction"], one["labels"], one["labels_per_class"]) == (0.01, 10, [1, 1])
+    assert (half["labels"], half["labels_per_class"], half["draws"]) == (100, [10, 10], 3)
+    assert 10 < one["top1"]["mean"] < half["top1"]["mean"] < one["top5"]["mean"]
+    assert len(half["top1"]["values"]) == 3 and half["top1"]["std"] > 0
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert "1 % is less than one image of a class with 20: one is taken of it, 10 labels" in log
+    assert "50 % is less" not in log
+    words = [str(run), "--fast.label_fractions=[]"]
+    _, none = read_flags("train/evaluate.py", "", EvaluateConfig, words)
+    assert none.fast.label_fractions == ()
+
+
 def test_an_evaluation_replaces_the_one_before_and_a_line_of_each_is_kept(run, tmp_path, capfd):
     out = tmp_path / "out"
     first = result(capfd, run, "--k=[20]", "--probe=none", f"--out={out}")
@@ -299,6 +315,9 @@ def test_other_images_do_not_keep_the_runs_validation_folder(run, tmp_path):
         (["--k=0"], "k must be at least 1"),
         (["--fast.lrs=0.1,-1"], "fast.lrs takes learning rates > 0"),
         (["--probe=slow"], "probe"),
+        (["--fast.label_fractions=0.1,2"], "fast.label_fractions takes shares of the labels"),
+        (["--fast.label_draws=0"], "fast.label_draws must be at least 1"),
+        (["--probe=none", "--fast.label_draws=2"], "--fast.* has no effect with --probe none"),
         (["--probe=fast", "--linear.epochs=2"], "--linear.* has no effect with --probe fast"),
         (["--probe=none", "--fast.epochs=2"], "--fast.* has no effect with --probe none"),
         (["--k=[]", "--eval.temperature=0.2"], "--eval.temperature has no effect with --k []"),
@@ -311,7 +330,7 @@ def test_impossible_flags_are_refused(run, capfd, flags, part):
 
 def test_the_run_that_is_missing_is_asked_for(capsys):
     with pytest.raises(SystemExit):
-        read_flags([])
+        read_flags("train/evaluate.py", "", EvaluateConfig, [])
     assert capsys.readouterr().err == "error: required: RUN\n"
 
 

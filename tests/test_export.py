@@ -37,10 +37,11 @@ def run(tmp_path):
     return make
 
 
-def test_torchvision_resnet50_loads_the_export_and_agrees(torchvision, run):
-    folder, ours = run(arch="resnet50")
+@pytest.mark.parametrize("arch", ["resnet50", "resnext50_32x4d"])
+def test_torchvision_loads_the_export_and_agrees(torchvision, run, arch):
+    folder, ours = run(arch=arch)
     written = export.export(folder, folder / "out", "torchvision")
-    theirs = torchvision.models.resnet50()
+    theirs = torchvision.models.get_model(arch)
     missing, unexpected = theirs.load_state_dict(load_file(written["file"]), strict=False)
     assert missing == ["fc.weight", "fc.bias"] and not unexpected
     theirs.fc = torch.nn.Identity()
@@ -49,7 +50,7 @@ def test_torchvision_resnet50_loads_the_export_and_agrees(torchvision, run):
         torch.testing.assert_close(theirs.eval()(x), ours(x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("arch", ["resnet50", "resnet18"])
+@pytest.mark.parametrize("arch", ["resnet18", "resnext50_32x4d"])
 def test_timm_create_model_loads_the_export_and_agrees(torchvision, run, arch):
     import timm
 
@@ -63,9 +64,14 @@ def test_timm_create_model_loads_the_export_and_agrees(torchvision, run, arch):
         torch.testing.assert_close(theirs.eval()(x), ours(x), rtol=1e-4, atol=1e-4)
 
 
-def detectron2_shapes(depth: int) -> dict[str, tuple]:
-    """What build_resnet_backbone makes, as its source says (detectron2@02b5c4e2, resnet.py)."""
+def detectron2_shapes(resnets: dict) -> dict[str, tuple]:
+    """What build_resnet_backbone makes of MODEL.RESNETS, as its source says.
+
+    Source: detectron2@02b5c4e2, modeling/backbone/resnet.py.
+    """
     shapes: dict[str, tuple] = {}
+    depth, groups = resnets["DEPTH"], resnets["NUM_GROUPS"]
+    inner = groups * resnets["WIDTH_PER_GROUP"]
 
     def conv(name: str, outputs: int, inputs: int, kernel: int) -> None:
         shapes[f"{name}.weight"] = (outputs, inputs, kernel, kernel)
@@ -74,7 +80,7 @@ def detectron2_shapes(depth: int) -> dict[str, tuple]:
         shapes[f"{name}.norm.num_batches_tracked"] = ()
 
     conv("stem.conv1", 64, 3, 7)
-    inputs, outputs = 64, 64 if depth < 50 else 256  # RES2_OUT_CHANNELS
+    inputs, outputs = 64, resnets["RES2_OUT_CHANNELS"]
     for stage, num_blocks in enumerate({18: (2, 2, 2, 2), 50: (3, 4, 6, 3)}[depth], start=2):
         for index in range(num_blocks):
             block = f"res{stage}.{index}"
@@ -84,22 +90,24 @@ def detectron2_shapes(depth: int) -> dict[str, tuple]:
                 conv(f"{block}.conv1", outputs, inputs, 3)
                 conv(f"{block}.conv2", outputs, outputs, 3)
             else:
-                conv(f"{block}.conv1", outputs // 4, inputs, 1)
-                conv(f"{block}.conv2", outputs // 4, outputs // 4, 3)
-                conv(f"{block}.conv3", outputs, outputs // 4, 1)
+                conv(f"{block}.conv1", inner, inputs, 1)
+                conv(f"{block}.conv2", inner, inner // groups, 3)
+                conv(f"{block}.conv3", outputs, inner, 1)
             inputs = outputs
-        outputs *= 2
+        outputs, inner = 2 * outputs, 2 * inner
     return shapes
 
 
-@pytest.mark.parametrize("depth", [18, 50])
-def test_the_pickle_has_all_of_detectron2s_backbone_and_nothing_else(run, depth):
-    folder, ours = run(arch=f"resnet{depth}")
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2"])
+def test_the_pickle_has_all_of_detectron2s_backbone_and_nothing_else(run, arch):
+    folder, ours = run(arch=arch)
     written = export.export(folder, folder / "out", "detectron2")
-    content = pickle.loads((folder / "out" / f"resnet{depth}.pkl").read_bytes())
+    content = pickle.loads((folder / "out" / f"{arch}.pkl").read_bytes())
     assert content["matching_heuristics"] is True and content["__author__"]
     weights = content["model"]
-    assert {name: value.shape for name, value in weights.items()} == detectron2_shapes(depth)
+    settings = yaml.safe_load((folder / "out" / f"{arch}.yaml").read_text())
+    expected = detectron2_shapes(settings["MODEL"]["RESNETS"])
+    assert {name: value.shape for name, value in weights.items()} == expected
     for theirs, mine in (
         ("stem.conv1.norm.running_var", ours.bn1.running_var),
         ("res3.0.shortcut.weight", ours.layer2[0].downsample[0].weight),
@@ -107,7 +115,6 @@ def test_the_pickle_has_all_of_detectron2s_backbone_and_nothing_else(run, depth)
         ("res5.1.conv2.norm.running_mean", ours.layer4[1].bn2.running_mean),
     ):
         assert torch.equal(torch.from_numpy(weights[theirs]), mine), theirs
-    settings = yaml.safe_load((folder / "out" / f"resnet{depth}.yaml").read_text())
     assert settings["MODEL"]["WEIGHTS"] == written["file"] and settings["INPUT"]["FORMAT"] == "RGB"
     assert settings["MODEL"]["PIXEL_MEAN"] == pytest.approx([123.675, 116.28, 103.53])
     assert settings["MODEL"]["PIXEL_STD"] == pytest.approx([58.395, 57.12, 57.375])

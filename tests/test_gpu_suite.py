@@ -19,6 +19,7 @@ from measure.harness import read_flags
 from measure.kernel_times import Site, measure
 from predict.limit import GPUS, count, describe
 from suite.checks import OutOfTime, StageFailed, Suite, count_tests
+from suite.extras import KERNEL_TESTS
 from suite.stages import STAGES, Stage, judge_sites, share_of_h200
 from train.config import MethodConfig, ModelConfig
 from train.config.parser import parse_config
@@ -287,3 +288,9 @@ def test_a_mistake_gets_one_line(tmp_path, monkeypatch, capsys, arguments, messa
         gpu_suite.main()
     assert stopped.value.code in (1, 2)
     assert message in capsys.readouterr().err
+
+
+def test_make_test_gpu_runs_the_kernel_tests_of_the_suite():
+    words = ["make", "--dry-run", "test-gpu"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert all(f"tests/test_{name}.py" in done.stdout for name in KERNEL_TESTS.split())

@@ -1,11 +1,17 @@
 """Rank, spectrum and what two views share, of matrices whose values are known, and in a run."""
 
+import json
 import math
+from functools import cache
 
 import pytest
 import torch
 
+from forked import forked
+from train.config import MethodConfig
 from train.evaluation.health import alignment, decay, retrieval, spectrum, uniformity
+from train.methods.byol import BYOLConfig
+from train.run.report import collapse_advice
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -62,3 +68,63 @@ def test_uniformity_of_a_collapse_is_zero_and_of_orthogonal_rows_minus_four():
     two = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
     expected = math.log((2 * math.exp(-4) + math.exp(-8)) / 3)
     assert uniformity(two) == pytest.approx(expected)
+
+
+SMALL = [
+    "train/main.py", "--config=configs/demo.yaml", "--device=cpu", "--max_steps=40",
+    "--model.width=8", "--model.projector_dim=64", "--model.projector_hidden=64",
+    "--model.predictor_hidden=16", "--eval.every_epochs=100", "--eval.rank_images=300",
+    "--eval.rank_steps=20", "--log_every=20",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The result and stderr of a short run on the digits, by its flags; each is run once."""
+
+    @cache
+    def run(*flags: str) -> tuple[dict, str]:
+        done = forked([*SMALL, f"--out={tmp_path_factory.mktemp('run')}/run", *flags])
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+    return run
+
+
+@pytest.mark.parametrize("flag", ["--optim.lr=30", "--optim.weight_decay=0.1"])
+def test_a_partial_collapse_that_the_meter_misses_is_warned_of_and_its_remedy_helps(flag, trained):
+    found, stderr = trained(flag)
+    assert found["partially_collapsed"] and found["rank_z"] < 4 and not found["collapsed"]
+    assert "PARTIAL COLLAPSE" in stderr and flag.split("=")[0] in stderr.split("Remedy: ")[1]
+    found, stderr = trained()  # the flag at the preset's value, which is lower
+    assert not found["partially_collapsed"] and found["rank_z"] > 12
+    assert "COLLAPSE" not in stderr
+
+
+NO_NORM = "--model.head_norm=none"
+LONGER = "--log_every=5", "--max_steps=60"
+
+
+@pytest.mark.parametrize("changed", [(NO_NORM, "--optim.lr=0.05"), ("--optim.lr=3",)])
+def test_each_remedy_for_a_collapse_ends_it(changed, trained):
+    collapsing = NO_NORM, "--optim.lr=3"
+    found, stderr = trained(*collapsing, *LONGER)
+    assert found["collapsed"]
+    (flag,) = {flag.split("=")[0] for flag in set(collapsing) - set(changed)}
+    assert flag in stderr.split("COLLAPSED: ")[1].split("Remedy: ")[1].splitlines()[0]
+    found, stderr = trained(*changed, *LONGER)
+    assert not found["collapsed"] and "COLLAPSED" not in stderr
+
+
+@pytest.mark.parametrize(
+    ("switches", "remedy"),
+    [
+        ({"stop_gradient": False}, "--method.stop_gradient true"),
+        ({"predictor": "none"}, "--method.predictor mlp"),
+        ({"name": "byol", "byol": BYOLConfig(predictor=False)}, "--method.byol.predictor true"),
+    ],
+)
+def test_the_switch_that_makes_a_method_collapse_is_named(switches, remedy):
+    # that they collapse, and do not with the switch on: the studies, docs/study.md
+    advice = collapse_advice(0.1, threshold=0.5, method=MethodConfig(**switches).spec)
+    assert f"Remedy: set {remedy}." in advice

@@ -16,10 +16,16 @@ from torch import nn
 
 from train import export, import_checkpoint
 from train.config import Config, DataConfig, MethodConfig, ModelConfig
-from train.import_checkpoint import convert, import_file, linear_norm, read_tensors
+from train.import_checkpoint import (
+    convert,
+    describe_backbone,
+    import_file,
+    linear_norm,
+    read_tensors,
+)
 from train.methods.simsiam import MovingAverage, SimSiam
 from train.network.model import LinearNorm
-from train.network.resnet import ResNet
+from train.network.resnet import LAYERS, ResNet
 from train.run import checkpoint, state
 
 
@@ -245,6 +251,21 @@ def test_heads_that_compute_something_else_are_left_out_with_the_reason(changes,
     assert reason in found.left_out["projector.*"]
     assert {name.split(".")[0] for name in found.tensors} == {"backbone"}
     assert found.network == {"arch": "resnet18", "stem": "imagenet", "width": 8}
+
+
+@pytest.mark.parametrize("arch", LAYERS)
+@pytest.mark.parametrize(("stem", "width"), [("imagenet", 64), ("cifar", 8)])
+def test_every_network_is_told_by_its_shapes(arch, stem, width):
+    with torch.device("meta"):
+        backbone = ResNet(arch, stem=stem, width=width).state_dict()
+    assert describe_backbone(backbone) == {"arch": arch, "stem": stem, "width": width}
+
+
+def test_a_network_with_other_groups_is_refused(torchvision):
+    with torch.device("meta"):
+        backbone = torchvision.models.resnext101_32x8d().state_dict()
+    with pytest.raises(ValueError, match=r"layer1.0.conv2 of \(256, 8, 3, 3\): known are resnet18"):
+        describe_backbone(backbone)
 
 
 @pytest.mark.parametrize(

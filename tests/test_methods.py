@@ -44,6 +44,7 @@ SWAV = SwAVConfig(
     prototypes=7, queue=12, queue_from_epoch=0, small_views=2, small_size=8, frozen_epochs=0.5
 )
 METHODS = {
+    "simsiam of four views": MethodConfig(views=4),
     "byol": MethodConfig(name="byol"),
     "byol without predictor": MethodConfig(name="byol", byol=BYOLConfig(predictor=False)),
     # at 0.1 the gradients are so steep that rounding shows in three steps
@@ -134,7 +135,8 @@ def _three_steps(name: str, rank: int, group, *, compiled: bool) -> dict:
     for step in range(3):
         model.before_step(step)
         small = flat(some_views(step, size=8)[:, mine]) if method.swav.small_views else None
-        loss, scalars = call(flat(some_views(step)[:, mine]), torch.arange(ROWS)[mine], small)
+        views = flat(some_views(step, views=method.spec.num_views)[:, mine])
+        loss, scalars = call(views, torch.arange(ROWS)[mine], small)
         optimizer.zero_grad()
         loss.backward()
         learned = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
@@ -202,7 +204,8 @@ def train_to(current: TrainState, config: Config, schedule: Schedule, *, step: i
             return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
 
         small = draw(num_small, 8) if num_small else None
-        batch = Batch(at, draw(2, SIZE), torch.arange(ROWS), small)
+        views = draw(config.method.spec.num_views, SIZE)
+        batch = Batch(at, views, torch.arange(ROWS), small)
         train_step(current, config, schedule, batch)
 
 
@@ -387,6 +390,17 @@ def test_small_views_reach_the_network(images, tmp_path):
     )  # fmt: skip
     found = result(run(images, tmp_path / "run", *flags))
     assert (found["method"], found["views"], found["steps"]) == ("swav", 4, 2)
+
+
+def test_four_views_reach_the_network_and_tensorboard(images, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = result(run(images, tmp_path / "run", "--method.views=4", "--max_steps=2"))
+    assert (found["method"], found["views"], found["steps"]) == ("simsiam", 4, 2)
+    board = EventAccumulator(str(tmp_path / "run" / "tb"))
+    board.Reload()
+    (picture,) = board.Images("views")
+    assert (picture.height, picture.width) == (4 * SIZE, 8 * SIZE)
 
 
 def test_a_checkpoint_of_another_method_is_refused(tmp_path):

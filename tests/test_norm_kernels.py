@@ -225,19 +225,20 @@ def test_of_equal_values_in_a_window_the_first_gets_the_gradient():
     torch.testing.assert_close(grads[1], grads[0], rtol=1e-5, atol=1e-5)
 
 
-def test_normalising_again_in_backward_changes_no_gradient():
+@pytest.mark.parametrize("groups", [1, 3])
+def test_normalising_again_in_backward_changes_no_gradient(groups):
     generator = torch.Generator().manual_seed(0)
     x = channels_last(torch.randn(4, 12, 5, 5, generator=generator)).to(DEVICE)
     found = []
     for recompute in (False, True):
         torch.manual_seed(0)
-        conv = nn.Conv2d(12, 6, 3, 2, 1, bias=False).to(DEVICE)
+        conv = nn.Conv2d(12, 6, 3, 2, 1, groups=groups, bias=False).to(DEVICE)
         conv = conv.to(memory_format=torch.channels_last)
         leaf = x.detach().requires_grad_()
         weight, bias = (torch.full((12,), v, device=DEVICE, requires_grad=True) for v in (1.5, 0.2))
         norm = Norm(weight, bias, torch.zeros(12, device=DEVICE), torch.ones(12, device=DEVICE))
         if recompute:
-            shape = {"stride": (2, 2), "padding": (1, 1)}
+            shape = {"stride": (2, 2), "padding": (1, 1), "groups": groups}
             y = batch_norm_act_conv(leaf, norm, conv.weight, NormOptions(2), **shape)
         else:
             y = conv(batch_norm_act(leaf, norm, TWO_VIEWS))

@@ -13,7 +13,14 @@ from torch.nn import functional as F
 from train.distributed import World
 from train.evaluation.config import FastProbeConfig, LinearProbeConfig
 from train.evaluation.encoded import Encoded
-from train.evaluation.fast_probe import fast_probe, train_heads
+from train.evaluation.fast_probe import (
+    draw_labelled,
+    fast_probe,
+    few_labels,
+    split,
+    spread,
+    train_heads,
+)
 from train.evaluation.linear_probe import (
     Head,
     LinearProbe,
@@ -92,6 +99,58 @@ def test_a_learning_rate_that_explodes_spoils_no_other_and_is_not_picked():
     assert found["lr"] == 0.1 and (guesses == same).float().mean() > 0.99
     assert found["held_out_top1_by_lr"]["0.1"] == alone["held_out_top1_by_lr"]["0.1"] > 90
     assert found["held_out_top1_by_lr"]["1e+38"] < 50
+
+
+def test_few_labels_are_the_same_share_of_each_class_and_at_least_one():
+    labels = torch.tensor([0] * 400 + [1] * 200 + [2] * 30).roll(77)
+    train = encoded(torch.randn(630, 4, generator=torch.Generator().manual_seed(0)), labels)
+    _, held = split(train, 3)
+    draws = [draw_labelled(train, 0.1, seed=3, draw=draw) for draw in range(3)]
+    for rows in draws:
+        assert labels[rows].bincount().tolist() == [40, 20, 3]
+        assert len(set(rows.tolist())) == len(rows) and not set(rows.tolist()) & set(held.tolist())
+    assert len({tuple(rows.tolist()) for rows in draws}) == 3
+    assert draws[1].tolist() == draw_labelled(train, 0.1, seed=3, draw=1).tolist()
+    few = draw_labelled(train, 0.01, seed=3, draw=0)
+    assert labels[few].bincount().tolist() == [4, 2, 1]  # 0.3 of the last class is one
+
+
+def test_with_all_labels_the_probe_is_the_whole_one_and_with_fewer_it_is_worse():
+    x, labels, test_x, test_labels = problem(1.5)
+    sets = encoded(x, labels), encoded(test_x, test_labels)
+    config = FastProbeConfig(epochs=10, label_fractions=(0.01, 0.1, 1.0), label_draws=3)
+    options: dict = {"config": config, "num_classes": 7, "top": 5, "seed": 0}
+    _, whole = fast_probe(*sets, **options)
+    rows = torch.from_numpy(draw_labelled(sets[0], 1.0, seed=0, draw=2))
+    assert torch.equal(fast_probe(*sets, **options, labelled=rows)[1], whole)
+    one, tenth, everything = few_labels(*sets, **options)
+    expected = 100 * (whole[:, 0] == test_labels).float().mean().item()
+    assert everything["top1"] == {
+        "mean": pytest.approx(expected), "std": pytest.approx(0, abs=1e-6),
+        "values": [pytest.approx(expected)] * 3,
+    }  # fmt: skip
+    assert (one["labels_per_class"], everything["labels"]) == ([1, 2], 900)
+    assert 100 / 7 < one["top1"]["mean"] < tenth["top1"]["mean"] < expected
+    assert one["top1"]["std"] == pytest.approx(np.std(one["top1"]["values"], ddof=1)) != 0
+    assert one["top5"]["mean"] > one["top1"]["mean"]
+
+
+def test_with_few_labels_the_probe_reaches_what_logistic_regression_reaches():
+    x, labels, test_x, test_labels = problem(0.3)
+    train, test = encoded(x, labels), encoded(test_x, test_labels)
+    rows = draw_labelled(train, 0.01, seed=0, draw=0)
+    mean, std = x.mean(0), x.std(0)
+    reference = LogisticRegression(max_iter=2000).fit(((x - mean) / std)[rows], labels[rows])
+    expected = 100 * reference.score(((test_x - mean) / std).numpy(), test_labels.numpy())
+    options: dict = {"config": FastProbeConfig(), "num_classes": 7, "top": 5, "seed": 0}
+    _, guesses = fast_probe(train, test, **options, labelled=torch.from_numpy(rows))
+    assert 100 * (guesses[:, 0] == test_labels).float().mean().item() > expected - 2
+    assert expected > 80
+
+
+def test_the_spread_of_one_draw_or_of_fewer_than_five_classes_is_unknown():
+    assert spread([3.0]) == {"mean": 3.0, "std": None, "values": [3.0]}
+    assert spread([None, None]) is None
 
 
 def test_lars_takes_the_official_step_worked_out_by_hand():

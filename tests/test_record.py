@@ -36,6 +36,18 @@ def test_a_finished_run_is_kept_whole_without_this_machines_paths(tmp_path, monk
     assert kept["runs"][0]["command"] == "python train/main.py --seed 0"
 
 
+@pytest.mark.parametrize("kind", ["evaluation", "features"])
+def test_an_evaluation_and_features_are_kept_too(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
+    folder = make_run(tmp_path / "a")
+    (folder / "result.json").unlink()
+    (folder / f"{kind}.json").write_text(json.dumps({"knn_top1": 50.0, "data": f"{ROOT}/runs/x"}))
+    (folder / "metrics.jsonl").unlink()
+    kept = json.loads(record["record"]("name", [folder]).read_text())
+    assert set(kept["runs"][0]) == {"result", "env", "config", "command"}
+    assert kept["runs"][0]["result"] == {"knn_top1": 50.0, "data": "runs/x"}
+
+
 def test_unfinished_or_unlike_runs_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"has no result\.json"):
         record["read_run"](tmp_path)

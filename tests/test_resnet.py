@@ -6,14 +6,14 @@ import torch
 from train.config import MethodConfig, ModelConfig
 from train.methods.simsiam import SimSiam
 from train.network.norm import BatchNorm
-from train.network.resnet import ResNet
+from train.network.resnet import LAYERS, ResNet
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "resnet34", "resnet50", "resnet101"])
+@pytest.mark.parametrize("arch", LAYERS)
 def test_weights_exchange_with_torchvision_both_ways(torchvision, arch):
     torch.manual_seed(0)
     ours = ResNet(arch, stem="imagenet", zero_init_residual=False).eval()
-    theirs = getattr(torchvision.models, arch)(num_classes=3).eval()
+    theirs = torchvision.models.get_model(arch).eval()
     theirs.fc = torch.nn.Identity()
     x = torch.randn(2, 3, 64, 64).to(memory_format=torch.channels_last)
     ours.to(memory_format=torch.channels_last)
@@ -24,9 +24,39 @@ def test_weights_exchange_with_torchvision_both_ways(torchvision, arch):
                 module.running_var.uniform_(0.8, 1.2)
         theirs.load_state_dict(ours.state_dict(), strict=True)
         torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
-    ours.load_state_dict(
-        getattr(torchvision.models, arch)(num_classes=1).state_dict(), strict=False
-    )
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+
+
+def test_convolutions_start_as_torchvisions_with_groups_too(torchvision):
+    torch.manual_seed(0)
+    theirs = torchvision.models.resnext50_32x4d().state_dict()
+    for name, ours in ResNet("resnext50_32x4d", stem="imagenet").state_dict().items():
+        if ours.dim() == 4:
+            assert abs(ours.std() / theirs[name].std() - 1) < 0.05, name
+
+
+@pytest.mark.parametrize("arch", LAYERS)
+def test_a_narrow_network_has_an_eighth_of_all_channels_and_groups_as_wide_as_before(arch):
+    with torch.device("meta"):
+        published, narrow = (ResNet(arch, stem="imagenet", width=width) for width in (64, 8))
+    whole = dict(published.named_modules())
+    for name, module in narrow.named_modules():
+        if isinstance(module, torch.nn.Conv2d):
+            other = whole[name]
+            assert 8 * module.out_channels == other.out_channels
+            assert name == "conv1" or 8 * module.in_channels == other.in_channels
+            assert module.groups == max(1, other.groups // 8), name
+    assert narrow.layer1[0].conv2.groups == (4 if arch == "resnext50_32x4d" else 1)
+    assert 8 * narrow.num_features == published.num_features
+
+
+def test_a_width_that_needs_half_a_group_is_refused():
+    with pytest.raises(
+        ValueError, match=r"model.width must be a multiple of 2 for resnext50_32x4d"
+    ):
+        ModelConfig(arch="resnext50_32x4d", width=9)
+    assert ModelConfig(arch="resnext50_32x4d", width=10).width == 10
+    assert ModelConfig(arch="wide_resnet50_2", width=9).width == 9
 
 
 def test_last_norm_of_each_block_starts_at_zero():

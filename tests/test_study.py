@@ -336,6 +336,27 @@ def test_outcomes_tell_seeds_that_collapse_and_encoders_that_do_not_learn(tmp_pa
     assert spread([None]) is None
 
 
+def test_rows_behind_a_reference_are_compared_with_it(tmp_path):
+    second = Row("second", "SECOND", None, None, "", is_reference=True)
+    rows = row("base", says="learns"), row("like"), second, row("low", says="worse")
+    knns = {"base": (70.0, 76.0), "like": (71.0, 75.0), "second": (90.0, 92.0), "low": (70.0, 76.0)}
+    runs = {name: runs_of(tmp_path, name, values) for name, values in knns.items()}
+    found = summarize(Study("s", "S", "", rows), runs, reasons={}, failed={})["rows"]
+    assert [one["outcome"] for one in found] == ["learns", "same", "learns", "worse"]
+
+
+def test_four_views_stand_beside_two_of_as_many_images_and_of_as_many_views():
+    base = read_config(DIGITS)
+    rows = studies(base)["views"].rows
+    seen = []
+    for of_row in rows:
+        config = read_config([*DIGITS, *of_row.flags])
+        seen.append((config.data.batch_size, config.epochs, config.epochs * len(config.views)))
+    for size, of_size in (16, seen[:3]), (32, seen[3:]):
+        assert of_size == [(size, 25, 50), (size, 25, 100), (size, 50, 100)]
+    assert [of_row.is_reference for of_row in rows] == [True, False, False] * 2
+
+
 def test_rows_that_collapse_below_another_std_are_named_and_have_a_line(tmp_path):
     rows = row("base", says="learns"), row("plain"), row("moco")
     runs = {

@@ -8,11 +8,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn import functional as F
 
+from kernels.cosine import symmetric_neg_cosine
 from test_sync_norm import free_port
 from train.config import Config, DataConfig, MethodConfig, ModelConfig, OptimConfig
-from train.methods.method import check_memory
+from train.methods.method import check_memory, collapse_meter
 from train.methods.moco import MoCoConfig
-from train.methods.simsiam import Alternation, MovingAverage, SimSiam
+from train.methods.simsiam import Alternation, MovingAverage, SimSiam, cross_entropy
 from train.network.norm import BatchNorm
 from train.run.optim import build_optimizer
 from train.run.state import build_method
@@ -42,6 +43,13 @@ def cosine(a, b):
     return -(F.normalize(a, dim=1) * F.normalize(b, dim=1)).sum(1).mean()
 
 
+def against_others(compare, p, z):
+    """FastSiam's loss, written out."""
+    last = len(p) - 1
+    targets = [sum(z[j] for j in range(len(p)) if j != i) / last for i in range(len(p))]
+    return sum(map(compare, p, targets)) / len(p)
+
+
 def entropy(p, z):
     return -(z.softmax(1) * p.log_softmax(1)).sum(1).mean()
 
@@ -60,6 +68,8 @@ def entropy(p, z):
             lambda p, z: (entropy(p[0], z[1]) + entropy(p[1], z[0])) / 2,
         ),
         ({"predictor": "none"}, lambda p, z: cosine(z[0], z[1])),
+        ({"views": 3}, lambda p, z: against_others(cosine, p, z)),
+        ({"views": 4, "similarity": "cross_entropy"}, lambda p, z: against_others(entropy, p, z)),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
 )
@@ -79,6 +89,58 @@ def test_each_loss_and_its_gradients_equal_the_formula(options, expected):
     ):
         torch.testing.assert_close(ours.grad, theirs.grad, msg=name)
     assert 0.3 < scalars["z_std"] < 1.5
+
+
+@pytest.mark.parametrize("views", [3, 4])
+@pytest.mark.parametrize("similarity", ["cosine", "cross_entropy"])
+@pytest.mark.parametrize("stop_gradient", [True, False])
+def test_the_loss_of_many_views_and_its_gradients_are_the_formulas_in_double_precision(
+    views, similarity, stop_gradient
+):
+    options = {"views": views, "similarity": similarity, "stop_gradient": stop_gradient}
+    compare = cosine if similarity == "cosine" else entropy
+    given = torch.randn(2, views, 5, 16, generator=torch.Generator().manual_seed(0))
+    ours = [part.clone().requires_grad_() for part in given]
+    exact = [part.double().requires_grad_() for part in given]
+    loss, z_std = made(**options).loss(*ours)
+    expected = against_others(compare, exact[0], exact[1].detach() if stop_gradient else exact[1])
+    for value in loss, expected:
+        value.backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-7)
+    assert (ours[1].grad is None) == stop_gradient
+    for mine, theirs in zip(ours, exact, strict=True):
+        if mine.grad is not None:
+            torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=1e-4, atol=1e-7)
+    unit = F.normalize(exact[1].detach(), dim=-1)
+    torch.testing.assert_close(z_std.double(), 4 * unit.std(1, correction=0).mean())
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "cross_entropy"])
+def test_two_views_are_simsiam_bit_for_bit(similarity, monkeypatch):
+    """Three steps against the loss as it was before there were more views."""
+
+    def simsiam(self, p, z):
+        if similarity == "cosine":
+            loss, z_std = symmetric_neg_cosine(p, z)
+            return loss, z_std * z.shape[-1] ** 0.5
+        target = z.detach()
+        loss = cross_entropy(p[0], target[1]) + cross_entropy(p[1], target[0])
+        return loss / 2, collapse_meter(z)
+
+    ours = made(similarity=similarity, views=2)
+    found = train_steps(ours, range(3))
+    monkeypatch.setattr(SimSiam, "loss", simsiam)
+    plain = made(similarity=similarity)
+    assert train_steps(plain, range(3)) == found
+    for name, value in plain.state_dict().items():
+        assert value.equal(ours.state_dict()[name]), name
+
+
+def test_batch_norm_takes_each_of_four_views_apart():
+    model, x = made(views=4), some_views(views=4)
+    _, z = model.encode(x + torch.arange(4).repeat_interleave(ROWS).view(-1, 1, 1, 1))
+    torch.testing.assert_close(z.mean(1), torch.zeros(4, 16), atol=1e-5, rtol=0)
+    assert model.projector[0].norm.num_batches_tracked == 4
 
 
 def test_a_fixed_predictor_keeps_its_start_and_the_rest_learns():
@@ -216,6 +278,11 @@ def test_targets_on_two_ranks_equal_those_of_one_with_the_whole_batch(kind):
         ({"target_steps": 10, "stop_gradient": False}, "leave --method.stop_gradient true"),
         ({"moving_average": 0.8, "symmetry": "asymmetric"}, "needs --method.symmetry symmetric"),
         ({"moving_average": 1.0}, "must be in 0 .. 1"),
+        ({"views": 1}, "method.views must be at least 2, got 1"),
+        ({"views": 9}, "method.views must be at most 8, got 9"),
+        ({"views": 4, "symmetry": "asymmetric_2x"}, "views 4 needs --method.symmetry symmetric"),
+        ({"views": 4, "target_steps": 0}, "target_steps keeps targets of two views"),
+        ({"views": 3, "moving_average": 0.8}, "moving_average keeps targets of two views"),
     ],
 )
 def test_switches_that_exclude_each_other_are_refused(options, message):

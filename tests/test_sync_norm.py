@@ -13,7 +13,7 @@ from torch.nn.modules._functions import SyncBatchNorm
 from kernels.batch_norm import Norm, NormOptions, batch_norm_act
 from train.config import MethodConfig, ModelConfig
 from train.methods.simsiam import SimSiam
-from train.network.resnet import LAYERS
+from train.network.resnet import LAYERS, Layers
 
 VIEWS, ROWS, CHANNELS = 2, 6, 5
 
@@ -177,7 +177,7 @@ def step(kernels: str, images: slice, *, group, compiled: bool) -> dict:
     torch.manual_seed(0)
     config = dataclasses.replace(SMALL, kernels=kernels)
     with pytest.MonkeyPatch.context() as patch:  # one block a stage takes half as long to compile
-        patch.setitem(LAYERS, SMALL.arch, ("basic", (1, 1, 1, 1)))
+        patch.setitem(LAYERS, SMALL.arch, Layers("basic", (1, 1, 1, 1)))
         model = SimSiam(config, MethodConfig()).to(memory_format=torch.channels_last)
     model.sync_over(group)
     views = torch.randn(2, IMAGES, 3, 32, 32)[:, images].flatten(0, 1)

@@ -186,7 +186,7 @@ def test_step_and_end_to_end_are_measured_and_missing_peers_say_what_to_do(reade
 
 def test_a_step_of_small_views_and_of_four_views_is_measured(world):
     swav = SwAVConfig(prototypes=10, small_views=2, small_size=16)
-    for method in (MethodConfig(name="swav", swav=swav), MethodConfig(symmetry="asymmetric_2x")):
+    for method in (MethodConfig(name="swav", swav=swav), MethodConfig(views=4)):
         config = dataclasses.replace(small_config(width=8), method=method)
         found = measure_step(config, dataclasses.replace(ONCE, peers=False), world)
         assert found["ours"].rate() > 0
@@ -195,13 +195,15 @@ def test_a_step_of_small_views_and_of_four_views_is_measured(world):
 @pytest.mark.parametrize(
     ("flags", "parts"),
     [
-        (("--dry-run",), ("--dry-run: for SimSiam's step alone", "leave it out")),
-        ((), ("--peers true and --what limit: for SimSiam's step alone, --method.name is byol",
-              "give --peers false and give --what loader,step,end_to_end,ranks")),
+        (("--method.name=byol", "--dry-run"), ("--dry-run: for SimSiam's step of two", "leave it")),
+        (("--method.name=byol",),
+         ("--peers true and --what limit: for SimSiam's step of two views alone, --method.name is "
+          "byol", "give --peers false and give --what loader,step,end_to_end,ranks")),
+        (("--method.views=4",), ("is simsiam, with 4 views: give --peers false",)),
     ],
 )  # fmt: skip
-def test_what_measures_simsiam_alone_is_refused_for_another_method(flags, parts):
-    done = run_script("profiling/throughput.py", "--method.name", "byol", *flags)
+def test_what_measures_simsiams_two_views_alone_is_refused_for_others(flags, parts):
+    done = run_script("profiling/throughput.py", *flags)
     assert done.returncode == 1
     (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
     assert all(part in line for part in parts)

@@ -1,9 +1,10 @@
 """Evaluate a trained encoder: `python train/evaluate.py RUN [--data.root DIR]`, or under torchrun.
 
 Takes the newest checkpoint of a run folder: kNN for several k, the fast linear probe on cached
-features, RankMe, the collapse meter, a confusion matrix and test images with their nearest training
-images; then, unless --probe fast, the paper's linear probe: hours for ImageNet. Test images are
-those of val/ or --data.val, or a tenth of the folder. Written to RUN/evaluation/.
+features with all labels and with few, RankMe, the collapse meter, a confusion matrix and test
+images with their nearest training images; then, unless --probe fast, the paper's linear probe:
+hours for ImageNet. Test images are those of val/ or --data.val, or a tenth of the folder. Written
+to RUN/evaluation/.
 """
 
 import os
@@ -13,7 +14,6 @@ if not __package__:  # run as a script: the repo root, not this folder, heads sy
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 import dataclasses
-import hashlib
 import json
 import signal
 import time
@@ -35,7 +35,7 @@ from train.evaluation import encoded, linear_probe, pictures
 from train.evaluation.config import EvaluateConfig, read_flags, run_config
 from train.evaluation.embed import nearest, ranked
 from train.evaluation.encoded import Encoded, accuracy
-from train.evaluation.fast_probe import fast_probe
+from train.evaluation.fast_probe import fast_probe, few_labels
 from train.evaluation.linear_probe import LinearProbe
 from train.network.resnet import ResNet
 from train.run import folder as run_folder
@@ -47,6 +47,7 @@ from train.run.report import print_evaluation, thumbnails
 
 QUERIES, NEIGHBOURS, SIDE = 10, 8, 96  # test images shown, neighbours of each, pixels
 CONFUSION, CONFUSION_LINEAR = "confusion.png", "confusion_linear.png"
+DESCRIPTION = "Evaluate the newest checkpoint of a run: kNN, probes, RankMe, pictures."
 STOPPED = (
     "stopped. evaluation.json has the finished parts; the same command starts again, and resumes "
     "after the linear probe's last epoch"
@@ -69,7 +70,7 @@ class Job:
     log: Log
 
     @property
-    def guesses(self) -> dict[str, int]:
+    def guesses(self) -> dict:
         """How many classes there are and how many guesses to make: five, if there are as many."""
         return {"num_classes": len(self.names), "top": min(encoded.TOP, len(self.names))}
 
@@ -99,19 +100,30 @@ def run_fast_probe(job: Job, train: Encoded, test: Encoded) -> tuple[dict, Tenso
     return accuracy(guesses, test.labels) | result, guesses
 
 
+def run_few_labels(job: Job, train: Encoded, test: Encoded) -> list[dict]:
+    """The fast probe's accuracies with few labels."""
+    config = job.options.fast
+    found = few_labels(train, test, config=config, seed=job.config.seed, **job.guesses)
+    fewest = int(train.labels.bincount()[train.labels].min())  # of a class that has images
+    for row in found:
+        if row["fraction"] * fewest < 1:
+            job.log(
+                f"few labels: {100 * row['fraction']:g} % is less than one image of a class with "
+                f"{fewest}: one is taken of it, {row['labels']} labels in all"
+            )
+    return found
+
+
 def open_probe(job: Job, backbone: ResNet) -> LinearProbe:
     """The linear probe of this encoder, resumed from its checkpoint if there is one.
 
     Raises: ValueError if the checkpoint is of other settings.
     """
     config, probe, source = job.config, job.options.linear, job.train.reader.source
-    encoder = hashlib.sha256()
-    for tensor in backbone.state_dict().values():
-        encoder.update(tensor.cpu().contiguous().numpy().tobytes())
     facts = dataclasses.asdict(probe) | {"lrs": list(probe.lrs), "size": config.eval.size}
     facts |= {"flip": config.augment.flip, "precision": config.precision, "seed": config.seed}
     facts |= {"num_images": len(job.train.ids), "images": source.fingerprint}
-    facts["encoder"] = encoder.hexdigest()
+    facts["encoder"] = encoded.fingerprint(backbone)
     folder = job.out / "checkpoints" / f"encoder-{job.saved.step:08d}"
     torch.manual_seed(config.seed)
     sizes = {"features": backbone.num_features, "classes": len(job.names)}
@@ -167,7 +179,7 @@ def evaluate(job: Job, folder: RunFolder | None) -> dict:
     result: dict = {"out": str(job.out), "step": job.saved.step}
     result |= {"data": job.train.reader.source.root, "train_images": len(train.ids)}
     result |= {"test_images": len(test.ids), "classes": len(names)}
-    result |= {"knn": {}, "fast_probe": None, "linear_probe": None}
+    result |= {"knn": {}, "fast_probe": None, "few_labels": [], "linear_probe": None}
     result |= encoded.measure_spread(projector, train.features)
 
     def write(title: str, guesses: Tensor | None, picture: str = CONFUSION) -> None:
@@ -183,6 +195,7 @@ def evaluate(job: Job, folder: RunFolder | None) -> dict:
         title, (result["knn"], guesses) = f"kNN, k = {max(options.k)}", knn(job, train, test)
     if options.runs("fast"):
         title, (result["fast_probe"], guesses) = "fast probe", run_fast_probe(job, train, test)
+        result["few_labels"] = run_few_labels(job, train, test)
     if folder is not None:
         for picture in CONFUSION, CONFUSION_LINEAR:  # of the previous evaluation
             (job.out / picture).unlink(missing_ok=True)
@@ -224,7 +237,7 @@ def start_job(
 @record
 def main() -> None:
     """Read the flags, evaluate, print the result as the last line of stdout."""
-    run, options = read_flags()
+    run, options = read_flags("train/evaluate.py", DESCRIPTION, EvaluateConfig)
     out, folder = Path(options.out or run / "evaluation"), None
     sizes = "lower --eval.batch_size, --eval.size or --fast.batch_size"
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C

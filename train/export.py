@@ -129,13 +129,15 @@ def for_detectron2(tensors: dict[str, Tensor], config: dict, target: Path) -> tu
     """<arch>.pkl, in the pickle of detectron2's model zoo, and <arch>.yaml."""
     arch, data = config["model"]["arch"], config["data"]
     path, settings_path = target / f"{arch}.pkl", target / f"{arch}.yaml"
-    resnets = {"DEPTH": int(arch.removeprefix("resnet")), "STRIDE_IN_1X1": False}
-    resnets["RES2_OUT_CHANNELS"] = 64 if LAYERS[arch][0] == "basic" else 256
+    layers, is_basic = LAYERS[arch], LAYERS[arch].block == "basic"
+    depth = 2 + (2 if is_basic else 3) * sum(layers.depths)  # convolutions and the classifier
+    resnets = {"DEPTH": depth, "RES2_OUT_CHANNELS": 64 if is_basic else 256}
+    resnets |= {"NUM_GROUPS": layers.groups, "WIDTH_PER_GROUP": layers.group_width}
     model = {
         "WEIGHTS": str(path.absolute()),
         "PIXEL_MEAN": [255 * value for value in data["mean"]],
         "PIXEL_STD": [255 * value for value in data["std"]],
-        "RESNETS": resnets,
+        "RESNETS": resnets | {"STRIDE_IN_1X1": False},
     }
     settings = yaml.safe_dump({"VERSION": 2, "MODEL": model, "INPUT": {"FORMAT": "RGB"}})
     weights: dict = {"model": {detectron2_name(name): t.numpy() for name, t in tensors.items()}}

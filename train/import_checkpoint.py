@@ -41,13 +41,13 @@ from safetensors import SafetensorError
 from train.config import Config
 from train.config.parser import build_parser, explain
 from train.methods.simsiam import SimSiam
-from train.network.resnet import LAYERS
+from train.network.resnet import LAYERS, Layers
 from train.run import checkpoint, state
 from train.run.checkpoint import Tensors
 from train.run.folder import RunFolder, environment
 from train.run.program import exit_on_error, first_line, refuse
 
-MAX_GIB = 8  # a ResNet-101 with heads, momentum encoder and optimizer takes less than 1
+MAX_GIB = 8  # a wide ResNet with heads, momentum encoder and optimizer takes less than 1
 DAMAGED = RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError
 DAMAGED += zipfile.BadZipFile, zlib.error, SafetensorError  # raised for truncated and foreign files
 
@@ -204,15 +204,21 @@ def describe_backbone(backbone: Tensors) -> dict[str, Any]:
     kind = "bottleneck" if "layer1.0.conv3.weight" in backbone else "basic"
     blocks = {tuple(name.split(".")[:2]) for name in backbone if name.startswith("layer")}
     depths = tuple(sum(layer == f"layer{i}" for layer, _ in blocks) for i in range(1, 5))
-    stem = backbone.get("conv1.weight", torch.empty(0))
-    arch = next((name for name, known in LAYERS.items() if known == (kind, depths)), None)
-    if arch is None or stem.ndim != 4 or stem.shape[2] not in (3, 7):
+    names = "conv1.weight", "layer1.0.conv2.weight"
+    stem, inner = (tuple(backbone.get(name, torch.empty(0)).shape) for name in names)
+    is_stem = len(stem) == 4 and stem[2] in (3, 7)
+
+    def is_same(known: Layers) -> bool:
+        same_inner = kind == "basic" or inner[:2] == known.inner(stem[0])
+        return (known.block, known.depths) == (kind, depths) and same_inner
+
+    arch = next((name for name, known in LAYERS.items() if is_stem and is_same(known)), None)
+    if arch is None:
         raise ValueError(
-            f"its backbone has {kind} blocks {depths} and a first convolution of shape "
-            f"{tuple(stem.shape)}: known are {', '.join(LAYERS)} with a 7x7 or 3x3 stem"
+            f"its backbone has {kind} blocks {depths}, a first convolution of shape {stem} and "
+            f"layer1.0.conv2 of {inner}: known are {', '.join(LAYERS)} with a 7x7 or 3x3 stem"
         )
-    kind_of_stem = {7: "imagenet", 3: "cifar"}[stem.shape[2]]
-    return {"arch": arch, "stem": kind_of_stem, "width": stem.shape[0]}
+    return {"arch": arch, "stem": {7: "imagenet", 3: "cifar"}[stem[2]], "width": stem[0]}
 
 
 def take_heads(imported: Imported, projector: Tensors, predictor: Tensors) -> None:

@@ -25,7 +25,7 @@ from train.run.report import thumbnails
 from train.run.state import TrainState
 from train.window import Window, warn_of_bad_queries
 
-PICTURES, EMBEDDED = 8, 1000  # images whose two views, whose features TensorBoard shows
+PICTURES, EMBEDDED = 8, 1000  # images whose views, whose features TensorBoard shows
 
 
 def train(
@@ -81,7 +81,7 @@ def train(
                 stacks.allow(ALLOWED_S)  # the first step of a block may compile
                 continue
             if batch.step == 0:
-                run.metrics.view_pairs(0, batch.images[:, :PICTURES])
+                run.metrics.view_grid(0, batch.images[:, :PICTURES])
             window.step_done(*train_step(current, config, schedule, batch))
             is_last, stopping = current.step == schedule.last, stop.agreed()
             if current.step % config.log_every == 0 or current.step == 1 or is_last or stopping:

@@ -64,7 +64,7 @@ def read_flags(words: Sequence[str]) -> tuple[str, StudyConfig, Config]:
     description = "Run the paper's studies over seeds."
     parser = build_parser("train/study.py", description, usage="[flags] NAME", root=DIGITS)
     names = "stop-gradient, predictor, batch-norm, symmetry, similarity, dimension, batch-size"
-    names += ", alternation, moving-average, methods, or all."
+    names += ", views, alternation, moving-average, methods, or all."
     parser.add_argument("name", help=names)
     parser.add_class_arguments(StudyConfig, as_group=True)
     if not any(word.split("=")[0] == "--config" for word in words):

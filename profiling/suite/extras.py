@@ -11,7 +11,8 @@ import sys
 from suite.checks import TINY_STEPS, StageFailed, Suite, last_line
 from suite.stages import Stage, check_memory, throughput, training
 
-KERNEL_TESTS = "norm_kernels loss_kernels cosine two_views"  # the Makefile reads this line
+# the Makefile reads this line
+KERNEL_TESTS = "norm_kernels loss_kernels cosine two_views"
 
 
 def kernel_tests(s: Suite) -> None:

@@ -94,7 +94,7 @@ def explain(message: str, known: Sequence[str] | None = None) -> str:
     keys = re.findall(r"(?:[Kk]ey|[Oo]ption) [\"']([\w.]+)[\"']", message)
     groups = re.findall(r"Group [\"']([\w.]+)[\"']", message)
     unknown += [".".join([*groups[:1], key]) for key in keys]
-    line = plain(" ".join(part.strip() for part in message.splitlines() if part.strip()))
+    line = plain(" ".join(part.strip() for part in message.splitlines() if part.strip()), known)
     hints = []
     for shown in unknown:
         name = shown.removeprefix("--")
@@ -105,7 +105,7 @@ def explain(message: str, known: Sequence[str] | None = None) -> str:
     return "; ".join(hints) or line
 
 
-def plain(line: str) -> str:
+def plain(line: str, known: Sequence[str]) -> str:
     """A parser's message with flags as they are typed and types in words."""
     line = re.sub(r'Parser key "([\w.]+)"', r"--\1", line)
     for kind, words in EXPECTED.items():
@@ -123,5 +123,5 @@ def plain(line: str) -> str:
     missing = re.fullmatch(r"the following arguments are required: ([\w., ]+)", line)
     if missing:
         names = missing[1].split(", ")  # a required flag is in a group
-        line = "required: " + ", ".join(f"--{n}" if "." in n else n.upper() for n in names)
+        line = "required: " + ", ".join(f"--{n}" if n in known else n.upper() for n in names)
     return line

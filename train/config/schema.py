@@ -28,7 +28,7 @@ class DataConfig:
     val: str | None = None
     """Folder or shards of labelled images for the kNN check, of the same classes as root."""
     batch_size: int = 512
-    """Images a step over all processes and nodes (the paper's batch size); two views of each."""
+    """Images a step over all processes and nodes (the paper's batch size)."""
     max_bad_fraction: float = 0.02
     """Stop when more than this share of the images turned out unreadable."""
     max_pixels: int = 1 << 27

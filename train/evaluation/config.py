@@ -1,15 +1,16 @@
-"""The flags of train/evaluate.py; what is not given is the run's.
+"""The flags of train/evaluate.py and train/features.py; what is not given is the run's.
 
 --model.* and --data.mean are not among them: they belong to the weights, and are read from the
 run's config.yaml.
 """
 
 import dataclasses
+import importlib.util
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
@@ -18,6 +19,9 @@ from train.config.parser import explain, flags, parse_config, with_brackets
 from train.network.model import Precision
 from train.run.folder import CONFIG
 from train.run.program import refuse
+
+Options = TypeVar("Options", "EvaluateConfig", "FeaturesConfig")
+LISTS = ("--k", "--fast.lrs", "--fast.label_fractions", "--linear.lrs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +35,8 @@ class ImagesConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LookConfig:
-    """How images are resized and cropped, and how neighbours vote; null: as in the run."""
+class CropConfig:
+    """How images are resized and cropped; null: as in the run."""
 
     resize: int | None = None
     """Shorter side before the centre crop, pixels."""
@@ -40,6 +44,12 @@ class LookConfig:
     """Side of the crop, pixels; of the linear probe's random crops too."""
     batch_size: int | None = None
     """Images per forward pass and process."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LookConfig(CropConfig):
+    """How images are resized and cropped, and how neighbours vote; null: as in the run."""
+
     temperature: float | None = None
     """A neighbour of cosine similarity s votes with weight exp(s / temperature)."""
 
@@ -54,6 +64,20 @@ class FastProbeConfig:
     """Passes over the cached features."""
     batch_size: int = 256
     """Rows per step."""
+    label_fractions: tuple[float, ...] = (0.01, 0.1)
+    """Shares of the training labels for the accuracy with few labels; [] for none. The same share
+    of each class is drawn, at least one image. The learning rate is picked as with all labels."""
+    label_draws: int = 5
+    """Draws of the labelled images for each share: the result is their mean and spread."""
+
+    def __post_init__(self) -> None:
+        """Refuse impossible values."""
+        if not all(0 < share <= 1 for share in self.label_fractions):
+            raise ValueError(
+                "fast.label_fractions takes shares of the labels in 0 .. 1, such as 0.01,0.1, got "
+                f"{list(self.label_fractions)}"
+            )
+        at_least("fast.label_draws", self.label_draws, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,27 +145,81 @@ class EvaluateConfig:
         return bool(self.k) or self.probe != "none"
 
 
-def read_flags(arguments: Sequence[str] | None = None) -> tuple[Path, EvaluateConfig]:
+@dataclass(frozen=True, kw_only=True)
+class FolderConfig:
+    """Which images."""
+
+    root: str
+    """Folder of images, with or without class folders; folder or quoted glob of tar, TFRecord or
+    RecordIO shards. All images under it, those of train/ and val/ too. An unreadable image has no
+    row, in no file; bad_files.jsonl lists it with the reason."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeaturesConfig:
+    """The features of all images of a folder or of shards, and what is alike among them."""
+
+    data: FolderConfig
+    out: str
+    """Folder for the features. The same command continues an interrupted one; other values of --k,
+    --duplicate_cosine, --map and --format use the features that it has."""
+    format: Literal["npy", "parquet"] = "npy"
+    """npy: features.npy, (N, D) fp32, which numpy.load(mmap_mode="r") opens without reading it, and
+    names.txt with the name of each row. parquet: features.parquet too, with the columns name, label
+    and features; it needs pyarrow."""
+    k: int = 10
+    """Nearest neighbours of each image, by cosine similarity; 0 for none. All pairs are compared:
+    the time grows with the square of the number of images."""
+    duplicate_cosine: float = 0.99
+    """Two images with a larger cosine similarity, one among the other's k nearest, are listed as
+    near duplicates. What 0.99 finds is in profiling/LOG.md. Features of a small or little trained
+    network lie closer together: raise it there."""
+    map: Literal["pca", "umap", "none"] = "pca"
+    """How the images of map.png are laid out; umap needs umap-learn."""
+    device: Literal["auto", "cpu", "cuda"] | None = None
+    """auto: a CUDA device if there is one; null: as in the run."""
+    precision: Precision | None = None
+    """Of the backbone; the features are stored as fp32. null: as in the run."""
+    eval: CropConfig = field(default_factory=CropConfig)
+
+    def __post_init__(self) -> None:
+        """Refuse impossible values, and what needs a package that is missing."""
+        at_least("k", self.k, 0)
+        if not self.out:
+            raise ValueError("--out is empty: give the folder for the features")
+        if not -1 < self.duplicate_cosine < 1:
+            raise ValueError(
+                f"duplicate_cosine must be in -1 .. 1, such as 0.99, got {self.duplicate_cosine}"
+            )
+        for flag, package, module in (
+            ("--format parquet", "pyarrow", "pyarrow"),
+            ("--map umap", "umap-learn", "umap"),
+        ):
+            name, value = flag.removeprefix("--").split()
+            if getattr(self, name) == value and importlib.util.find_spec(module) is None:
+                raise ValueError(f"{flag} needs {package}: pip install {package}, or leave it out")
+
+
+def read_flags(
+    program: str, description: str, options: type[Options], arguments: Sequence[str] | None = None
+) -> tuple[Path, Options]:
     """The run folder and the options. Exits with 2 and one line for a mistake in them."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
-        prog="train/evaluate.py",
-        description="Evaluate the newest checkpoint of a run: kNN, probes, RankMe, pictures.",
-        exit_on_error=False,
-        allow_abbrev=False,
+        prog=program, description=description, exit_on_error=False, allow_abbrev=False
     )
     parser.add_argument("run", type=str, help="the --out folder of a training")
-    parser.add_class_arguments(EvaluateConfig, as_group=True)
-    lists = ("--k", "--fast.lrs", "--linear.lrs")
+    parser.add_class_arguments(options, as_group=True)
+    lists = LISTS if options is EvaluateConfig else ()
     words = with_brackets(sys.argv[1:] if arguments is None else arguments, lists)
     try:
         values = vars(parser.instantiate(parser.parse_args(words)))
-        return Path(values.pop("run")), EvaluateConfig(**values)
+        return Path(values.pop("run")), options(**values)
     except (ArgumentError, ValueError, TypeError, OSError) as error:
-        refuse(explain(str(error), flags(EvaluateConfig)))
+        refuse(explain(str(error), flags(options)))
 
 
-def run_config(run: Path, options: EvaluateConfig) -> Config:
+def run_config(run: Path, options: EvaluateConfig | FeaturesConfig) -> Config:
     """The run's configuration with the images, device and crops of the options."""
     try:
         saved = parse_config(["--config", str(run / CONFIG)])
@@ -150,7 +228,7 @@ def run_config(run: Path, options: EvaluateConfig) -> Config:
     data = saved.data
     if options.data.root is not None:  # the run's --data.val belongs to its --data.root
         data = dataclasses.replace(data, root=options.data.root, val=None)
-    if options.data.val is not None:
+    if isinstance(options, EvaluateConfig) and options.data.val is not None:
         data = dataclasses.replace(data, val=options.data.val)
     if not data.root:
         raise ValueError(f"{run} was imported and names no images: give --data.root DIR")

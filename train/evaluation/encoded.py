@@ -5,6 +5,7 @@ follows is the same on every rank.
 """
 
 import dataclasses
+import hashlib
 from typing import NamedTuple
 
 import numpy as np
@@ -71,6 +72,14 @@ def load_encoder(
     model.eval()
     has_projector = any(name.startswith("projector.") for name in weights)
     return model.backbone, model.get_submodule("projector") if has_projector else None
+
+
+def fingerprint(backbone: ResNet) -> str:
+    """SHA-256 of all weights and statistics."""
+    digest = hashlib.sha256()
+    for tensor in backbone.state_dict().values():
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def open_sets(data: RunData, options: EvaluateConfig, *, seed: int) -> tuple[EvalSet, EvalSet]:

@@ -1,4 +1,4 @@
-"""The pictures of an evaluation: the confusion matrix, and test images with their neighbours."""
+"""The confusion matrix, and images with their nearest neighbours."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,10 +64,13 @@ def draw_neighbours(
     query_names: Sequence[str],
     neighbour_names: Sequence[Sequence[str]],
     picture: Path,
+    *,
+    first: str = "test image",
 ) -> None:
-    """A row for each test image: itself, then its neighbours, framed green if of the same class.
+    """A row for each query: itself, then its neighbours, framed green if of the same class.
 
-    Shapes: queries (Q, S, S, 3), neighbours (Q, K, S, S, 3), uint8. Names are "" without labels.
+    first: what a query is. Shapes: queries (Q, S, S, 3), neighbours (Q, K, S, S, 3), uint8. Names
+    are "" without labels.
     """
     from matplotlib.figure import Figure
 
@@ -84,7 +87,7 @@ def draw_neighbours(
             color = "black" if column == 0 else SAME if name == query_name else OTHER
             for spine in axes.spines.values():
                 spine.set(color=color if name else UNKNOWN, linewidth=3)
-    grid[0, 0].set_ylabel("test image", fontsize=8)
+    grid[0, 0].set_ylabel(first, fontsize=8)
     figure.savefig(picture, dpi=100)
 
 

@@ -45,9 +45,9 @@ class BYOLConfig(MethodSpec):
             share(f"method.byol.{name}", getattr(self, name))
 
     @property
-    def collapses_by(self) -> str | None:  # type: ignore[override]
+    def collapse_remedy(self) -> str | None:  # type: ignore[override]
         """The predictor's switch, where it is off."""
-        return None if self.predictor else "method.byol.predictor"
+        return None if self.predictor else "set --method.byol.predictor true"
 
     @property
     def has_learning_predictor(self) -> bool:  # type: ignore[override]

@@ -38,7 +38,7 @@ class Method(nn.Module):
         self.group: dist.ProcessGroup | None = None
 
     def build_projector(self, model: ModelConfig, **options) -> nn.Sequential:
-        """A projector of the --model widths; options: as train.network.heads.build_projector."""
+        """A projector of the --model widths; options: as train.network.model.build_projector."""
         features = self.backbone.num_features
         return build_projector(
             features,
@@ -119,8 +119,8 @@ class MethodSpec:
     """Further ones, of a smaller size."""
     least_loss: float | None = None
     """The least value of the loss, which a collapsed run reaches; None where none is known."""
-    collapses_by: str | None = None
-    """The switch that is off and without which the method collapses, if there is one."""
+    collapse_remedy: str | None = None
+    """What to set where a switch is off without which the method collapses."""
     has_learning_predictor: bool = False
     """Whether the optimizer has a predictor to train."""
     least_images: int = 0

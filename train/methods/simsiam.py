@@ -4,6 +4,11 @@ Both views go through the network as one batch of two slices, batch norm taking 
 slice: what the paper's two passes compute, in half the launches. SimSiamConfig's switches take out
 what the paper takes out (sections 4.1 to 4.6).
 
+More than two views are FastSiam (Pototzky, Sultan & Schmidt-Thieme, GCPR 2022,
+doi:10.1007/978-3-031-16788-1_4), which compares each view with the mean of the others:
+
+    L = 1/K sum_i D(p_i, sg(1/(K - 1) sum_{j != i} z_j))
+
 Alternation and MovingAverage are its reading as expectation-maximisation (section 5): the loss is
 E |F(T(x)) - eta_x|^2 over the weights and one representation eta_x of each image, minimised
 alternately: SGD on the weights, and eta_x <- E_T F(T(x)). SimSiam takes one SGD step on an eta_x
@@ -34,6 +39,8 @@ from train.methods.method import (
 from train.network.model import ModelConfig, at_least, build_predictor
 from train.network.norm import count_batches, untracked
 
+MAX_VIEWS = 8  # of each image: memory and time grow with them, the target hardly changes
+
 
 @dataclass(frozen=True, kw_only=True)
 class SimSiamConfig:
@@ -45,6 +52,9 @@ class SimSiamConfig:
     """none collapses; fixed at its random start does not converge (table 1)."""
     symmetry: Literal["symmetric", "asymmetric", "asymmetric_2x"] = "symmetric"
     """asymmetric: one view alone is predicted; asymmetric_2x: so with two pairs of views (4.6)."""
+    views: int = 2
+    """Views of each image; 3 and more are FastSiam: each one's target is the mean of the others' z,
+    which steadies small batches, at the cost of as many passes."""
     similarity: Literal["cosine", "cross_entropy"] = "cosine"
     """cross_entropy: -softmax(z) log softmax(p) over channels (section 4.5)."""
     target_steps: int = 1
@@ -57,6 +67,12 @@ class SimSiamConfig:
     def __post_init__(self) -> None:
         """Refuse impossible values and switches that exclude each other."""
         at_least("method.target_steps", self.target_steps, 0)
+        at_least("method.views", self.views, 2, most=MAX_VIEWS)
+        if self.views > 2 and self.symmetry != "symmetric":
+            raise ValueError(
+                f"--method.views {self.views} needs --method.symmetry symmetric: every view is "
+                "predicted"
+            )
         if not 0 <= self.moving_average < 1:
             raise ValueError(f"method.moving_average must be in 0 .. 1, got {self.moving_average}")
         kept = "method.target_steps" if self.target_steps != 1 else "method.moving_average"
@@ -72,11 +88,13 @@ class SimSiamConfig:
             )
         if self.symmetry != "symmetric":
             raise ValueError(f"{kept} needs --method.symmetry symmetric")
+        if self.views > 2:
+            raise ValueError(f"{kept} keeps targets of two views: leave --method.views 2")
 
     @property
     def num_views(self) -> int:
         """Views of each image that go through the network."""
-        return 4 if self.symmetry == "asymmetric_2x" else 2
+        return 4 if self.symmetry == "asymmetric_2x" else self.views
 
 
 class SimSiam(Method):
@@ -114,20 +132,32 @@ class SimSiam(Method):
         return p.view(shape), z.view(shape)
 
     def loss(self, p: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss of predictions and targets, and the meter of z. Shapes: p, z (V, N, D)."""
+        """The loss of predictions and targets, and the meter of z. Shapes: p, z (V, N, D).
+
+        The fused kernel has SimSiam's loss of two views alone; others are PyTorch's operations.
+        """
         method = self.method
-        if method.similarity == "cosine" and method.symmetry == "symmetric":
+        is_symmetric = method.symmetry == "symmetric"
+        if method.similarity == "cosine" and is_symmetric and len(p) == 2:
             loss, z_std = symmetric_neg_cosine(
                 p, z, stop_gradient=method.stop_gradient, kernels=self.kernels
             )
             return loss, z_std * z.shape[-1] ** 0.5
         target = z.detach() if method.stop_gradient else z
         compare = neg_cosine if method.similarity == "cosine" else cross_entropy
-        if method.symmetry == "symmetric":
-            loss = (compare(p[0], target[1]) + compare(p[1], target[0])) / 2
+        if is_symmetric:
+            pairs = zip(p, mean_of_others(target), strict=True)
+            loss = torch.stack([compare(*pair) for pair in pairs]).mean()
         else:  # the first view of each pair looks at the second
             loss = compare(p[::2], target[1::2])
         return loss, collapse_meter(z)
+
+
+def mean_of_others(z: Tensor) -> list[Tensor]:
+    """For each view the mean of the others, fp32; of two views the other. Shapes: (V, N, D)."""
+    views = z.float()
+    others = [torch.cat([views[:view], views[view + 1 :]]) for view in range(len(views))]
+    return [other.mean(0) for other in others]
 
 
 def neg_cosine(p: Tensor, z: Tensor) -> Tensor:
@@ -149,7 +179,10 @@ class SimSiamSpec(MethodSpec):
         self.switches = switches
         self.num_views = switches.num_views
         self.least_loss = -1.0 if switches.similarity == "cosine" else None
-        self.collapses_by = None if switches.stop_gradient else "method.stop_gradient"
+        if not switches.stop_gradient:
+            self.collapse_remedy = "set --method.stop_gradient true"
+        elif switches.predictor == "none" and not switches.moving_average:
+            self.collapse_remedy = "set --method.predictor mlp"
         self.has_learning_predictor = switches.predictor == "mlp"
 
     def ends_in_norm(self, model: ModelConfig) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from kernels.choose import Kernels
 from train.network.norm import BatchNorm
-from train.network.resnet import ResNet
+from train.network.resnet import LAYERS, ResNet
 
 HeadNorm = Literal["none", "hidden", "default", "all"]
 Precision = Literal["bf16", "fp16", "tf32", "fp32"]
@@ -57,12 +57,21 @@ def share(name: str, value: float) -> None:
 class ModelConfig:
     """The encoder f (backbone and projection MLP) and the prediction MLP h, of every method."""
 
-    arch: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"
+    arch: Literal[
+        "resnet18",
+        "resnet34",
+        "resnet50",
+        "resnet101",
+        "resnet152",
+        "resnext50_32x4d",
+        "wide_resnet50_2",
+    ] = "resnet50"
     """The backbone, with torchvision's parameter names."""
     stem: Literal["imagenet", "cifar"] = "imagenet"
     """cifar: 3x3 convolution of stride 1 and no max-pool, for images of about 32 pixels."""
     width: int = 64
-    """Channels of the stem; exports to other tools need 64."""
+    """Channels of the stem, to which all others are in proportion; even for resnext50_32x4d, whose
+    groups keep 4 channels and get fewer. Exports to other tools need 64."""
     zero_init_residual: bool = True
     """The last batch norm of each block starts at weight 0 (as the official code)."""
     projector_layers: int = 3
@@ -89,6 +98,13 @@ class ModelConfig:
             at_least(f"model.{name}", getattr(self, name), 1)
         at_least("model.projector_layers", self.projector_layers, 1, most=100)
         at_least("model.projector_hidden", self.projector_hidden, 0)
+        layers = LAYERS[self.arch]
+        channels, of_group = layers.inner(self.width)
+        if channels % of_group:
+            raise ValueError(
+                f"model.width must be a multiple of {64 // layers.groups} for {self.arch}, whose "
+                f"groups have {of_group} channels, got {self.width}"
+            )
 
 
 def build_backbone(model: ModelConfig) -> ResNet:

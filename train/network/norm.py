@@ -57,11 +57,10 @@ class BatchNorm(nn.Module):
         """conv(relu(norm(x))); with `recompute` the normalised map is not kept for backward."""
         if not (self.recompute and self.training and use_triton(self.kernels, x)):
             return conv(self(x, relu=True))
-        assert not isinstance(conv.padding, str) and conv.bias is None and conv.groups == 1
+        assert not isinstance(conv.padding, str) and conv.bias is None
         assert conv.dilation == (1, 1) and conv.padding_mode == "zeros"
-        return batch_norm_act_conv(
-            x, self.norm, conv.weight, self.options, stride=conv.stride, padding=conv.padding
-        )
+        how = {"stride": conv.stride, "padding": conv.padding, "groups": conv.groups}
+        return batch_norm_act_conv(x, self.norm, conv.weight, self.options, **how)
 
     def pool(self, x: Tensor) -> Tensor:
         """relu(norm(x)), then max-pool 3x3 of stride 2 (kernels.batch_norm_act_pool)."""

@@ -1,12 +1,15 @@
-"""ResNet-18/34/50/101: the backbone, with torchvision's parameter names.
+"""ResNet-18 to 152, ResNeXt and wide ResNet: the backbone, with torchvision's parameter names.
 
 Batch norm, ReLU and addition are one call (norm.py), so there is no relu module; the names of all
 parameters and buffers still are torchvision's, and a test loads both ways.
-Source: He et al., CVPR 2016; stride on the 3x3 convolution as torchvision ("v1.5").
+Source: He et al., CVPR 2016; stride on the 3x3 convolution as torchvision ("v1.5"). Xie et al.,
+CVPR 2017 (ResNeXt); Zagoruyko & Komodakis, BMVC 2016 (wide).
 CIFAR stem: SimSiam appendix D (3x3 convolution, stride 1, no max-pool).
 """
 
-from typing import cast
+from collections.abc import Callable
+from functools import partial
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,17 +18,43 @@ from train.network.norm import BatchNorm
 
 Forked = tuple[Tensor, Tensor]  # one tensor for the main branch and the shortcut (block_end)
 
+
+class Layers(NamedTuple):
+    """What tells one network from another."""
+
+    block: Literal["basic", "bottleneck"]
+    depths: tuple[int, ...]
+    """Blocks of each stage."""
+    groups: int = 1
+    """Of a bottleneck's 3x3 convolutions, where the stem has 64 channels."""
+    group_width: int = 64
+    """Channels of a group in the first stage; they double from stage to stage."""
+
+    def inner(self, width: int) -> tuple[int, int]:
+        """Channels of the first stage's 3x3 convolutions, and of one group, with a stem of `width`.
+
+        With another width than 64 the groups of a grouped network keep their channels, and there
+        are more or fewer of them: resnext50_32x4d with a stem of 16 has 8 groups of 4.
+        """
+        channels = width * self.groups * self.group_width // 64
+        return channels, self.group_width if self.groups > 1 else channels
+
+
 LAYERS = {
-    "resnet18": ("basic", (2, 2, 2, 2)),
-    "resnet34": ("basic", (3, 4, 6, 3)),
-    "resnet50": ("bottleneck", (3, 4, 6, 3)),
-    "resnet101": ("bottleneck", (3, 4, 23, 3)),
+    "resnet18": Layers("basic", (2, 2, 2, 2)),
+    "resnet34": Layers("basic", (3, 4, 6, 3)),
+    "resnet50": Layers("bottleneck", (3, 4, 6, 3)),
+    "resnet101": Layers("bottleneck", (3, 4, 23, 3)),
+    "resnet152": Layers("bottleneck", (3, 8, 36, 3)),
+    "resnext50_32x4d": Layers("bottleneck", (3, 4, 6, 3), groups=32, group_width=4),
+    "wide_resnet50_2": Layers("bottleneck", (3, 4, 6, 3), group_width=128),
 }
 
 
-def conv(inputs: int, outputs: int, kernel: int, *, stride: int = 1) -> nn.Conv2d:
+def conv(inputs: int, outputs: int, kernel: int, *, stride: int = 1, groups: int = 1) -> nn.Conv2d:
     """A convolution without bias that keeps the size at stride 1."""
-    return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
+    padding = kernel // 2
+    return nn.Conv2d(inputs, outputs, kernel, stride, padding, groups=groups, bias=False)
 
 
 class SlicedConv(nn.Conv2d):
@@ -60,16 +89,22 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 convolutions and the shortcut; the stride is on the 3x3."""
+    """1x1, 3x3, 1x1 convolutions and the shortcut; the 3x3 has the stride and the groups.
+
+    Its channels are `widening` times the planes.
+    """
 
     expansion = 4
 
-    def __init__(self, inputs: int, planes: int, stride: int):
+    def __init__(
+        self, inputs: int, planes: int, stride: int, *, widening: int = 1, groups: int = 1
+    ):
         super().__init__()
-        outputs = planes * self.expansion
-        self.conv1, self.bn1 = conv(inputs, planes, 1), BatchNorm(planes)
-        self.conv2, self.bn2 = conv(planes, planes, 3, stride=stride), BatchNorm(planes)
-        self.conv3, self.bn3 = conv(planes, outputs, 1), BatchNorm(outputs)
+        outputs, inner = planes * self.expansion, planes * widening
+        self.conv1, self.bn1 = conv(inputs, inner, 1), BatchNorm(inner)
+        self.conv2 = conv(inner, inner, 3, stride=stride, groups=groups)
+        self.bn2 = BatchNorm(inner)
+        self.conv3, self.bn3 = conv(inner, outputs, 1), BatchNorm(outputs)
         self.downsample = shortcut(inputs, outputs, stride)
 
     def forward(self, x: Forked) -> Forked:
@@ -99,29 +134,39 @@ def shortcut(inputs: int, outputs: int, stride: int) -> nn.Sequential | None:
 
 
 def stage(
-    block: type[BasicBlock] | type[Bottleneck], inputs: int, planes: int, depth: int, *, stride: int
+    block: Callable[[int, int, int], BasicBlock | Bottleneck],
+    inputs: int,
+    planes: int,
+    depth: int,
+    *,
+    stride: int,
 ) -> nn.Sequential:
     """`depth` blocks, the first of which has the stride and changes the channels."""
     first = block(inputs, planes, stride)
-    outputs = planes * block.expansion
+    outputs = planes * first.expansion
     return nn.Sequential(first, *(block(outputs, planes, 1) for _ in range(depth - 1)))
 
 
 class ResNet(nn.Module):
     """The backbone without its classifier: features are the global average pool.
 
-    `width` is the number of channels of the stem (64 in every published network).
+    `width` is the number of channels of the stem (64 in every published network); all others are
+    in proportion to it (Layers.inner).
     """
 
     def __init__(self, arch: str, *, stem: str, width: int = 64, zero_init_residual: bool = True):
         super().__init__()
-        kind, depths = LAYERS[arch]
-        block = BasicBlock if kind == "basic" else Bottleneck
+        layers = LAYERS[arch]
+        block, expansion, depths = BasicBlock, BasicBlock.expansion, layers.depths
+        if layers.block == "bottleneck":
+            inner, of_group = layers.inner(width)
+            block = partial(Bottleneck, widening=inner // width, groups=inner // of_group)
+            expansion = Bottleneck.expansion
         self.has_pool = stem == "imagenet"
         self.conv1 = conv(3, width, 7, stride=2) if self.has_pool else conv(3, width, 3)
         self.bn1 = BatchNorm(width)
         widths = [width << index for index in range(4)]
-        ends = [planes * block.expansion for planes in widths]
+        ends = [planes * expansion for planes in widths]
         self.layer1 = stage(block, width, widths[0], depths[0], stride=1)
         self.layer2 = stage(block, ends[0], widths[1], depths[1], stride=2)
         self.layer3 = stage(block, ends[1], widths[2], depths[2], stride=2)

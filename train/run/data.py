@@ -6,6 +6,7 @@ each rank would take minutes.
 
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,18 +56,7 @@ def open_data(config: DataConfig, *, out: Path, seed: int, world: World) -> RunD
     Raises: ValueError for a folder without images, a shard that cannot be used, held-out images of
     classes without training images, or hosts with different images.
     """
-    lists: tuple | Exception | None = None
-    if world.is_main:
-        try:
-            lists = _list(config, out)
-        except (ValueError, OSError) as error:
-            lists = error
-    lists = from_main(world, lists)
-    if isinstance(lists, Exception):
-        raise lists
-    assert lists is not None
-    check_same_images(lists, world)
-    train, val = lists
+    train, val = list_on_main(lambda: _list(config, out), world)
     reader = ImageReader(train, config.max_pixels)
     if train.labels is None:
         if config.val is not None:
@@ -91,6 +81,24 @@ def open_data(config: DataConfig, *, out: Path, seed: int, world: World) -> RunD
     held_out = EvalSet(ImageReader(val, config.max_pixels), np.arange(len(val)), index[val.labels])
     note = f"kNN: {len(train)} training images vote on {len(val)} of {val.root}"
     return RunData(reader, EvalSet(reader, np.arange(len(train)), labels), held_out, names, note)
+
+
+def list_on_main(
+    list_images: Callable[[], tuple[ImageSource, ImageSource | None]], world: World
+) -> tuple[ImageSource, ImageSource | None]:
+    """What rank 0 lists, on every rank. Raises: what it raised, and ValueError for other images."""
+    lists: tuple[ImageSource, ImageSource | None] | Exception | None = None
+    if world.is_main:
+        try:
+            lists = list_images()
+        except (ValueError, OSError) as error:
+            lists = error
+    lists = from_main(world, lists)
+    if isinstance(lists, Exception):
+        raise lists
+    assert lists is not None
+    check_same_images(lists, world)
+    return lists
 
 
 def check_same_images(sources: tuple[ImageSource | None, ...], world: World) -> None:

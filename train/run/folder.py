@@ -136,8 +136,8 @@ class Metrics:
         """A matplotlib Figure."""
         self._board(lambda board: board.add_figure(tag, figure, step))
 
-    def view_pairs(self, step: int, views: Tensor) -> None:
-        """Some images' two views, one above the other. views: (2, N, S, S, 3) uint8."""
+    def view_grid(self, step: int, views: Tensor) -> None:
+        """Some images' views, one above the other. views: (V, N, S, S, 3) uint8."""
         grid = np.concatenate([np.concatenate(list(view), axis=1) for view in views.cpu().numpy()])
         self._board(lambda board: board.add_image("views", grid, step, dataformats="HWC"))
 

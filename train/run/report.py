@@ -210,14 +210,17 @@ def print_evaluation(result: dict, method: MethodSpec) -> None:
     rows = [(f"kNN, k = {k}", accuracy) for k, accuracy in result["knn"].items()]
     if (fast := result["fast_probe"]) is not None:
         rows.append((f"fast probe on cached features, learning rate {fast['lr']}", fast))
+    for few in result["few_labels"]:
+        label = f"fast probe, {100 * few['fraction']:g} % of the labels ({few['labels']})"
+        rows.append((f"{label}, {few['draws']} draws", few))
     if (linear := result["linear_probe"]) is not None:
         rows += [
             (f"linear probe (LARS, {linear['epochs']} epochs), learning rate {lr}", accuracy)
             for lr, accuracy in linear["by_lr"].items()
         ]
     for label, accuracy in rows:
-        top5 = "needs 5 classes" if accuracy["top5"] is None else f"{accuracy['top5']:.2f} %"
-        table.add_row(label, f"{accuracy['top1']:.2f} %", top5)
+        top5 = "needs 5 classes" if accuracy["top5"] is None else percent(accuracy["top5"])
+        table.add_row(label, percent(accuracy["top1"]), top5)
     for key, label in (
         ("rankme", "RankMe of the projector's outputs (the paper's)"),
         ("rankme_features", "RankMe of the backbone's features"),
@@ -232,15 +235,20 @@ def print_evaluation(result: dict, method: MethodSpec) -> None:
     print_on_stderr(f"pictures and evaluation.json: {result['out']}")
 
 
+def percent(value: float | dict) -> str:
+    """A percentage; of several draws their mean and standard deviation."""
+    if not isinstance(value, dict):
+        return f"{value:.2f} %"
+    std = "" if value["std"] is None else f" +- {value['std']:.2f}"
+    return f"{value['mean']:.2f}{std} %"
+
+
 def collapse_advice(z_std: float, *, threshold: float, method: MethodSpec) -> str:
     """One line that says what happened and what to change."""
-    cause = (
-        f"expected with --{method.collapses_by} false; set it to true"
-        if method.collapses_by is not None
-        else "lower --optim.lr for this batch size, check the augmentations, keep batch norm in "
-        "the projector"
+    remedy = method.collapse_remedy or (
+        "lower --optim.lr, and leave batch norm in the projector (--model.head_norm default)"
     )
     return (
         f"COLLAPSED: std(z/|z|) * sqrt(d) is {z_std:.3f}, below {threshold:.2f}: nearly all images "
-        f"get one representation, and a low loss is not good here. Remedy: {cause}."
+        f"get one representation, and a low loss is not good here. Remedy: {remedy}."
     )

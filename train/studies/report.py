@@ -31,6 +31,7 @@ def summarize(
     reasons: why variants were left out; failed: why runs were.
     """
     rows: list[dict] = []
+    reference: dict | None = None
     for row in study.rows:
         of_row = runs.get(row.name, [])
         summary = summarize_row(row, of_row)
@@ -38,7 +39,9 @@ def summarize(
             summary["left_out"] = reasons[row.name]
         if errors := [failed[run] for run in of_row if run in failed]:
             summary["failed"] = errors
-        summary["outcome"] = outcome(summary, rows[0] if rows else None)
+        reference = None if row.is_reference else reference
+        summary["outcome"] = outcome(summary, reference)
+        reference = reference or summary
         summary["verdict"] = verdict(row.outcome, summary["outcome"])
         rows.append(summary)
     return {
@@ -92,8 +95,8 @@ def read_curves(metrics: Path) -> dict[str, list[list[float]]]:
 def outcome(row: dict, reference: dict | None) -> Outcome | str | None:
     """The outcome of a row; None if the runs cannot show it.
 
-    A row collapses if all its runs do by the meter. Otherwise kNN decides: the first row is
-    compared with the untrained encoder, the others with the first row.
+    A row collapses if all its runs do by the meter. Otherwise kNN decides: without a reference the
+    row is compared with the untrained encoder, else with that row.
     """
     if not row["n"] or row["knn_top1"] is None:
         return None

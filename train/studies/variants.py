@@ -3,7 +3,8 @@
 train/study.py runs them. A variant of several studies has one name and runs once. Our percentages
 cannot be compared with the paper's, which are of a linear classifier on ImageNet after 100 epochs
 of a ResNet-50; the outcome of each row can.
-Source: Chen & He, CVPR 2021, in the section that each study names.
+Source: Chen & He, CVPR 2021, in the section that each study names; views: Pototzky et al., GCPR
+2022.
 """
 
 from dataclasses import dataclass
@@ -33,11 +34,13 @@ class Row:
     """The paper's result in words."""
     flags: tuple[str, ...] = ()
     """What differs from the baseline."""
+    is_reference: bool = False
+    """The rows after it are compared with it, not with the study's first row."""
 
 
 @dataclass(frozen=True)
 class Study:
-    """Rows that are compared with the first one."""
+    """Rows that are compared with the first one, or with the last reference before them."""
 
     name: str
     title: str
@@ -67,8 +70,9 @@ def beside(paper: float) -> Outcome:
 def studies(base: Config) -> dict[str, Study]:
     """Every study by name, around this baseline."""
     of_flags = stop_gradient(), predictor(), batch_norm(base), symmetry(), similarity()
-    of_sizes = dimension(base), batch_size(base), alternation(), moving_average(), methods(base)
-    return {study.name: study for study in (*of_flags, *of_sizes)}
+    of_sizes = dimension(base), batch_size(base), views(base)
+    of_methods = alternation(), moving_average(), methods(base)
+    return {study.name: study for study in (*of_flags, *of_sizes, *of_methods)}
 
 
 def stop_gradient() -> Study:
@@ -138,6 +142,26 @@ def batch_size(base: Config) -> Study:
         flags = f"--data.batch_size={size}", *([warm_up(base)] if images >= 1024 else [])
         rows.append(Row(name, label, paper, beside(paper), says, flags))
     return Study("batch-size", "Batch size", "section 4.3, table 2", tuple(rows))
+
+
+def views(base: Config) -> Study:
+    """FastSiam's small batches: four views of each image against two.
+
+    With as many images seen, and two views again in twice the epochs: with as many views seen. The
+    paper's abstract has the outcome for 32 images; it compares detection and segmentation.
+    """
+    rows, longer = [], f"--epochs={2 * base.epochs}"
+    sizes: tuple[tuple[int, Outcome | None], ...] = (16, None), (32, "better")
+    for size, outcome in sizes:
+        batch, four = f"--data.batch_size={size}", "--method.views=4"
+        says = "converges faster: a steadier target" if outcome else "as many images seen"
+        label, name = f"{size} images, 2 views", f"two-views-{size}"
+        rows.append(Row(name, label, None, None, "SimSiam", (batch,), is_reference=True))
+        name, flags = f"four-views-{size}", (batch, four)
+        rows.append(Row(name, f"{size} images, 4 views", None, outcome, says, flags))
+        name, label, says = f"longer-{size}", f"{label}, twice the epochs", "as many views as of 4"
+        rows.append(Row(name, label, None, None, says, (batch, longer)))
+    return Study("views", "More than two views", "Pototzky et al., GCPR 2022", tuple(rows))
 
 
 def alternation() -> Study:
