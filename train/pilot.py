@@ -14,16 +14,15 @@ import sys
 if not __package__:  # run as a script: the repo root, not this folder, heads sys.path
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-import dataclasses
+import hashlib
 import json
 import multiprocessing
 import shlex
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -34,32 +33,36 @@ import yaml
 from filelock import FileLock, Timeout
 from jsonargparse import ArgumentError
 
-from pipeline.augment import AugmentConfig
 from pipeline.loader import view_loader
-from pipeline.order import PartOrder, Purpose, keyed_rng
+from pipeline.order import SampleOrder
+from pipeline.sources.folder import split_root
 from pipeline.sources.reader import ImageReader
-from train.config import Config, at_least
+from train.config import Config, DataConfig, at_least
 from train.config.parser import build_parser, explain, flags, parse_config
 from train.distributed import World, resolve_device, take_device
 from train.distributed.startup import follow_launcher
 from train.loop import train_step
 from train.main import build_state
-from train.pilots.judge import Judgement, judge
-from train.pilots.look import Images, look, settings_for
-from train.pilots.report import write_report
-from train.pilots.space import Plan, Setting, plan, settings_around
+from train.network.model import Precision
+from train.pilots import report
+from train.pilots.judge import judge
+from train.pilots.look import Images, evenly, look, settings_for
+from train.pilots.space import Plan, Setting, plan, settings_around, trial_config
+from train.pilots.trial import FEW_IMAGES, Trial, ranking, verdict
 from train.run import checkpoint, state
-from train.run.data import open_data
+from train.run.data import RunData, check_apart, open_data
 from train.run.folder import Log
-from train.run.optim import Schedule
 from train.run.program import exit_on_error, print_result, refuse
+from train.run.state import TrainState, comparable
 from train.studies.runs import Place, plan_places
 
 JUDGED = 1024  # images that trials are judged on
 CURVE_POINTS = 40  # of loss and collapse meter, of a whole trial
-CALIBRATION, WARM_UP = 10, 2  # steps
-SHARE = 0.1  # of the time, for looking at the images
-RESERVE_S = 10.0  # for the report
+CALIBRATION, WARM_UP = 8, 2  # steps; the first ones are not timed
+LOOK_SHARE, RESERVE_S = 0.1, 5.0  # of the time for looking; seconds for the report
+VIEWS_SHOWN = 8
+UNTRAINED = "untrained"  # the folder of the encoder at step 0
+DIVERGED = {"score": 0.0, "collapsed": True}
 stop_event: Any = None  # in a worker: set when the pilot stops
 
 
@@ -82,40 +85,6 @@ class PilotConfig:
         at_least("jobs", self.jobs, 0)
 
 
-@dataclass(frozen=True)
-class Trial:
-    """A short training with one setting, and where it is kept."""
-
-    setting: Setting
-    config: Config
-    """At a trial's size, with its setting."""
-    reference: AugmentConfig
-    """The views that all trials are judged with."""
-    ids: np.ndarray
-    """The images that it trains on."""
-    total: int
-    """Steps of its schedule."""
-    folder: Path
-
-    @property
-    def schedule(self) -> Schedule:
-        """Batches of the images, in as many epochs as the steps need."""
-        size = self.config.data.batch_size
-        order = PartOrder(self.ids, batch_size=size, seed=self.config.seed)
-        return Schedule(order, -(-self.total // order.steps_per_epoch))
-
-    def read(self) -> dict:
-        """Its curve of (step, loss, collapse meter) and its judgements, in the order of steps."""
-        path = self.folder / "trial.json"
-        return json.loads(path.read_text()) if path.exists() else {"curve": [], "judged": []}
-
-    def write(self, known: dict) -> None:
-        """Replace what is known of it."""
-        path = self.folder / "trial.json"
-        path.with_suffix(".tmp").write_text(json.dumps(known))
-        path.with_suffix(".tmp").replace(path)
-
-
 def start_worker(places: Any, event: Any) -> None:
     """Give a worker process its cores and GPU, and have it end with its parent."""
     global stop_event
@@ -129,22 +98,24 @@ def start_worker(places: Any, event: Any) -> None:
 
 
 @lru_cache(maxsize=1)
-def opened(config: DataConfig, seed: int, precision: Precision, device: str, out: Path):
-    """This worker's world of one, and the images, listed once."""
+def opened(
+    config: DataConfig, seed: int, precision: Precision, device: str, out: Path
+) -> tuple[World, RunData]:
+    """This worker as a world of one, and the images, listed once."""
     world = World(0, 1, 0, 1, take_device(device, 0, 1, precision), None)
     return world, open_data(config, out=out, seed=seed, world=world)
 
 
-def advance(trial: Trial, to_step: int, until: float) -> dict:
+def advance(trial: Trial, to_step: int, until: float) -> tuple[float, float]:
     """Train to a step and judge, in a worker; returns seconds a step, and those of the rest.
 
-    Ends early at the time `until` or when the pilot stops, without a judgement. What was trained is
+    Ends without a judgement at the time `until`, or when the pilot stops; what was trained is
     saved in any case.
     """
     began, config, known = time.monotonic(), trial.config, trial.read()
-    out = trial.folder.parent / "data"
-    world, data = opened(config.data, config.seed, config.precision, config.device, out)
-    trial.folder.mkdir(parents=True, exist_ok=True)
+    world, data = opened(
+        config.data, config.seed, config.precision, config.device, trial.folder.parent / "run"
+    )
     current = build_state(config, world, len(trial.ids))
     saved = checkpoint.load_newest(trial.folder / "checkpoints", log=print)
     if saved is not None:
@@ -157,28 +128,21 @@ def advance(trial: Trial, to_step: int, until: float) -> dict:
             found = judge(current.model, data, ids, trial.reference, config, world)
             known["judged"].append({"step": to_step, **found})
     except FloatingPointError as error:
-        known["judged"].append({"step": to_step, "diverged": str(error), **NOTHING})
+        known["judged"].append({"step": to_step, "diverged": str(error), **DIVERGED})
     facts = state.run_facts(config, data.train.source.fingerprint, world)
     state.save(current, trial.folder / "checkpoints", facts)
     trial.write(known)
-    seconds = time.monotonic() - began
-    return {"step_s": step_s, "fixed_s": seconds - step_s * (current.step - first)}
+    return step_s, time.monotonic() - began - step_s * (current.step - first)
 
 
 def train_steps(
-    trial: Trial,
-    current: TrainState,
-    reader: ImageReader,
-    curve: list,
-    to_step: int,
-    until: float,
+    trial: Trial, current: TrainState, reader: ImageReader, curve: list, to_step: int, until: float
 ) -> float:
-    """Train to a step, with points of loss and collapse meter; returns seconds a step."""
-    config, schedule, steps = trial.config, trial.schedule, range(current.step, to_step)
-    every = max(1, trial.total // CURVE_POINTS)
-    options: dict = {"views": config.views, "options": config.dali}
-    device, marks = current.guard.device, []
-    for batch in view_loader(reader, schedule.order, steps, device=device, **options):
+    """Train to a step and add points of loss and collapse meter; returns seconds a step."""
+    config, schedule, marks = trial.config, trial.schedule, []
+    options: dict = {"options": config.dali, "device": current.guard.device}
+    steps, every = range(current.step, to_step), max(1, trial.total // CURVE_POINTS)
+    for batch in view_loader(reader, schedule.order, steps, views=config.views, **options):
         loss, scalars, _, _ = train_step(current, config, schedule, batch)
         if current.step % every == 0 or current.step == to_step:
             current.guard.check(current.step)  # waits for the device
@@ -186,8 +150,8 @@ def train_steps(
         marks.append(time.monotonic())
         if stop_event.is_set() or time.time() > until:
             break
-    timed = marks[WARM_UP:] or marks
-    return (timed[-1] - timed[0]) / max(1, len(timed) - 1) if timed else 0.0
+    timed = marks[WARM_UP:]
+    return (timed[-1] - timed[0]) / (len(timed) - 1) if len(timed) > 1 else 0.0
 
 
 class Workers:
@@ -195,48 +159,220 @@ class Workers:
 
     def __init__(self, places: Sequence[Place]):
         context = multiprocessing.get_context("spawn")  # CUDA cannot be used after a fork
-        self.event, queue = context.Event(), context.Queue()
+        self.count, self.event, queue = len(places), context.Event(), context.Queue()
         for place in places:
             queue.put(place)
-        self.pool = ProcessPoolExecutor(
-            len(places), mp_context=context, initializer=start_worker, initargs=(queue, self.event)
-        )
+        options: dict = {"initializer": start_worker, "initargs": (queue, self.event)}
+        self.pool = ProcessPoolExecutor(self.count, mp_context=context, **options)
 
-    def advance(self, trials: Sequence[Trial], to_step: int, until: float) -> Iterator[tuple]:
-        """Advance trials; yields (trial, what `advance` returned) as each is done."""
+    def advance(
+        self, trials: Sequence[Trial], to_step: int, until: float
+    ) -> Iterator[tuple[Trial, tuple[float, float]]]:
+        """Advance trials; yields each with what `advance` returned when it is done."""
         jobs = {self.pool.submit(advance, trial, to_step, until): trial for trial in trials}
+        for job in as_completed(jobs):
+            yield jobs[job], job.result()
+
+    def close(self) -> None:
+        """End the processes; trials that are running save first."""
+        self.event.set()
+        self.pool.shutdown(cancel_futures=True)
+
+
+@dataclass(frozen=True)
+class Pilot:
+    """The trials of one pilot, a folder each."""
+
+    base: Config
+    """What the chosen setting will be trained with."""
+    images: int
+    folder: Path
+
+    def trial(self, setting: Setting, total: int, name: str = "") -> Trial:
+        """A trial with a schedule of `total` steps; its folder's name is a hash of all settings."""
+        tried = trial_config(self.base)
+        config = setting.apply(tried)
+        key = hashlib.sha256(repr((comparable(config), total)).encode()).hexdigest()[:8]
+        folder = self.folder / (name or f"{setting.key}-{key}")
+        folder.mkdir(parents=True, exist_ok=True)
+        ids = evenly(self.images, total * config.data.batch_size)
+        return Trial(setting, config, tried.augment, ids, total, folder)
+
+    def planned(self, count: int, workers: Workers, *, until: float, log: Log) -> Plan:
+        """The plan of a pilot that was stopped, or one for the time left, after a few steps."""
+        path = self.folder / "plan.json"
+        key = hashlib.sha256(repr((comparable(self.base), count)).encode()).hexdigest()
+        if path.exists() and (saved := json.loads(path.read_text()))["key"] == key:
+            return Plan(saved["counts"], saved["steps"])
+        setting = settings_around(self.base, 1)[0]
+        timed = [self.trial(setting, CALIBRATION, f"speed-{i}") for i in range(workers.count)]
+        times = [took for _, took in workers.advance(timed, CALIBRATION, until)]
+        step_s, fixed_s = (max(part) for part in zip(*times, strict=True))
+        seconds = workers.count * max(0.0, until - time.time())
+        made = plan(count, seconds=seconds, step_s=max(step_s, 1e-4), fixed_s=fixed_s)
+        path.write_text(json.dumps({"key": key, **asdict(made)}))
+        log(
+            f"{step_s:.3f} s a step and {fixed_s:.1f} s beside them: {made.counts[0]} settings for "
+            f"{made.steps[0]} steps, the better half for as many again, to {made.total}"
+        )
+        return made
+
+    def run(self, count: int, workers: Workers, *, until: float, log: Log) -> None:
+        """Successive halving, to the last part or to the time `until`."""
+        plan = self.planned(count, workers, until=until, log=log)
+        settings = settings_around(self.base, count)[: plan.counts[0]]
+        alive = [self.trial(setting, plan.total) for setting in settings]
+        untrained = self.trial(settings[0], plan.total, UNTRAINED)
+        list(workers.advance([untrained] if untrained.judged(0) is None else [], 0, until))
+        done = 0
+        log.start_bar(sum(plan.counts), 0)
         try:
-            for job in as_completed(jobs):
-                yield jobs[job], job.result()
-        except BaseException:  # Ctrl-C, or a worker failed: the others save
-            self.event.set()
-            self.pool.shutdown(cancel_futures=True)
-            raise
+            for kept, to_step in zip(plan.counts, plan.steps, strict=True):
+                alive = alive[:kept]
+                left = [trial for trial in alive if trial.judged(to_step) is None]
+                done += len(alive) - len(left)
+                for trial, _ in workers.advance(left, to_step, until):
+                    done += 1
+                    log.advance(done, "trials")
+                    found = trial.judged(to_step) or {"score": float("nan")}
+                    log(f"{trial.setting}: {found['score']:.1f} % retrieved at step {to_step}")
+                if any(trial.judged(to_step) is None for trial in alive):
+                    return  # the time is over
+                alive = [standing.trial for standing in ranking(alive)]
+        finally:
+            log.stop_bar()
+
+    def trials(self) -> list[Trial]:
+        """Those of the plan, as far as they are known."""
+        path = self.folder / "plan.json"
+        if not path.exists():
+            return []
+        made = json.loads(path.read_text())
+        settings = settings_around(self.base, made["counts"][0])
+        return [self.trial(setting, made["steps"][-1]) for setting in settings]
 
 
-def run_pilot(own: PilotConfig, base: Config, words: Sequence[str], out: Path, log: Log) -> dict:
-    """Look, try, judge and write; returns the result.
+def conclude(pilot: Pilot, images: Images, out: Path, log: Log) -> dict:
+    """Write report.html and report.txt, and config.yaml where a setting learns; the result."""
+    trials, untrained = pilot.trials(), None
+    if trials:
+        untrained = pilot.trial(trials[0].setting, trials[0].total, UNTRAINED).judged(0)
+    ranked = ranking(trials)
+    found = verdict(images, untrained, ranked)
+    command, chosen = None, None
+    if found.learns:
+        chosen = ranked[0].trial.setting
+        config = asdict(chosen.apply(pilot.base)) | {"out": ""}
+        (out / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+        words = ["python", "train/main.py", "--config", str(out / "config.yaml")]
+        command = shlex.join([*words, "--out", f"runs/{out.name}-chosen"])
+    text = report.as_text(images, found, report.rows_of(untrained, ranked), command)
+    pictures = {"Two views of some images": report.draw_views(some_views(pilot))}
+    if ranked and untrained is not None:
+        pictures["The best and the worst settings"] = report.draw_trials(untrained, ranked)
+    (out / "report.txt").write_text(text)
+    (out / "report.html").write_text(report.as_html(text, pictures))
+    for line in text.splitlines():
+        log(line)
+    result = {
+        "verdict": found.name,
+        "evidence": found.evidence,
+        "command": command,
+        "setting": None if chosen is None else asdict(chosen),
+        "images": asdict(images) | {"exact": len(images.exact), "near": len(images.near)},
+        "untrained": untrained,
+        "ranking": [{**asdict(each.trial.setting), **each.judgement} for each in ranked],
+        "report": str(out / "report.html"),
+    }
+    (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    return result
 
-    Raises: ValueError for images that cannot be used; KeyboardInterrupt after what is known was
-    written.
+
+def some_views(pilot: Pilot) -> np.ndarray:
+    """What training would see of some images: (V, N, S, S, 3) uint8."""
+    config = pilot.base
+    world = World(0, 1, 0, 1, torch.device("cpu"), None)
+    reader = open_data(config.data, out=pilot.folder / "run", seed=config.seed, world=world).train
+    order = SampleOrder(pilot.images, batch_size=min(VIEWS_SHOWN, pilot.images), seed=config.seed)
+    options: dict = {"options": config.dali, "device": world.device}
+    (batch,) = view_loader(reader, order, range(1), views=config.views[:2], **options)
+    return batch.images.numpy()
+
+
+def run_pilot(own: PilotConfig, words: Sequence[str], out: Path, log: Log) -> dict:
+    """Look, try, judge, write; returns the result.
+
+    words: the flags of train/main.py. Raises: ValueError for images that cannot be used;
+    KeyboardInterrupt once running trials were saved and what is known was written.
     """
-    began, device = time.time(), resolve_device(base.device)
-    until = began + 60 * own.minutes - RESERVE_S
-    alone = World(0, 1, 0, 1, torch.device("cpu"), None)
-    data = open_data(base.data, out=out / "run", seed=base.seed, world=alone)
-    seen = look(data.train, base.dali, alone.device, budget_s=SHARE * 60 * own.minutes)
-    log(summary(seen))
+    began, first = time.time(), parse_config(words)
+    device, alone = resolve_device(first.device), World(0, 1, 0, 1, torch.device("cpu"), None)
+    check_apart(out, *split_root(first.data.root), first.data.val)
+    trials = out / "trials"
+    trials.mkdir(exist_ok=True)
+    reader = open_data(first.data, out=trials / "run", seed=first.seed, world=alone).train
+    seconds = 60 * own.minutes
+    images = look(reader, first.dali, alone.device, budget_s=LOOK_SHARE * seconds)
     suggested = out / "images.yaml"
-    suggested.write_text(yaml.safe_dump(settings_for(seen, on_gpu=device == "cuda")))
-    config = parse_config([f"--config={suggested}", *words])
-    tried = trial_config(config, on_gpu=device == "cuda")
-    places = plan_places(own.jobs, with_gpus=device == "cuda")
-    workers = Workers(places)
-    make = partial(make_trial, base=tried, count=len(data.train.source), out=out / "trials")
+    suggested.write_text(yaml.safe_dump(settings_for(images, on_gpu=device == "cuda")))
+    pilot = Pilot(parse_config([f"--config={suggested}", *words]), images.count, trials)
+    if images.distinct < FEW_IMAGES:
+        return conclude(pilot, images, out, log)
+    workers = Workers(plan_places(own.jobs, with_gpus=device == "cuda"))
     try:
-        trials = try_settings(own, make, workers, places, until=until, log=log)
+        pilot.run(own.settings, workers, until=began + seconds - RESERVE_S, log=log)
     except KeyboardInterrupt:
-        log("stopped; the same command continues. What is known:")
-        conclude(config, tried, seen, out, log, is_over=False)
+        workers.close()
+        conclude(pilot, images, out, log)
         raise
-    return conclude(config, tried, seen, out, log, is_over=True) | {"trials": len(trials)}
+    finally:
+        workers.close()
+    return conclude(pilot, images, out, log)
+
+
+def read_flags(words: Sequence[str]) -> tuple[PilotConfig, list[str], str]:
+    """The pilot's flags, the words of train/main.py's, --out. Exits with 2 for a mistake."""
+    description = "Look at images, try settings on them in short trainings, choose one."
+    parser = build_parser("train/pilot.py", description)
+    parser.add_class_arguments(PilotConfig, as_group=True)
+    try:
+        values = vars(parser.instantiate(parser.parse_args(words)))
+        own = PilotConfig(**{key: values[key] for key in flags(PilotConfig)})
+        if values["method"].target_steps != 1:
+            raise ValueError("--method.target_steps has no trials: leave it out")
+        return own, without(words, flags(PilotConfig)), values["out"]
+    except (ArgumentError, ValueError, TypeError, OSError) as error:
+        refuse(explain(str(error), [*flags(), *flags(PilotConfig)]))
+
+
+def without(words: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The words of a command line without these flags and their values."""
+    left, skip = [], False
+    for word in words:
+        name, equals, _ = word.partition("=")
+        is_named = name.removeprefix("--") in names and name.startswith("--")
+        if not (is_named or skip):
+            left.append(word)
+        skip = is_named and not equals
+    return left
+
+
+def main() -> None:
+    """Read the flags, run, print the result as the last line of stdout."""
+    own, words, chosen = read_flags(sys.argv[1:])
+    out = Path(chosen or "runs/pilot")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    with exit_on_error(out, stopped="stopped; the same command continues"):
+        out.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(out / ".lock", timeout=0):
+                result = run_pilot(own, words, out, Log(out / "log.txt"))
+        except Timeout:
+            refuse(f"--out {out} is in use by another pilot: wait, or choose another", code=1)
+    print_result(result, kept=out / "result.json")
+    if result["verdict"] != "learns":
+        refuse(f"{result['verdict']}: {result['evidence']} ({result['report']})", code=1)
+
+
+if __name__ == "__main__":
+    main()

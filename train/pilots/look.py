@@ -62,6 +62,11 @@ class Images:
     contrast: float
     """Mean over images of the standard deviation of an image in 0 .. 1."""
 
+    @property
+    def distinct(self) -> int:
+        """About how many images there are without copies and bad ones."""
+        return round(self.count * (1 - self.duplicates) * (1 - self.bad / self.read))
+
 
 def look(
     reader: ImageReader, options: DecodeOptions, device: torch.device, *, budget_s: float

@@ -6,7 +6,7 @@ Source: Jamieson & Talwalkar, AISTATS 2016 (successive halving).
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch.quasirandom import SobolEngine
 
@@ -16,6 +16,7 @@ LR, CROP, COLOR = (0.01, 4.0), (0.08, 0.6), (0.0, 1.5)
 """Ranges of optim.lr and augment.scale's lower end, both on a logarithmic scale, and of the factor
 on brightness, contrast, saturation and hue."""
 LEAST_STEPS = 16  # of a trial's first part
+SIDE = 112  # of views in a trial, pixels, at most
 
 
 @dataclass(frozen=True, order=True)
@@ -29,13 +30,20 @@ class Setting:
     color: float
     """Factor on the strengths of colour jitter."""
 
-    def flags(self, base: Config) -> list[str]:
-        """The flags of train/main.py that make it of the base configuration."""
-        augment = base.augment
-        flags = [f"--optim.lr={self.lr:g}", f"--augment.scale=[{self.crop:g},{augment.scale[1]:g}]"]
-        for name, most in (("brightness", 1), ("contrast", 1), ("saturation", 1), ("hue", 0.5)):
-            flags.append(f"--augment.{name}={min(most, getattr(augment, name) * self.color):g}")
-        return flags
+    def apply(self, config: Config) -> Config:
+        """The configuration with this setting."""
+        old = config.augment
+        strengths = {
+            name: min(most, getattr(old, name) * self.color)
+            for name, most in (("brightness", 1), ("contrast", 1), ("saturation", 1), ("hue", 0.5))
+        }
+        augment = replace(old, scale=(self.crop, max(self.crop, old.scale[1])), **strengths)
+        return replace(config, augment=augment, optim=replace(config.optim, lr=self.lr))
+
+    @property
+    def key(self) -> str:
+        """For a folder's name."""
+        return f"lr-{self.lr:g}-crop-{self.crop:g}-color-{self.color:g}"
 
     def __str__(self) -> str:
         """For people."""
@@ -50,6 +58,18 @@ def settings_around(base: Config, count: int) -> list[Setting]:
         color = COLOR[0] + w * (COLOR[1] - COLOR[0])
         settings.append(Setting(float(f"{lr:.2g}"), float(f"{crop:.2g}"), round(color, 1)))
     return settings
+
+
+def trial_config(base: Config) -> Config:
+    """The configuration at a trial's size: smaller views, nothing compiled."""
+    side = min(base.augment.size, SIDE)
+    resize = round(base.eval.resize * side / base.augment.size)
+    return replace(
+        base,
+        augment=replace(base.augment, size=side),
+        eval=replace(base.eval, size=side, resize=max(side, resize)),
+        compile="false",
+    )
 
 
 @dataclass(frozen=True)
