@@ -3,12 +3,14 @@
 import contextlib
 import io
 import json
+import os
 import re
 import runpy
 import shlex
 import sys
 from functools import cache
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -52,7 +54,11 @@ def flags_of(script: str, *subcommand: str) -> frozenset[str]:
     output, before, arguments = io.StringIO(), list(sys.path), sys.argv
     sys.argv = [script, *subcommand, "--help"]
     try:
-        with contextlib.redirect_stdout(output), contextlib.suppress(SystemExit):
+        with (
+            contextlib.redirect_stdout(output),
+            contextlib.suppress(SystemExit),
+            mock.patch.dict(os.environ),  # train/launch.py sets torchrun's defaults
+        ):
             runpy.run_path(str(ROOT / script), run_name="__main__")
     finally:
         sys.path[:], sys.argv = before, arguments

@@ -27,6 +27,9 @@ from train.run.report import COLLAPSED
 from train.run.state import build_method, check_fits
 
 TOP = 5
+NOT_FINITE = (
+    "the encoder's features are not finite: its training diverged. Give the folder of another run"
+)
 MANY_IMAGES = 2**40  # more than any queue of a method holds
 PARTS = ("backbone", "projector")  # the encoder; what else a checkpoint holds is for training
 RANKME_IMAGES = 25600  # as in the paper; more change nothing (its appendix G)
@@ -126,10 +129,7 @@ def encode(backbone: ResNet, images: EvalSet, config: Config, world: World, log:
     if not len(ids):
         raise ValueError(f"no image under {reader.source.root} can be read: give another folder")
     if not features.isfinite().all():
-        raise ValueError(
-            "the encoder's features are not finite: its training diverged. Give the folder of "
-            "another run"
-        )
+        raise ValueError(NOT_FINITE)
     if world.size > 1:  # each rank took every size-th image
         order = ids.argsort()
         features, labels, ids = features[order], labels[order], ids[order]

@@ -17,11 +17,8 @@ from train import distributed
 from train.config import Config
 from train.distributed import World
 from train.evaluation.embed import features_of, gather_rows
+from train.evaluation.encoded import NOT_FINITE
 from train.network.resnet import ResNet
-
-NOT_FINITE = (
-    "the encoder's features are not finite: its training diverged. Give the folder of another run"
-)
 
 
 class HashingReader(ImageReader):

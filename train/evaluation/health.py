@@ -1,4 +1,4 @@
-"""What features are like, measured without labels: rank, spectrum, and what two views share.
+"""What features are like, measured without labels: their effective rank and spectrum.
 
 All in fp64, on the features of a few hundred to a few thousand images.
 """
@@ -8,7 +8,6 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from pipeline.order import Purpose, keyed_rng
 from pipeline.sources.reader import ImageReader
@@ -77,37 +76,6 @@ def decay(outputs: Tensor) -> float | None:
     return -((weight * dx * dy).sum() / (weight * dx * dx).sum()).item()
 
 
-def retrieval(first: Tensor, second: Tensor) -> float:
-    """Share of images in percent whose other view is the nearest by cosine among all images'.
-
-    Shapes: two views' features, (N, D) each, by image. Centred: what all images share says nothing.
-    """
-    mean = torch.cat([first, second]).mean(0)
-    a, b = (F.normalize((x - mean).double(), dim=1) for x in (first, second))
-    hits = (a @ b.T).argmax(1) == torch.arange(len(a), device=a.device)
-    return 100 * hits.double().mean().item()
-
-
-def alignment(first: Tensor, second: Tensor) -> float:
-    """Mean squared distance of the two views of an image on the unit sphere, 0 to 4.
-
-    Shapes: (N, D) each. Source: Wang & Isola, ICML 2020, section 4.1.1.
-    """
-    a, b = (F.normalize(x.double(), dim=1) for x in (first, second))
-    return (a - b).square().sum(1).mean().item()
-
-
-def uniformity(outputs: Tensor) -> float:
-    """log of the mean of exp(-2 |a - b|^2) over pairs of rows on the unit sphere; 0 for a collapse.
-
-    Shapes: (N, D). Source: Wang & Isola, ICML 2020, section 4.1.2, t = 2.
-    """
-    a = F.normalize(outputs.double(), dim=1)
-    squared = (2 - 2 * (a @ a.T)).clamp_min(0)
-    off_diagonal = ~torch.eye(len(a), dtype=torch.bool, device=a.device)
-    return (-2 * squared[off_diagonal]).exp().mean().log().item()
-
-
 @torch.no_grad()
 def measure_health(
     model: Method,
@@ -128,11 +96,13 @@ def measure_health(
     images = EvalSet(reader, ids, np.zeros(len(ids), dtype=np.int64))
     parts = embed(model.backbone, images, config, world, normalized=False, stop=stop)
     features = gather_rows(world, parts[0])
+    if len(features) < 2:
+        return None
     projector = model.get_submodule("projector")
     was_training = projector.training
     z = projector.eval()(features)
     projector.train(was_training)
-    if len(features) < 2 or not (features.isfinite().all() and z.isfinite().all()):
+    if not (features.isfinite().all() and z.isfinite().all()):
         return None
     rank_z = rankme(z)
     return {

@@ -156,7 +156,8 @@ def plot_spectra(axes: Any, rows: dict[str, dict]) -> None:
             numbers = [1 << i for i in range(len(values))]
             axes.loglog(numbers, values, style, color=f"C{color}", label=f"{name}, {label}")
     axes.set_xlabel("number of the direction")
-    axes.set_ylabel("share of the largest singular value")
+    axes.set_ylabel("singular value / largest")
+    axes.set_ylim(bottom=1e-4)
     axes.grid(alpha=0.3)
     if rows:
         axes.legend()
