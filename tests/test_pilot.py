@@ -1,6 +1,12 @@
 """The pilot: what it sees of images, the settings that it tries, its verdict, one on the digits."""
 
 import itertools
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,10 +17,12 @@ from pipeline.decode import DecodeOptions
 from pipeline.sources.folder import list_images
 from pipeline.sources.reader import ImageReader
 from train.config import Config, DataConfig
+from train.config.parser import parse_config
 from train.pilots.look import Images, look, near_pairs, settings_for, view_side
 from train.pilots.space import LEAST_STEPS, Setting, plan, settings_around, trial_config
 from train.pilots.trial import Standing, Trial, ranking, verdict
 
+ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 
 
@@ -154,3 +162,72 @@ def test_the_verdict_follows_from_the_best_trial(tmp_path, score, collapsed, ste
     assert found.name == expected and found.learns == (expected == "learns")
     few = verdict(images(count=1000, duplicates=0.95), {"score": 10.0}, ranking([best]))
     assert few.name == "too few images" and "50 different images" in few.evidence
+
+
+SMALL = ["--data.root=digits", "--model.width=8", "--model.projector_hidden=32", "--device=cpu"]
+SMALL += ["--model.projector_dim=32", "--model.predictor_hidden=8", "--settings=4", "--jobs=2"]
+
+
+def pilot(*flags: str, **options) -> subprocess.Popen:
+    """The program, on its way."""
+    words = [sys.executable, "train/pilot.py", *SMALL, *flags]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(words, cwd=ROOT, **pipes, **options)
+
+
+def test_a_pilot_stopped_by_ctrl_c_says_what_it_knows_and_goes_on(tmp_path):
+    out = tmp_path / "pilot"
+    process = pilot("--minutes=0.8", f"--out={out}")
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "% retrieved at step" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130 and "error: stopped; the same command continues" in stderr
+    before = json.loads((out / "result.json").read_text())["ranking"]
+    assert 1 <= len(before) < 4 and (out / "report.html").exists()
+
+    stdout, stderr = pilot("--minutes=0.8", f"--out={out}").communicate(timeout=120)
+    found = json.loads(stdout.splitlines()[-1])
+    assert len(found["ranking"]) == 4 and found["images"]["count"] == 1797
+    files = [json.loads(path.read_text()) for path in out.glob("trials/*/trial.json")]
+    judged = [each for known in files for each in known["judged"]]
+    for each in before:  # what was judged before the stop was kept and not made again
+        assert {k: v for k, v in each.items() if k not in ("lr", "crop", "color")} in judged
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2 and found["evidence"] in page
+    assert (out / "config.yaml").exists() == (found["verdict"] == "learns")
+
+
+def test_bad_flags_and_folders_are_refused_in_one_line(tmp_path):
+    (tmp_path / "few").mkdir()
+    for seed in range(20):
+        photo(seed).save(tmp_path / "few" / f"{seed}.png")
+    cases = [
+        (["--minutes=0"], 2, "minutes must be in 0.1 .. 10000, got 0"),
+        (["--settings=2"], 2, "settings must be"),
+        (["--method.target_steps=4"], 2, "--method.target_steps has no trials"),
+        ([f"--data.root={tmp_path}/none"], 1, "none"),
+        ([f"--data.root={tmp_path}/few", "--data.batch_size=8"], 1, "too few images: about 20"),
+    ]
+    for flags, code, words in cases:
+        process = pilot(*flags, f"--out={tmp_path}/out")
+        _, stderr = process.communicate(timeout=60)
+        errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
+        assert process.returncode == code and len(errors) == 1 and words in errors[0], stderr
+
+
+@pytest.mark.slow
+def test_two_minutes_on_the_digits_end_in_settings_that_learn(tmp_path):
+    began = time.monotonic()
+    out = tmp_path / "pilot"
+    words = [sys.executable, "train/pilot.py", "--data.root=digits", "--minutes=2", f"--out={out}"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300, check=True)
+    assert time.monotonic() - began < 150
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["verdict"] == "learns" and len(found["ranking"]) >= 8
+    assert found["ranking"][0]["score"] > 1.25 * found["untrained"]["score"]
+    assert found["ranking"][0]["knn"] > found["untrained"]["knn"]
+    config = parse_config([f"--config={out}/config.yaml"])  # what train/main.py will read
+    assert config.optim.lr == found["setting"]["lr"] and config.augment.hue == 0  # gray images

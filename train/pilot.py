@@ -16,21 +16,17 @@ if not __package__:  # run as a script: the repo root, not this folder, heads sy
 
 import hashlib
 import json
-import multiprocessing
 import shlex
 import signal
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import yaml
-from filelock import FileLock, Timeout
 from jsonargparse import ArgumentError
 
 from pipeline.loader import view_loader
@@ -40,21 +36,21 @@ from pipeline.sources.reader import ImageReader
 from train.config import Config, DataConfig, at_least
 from train.config.parser import build_parser, explain, flags, parse_config
 from train.distributed import World, resolve_device, take_device
-from train.distributed.startup import follow_launcher
 from train.loop import train_step
 from train.main import build_state
 from train.network.model import Precision
-from train.pilots import report
-from train.pilots.judge import judge
+from train.pilots import report, workers
+from train.pilots.judge import judge, sampled
 from train.pilots.look import Images, evenly, look, settings_for
 from train.pilots.space import Plan, Setting, plan, settings_around, trial_config
-from train.pilots.trial import FEW_IMAGES, Trial, ranking, verdict
+from train.pilots.trial import FEW_IMAGES, Trial, ranking, verdict, write_whole
+from train.pilots.workers import Workers
 from train.run import checkpoint, state
 from train.run.data import RunData, check_apart, open_data
-from train.run.folder import Log
+from train.run.folder import CONFIG, Log, RunFolder, environment
 from train.run.program import exit_on_error, print_result, refuse
 from train.run.state import TrainState, comparable
-from train.studies.runs import Place, plan_places
+from train.studies.runs import plan_places
 
 JUDGED = 1024  # images that trials are judged on
 CURVE_POINTS = 40  # of loss and collapse meter, of a whole trial
@@ -63,7 +59,6 @@ LOOK_SHARE, RESERVE_S = 0.1, 5.0  # of the time for looking; seconds for the rep
 VIEWS_SHOWN = 8
 UNTRAINED = "untrained"  # the folder of the encoder at step 0
 DIVERGED = {"score": 0.0, "collapsed": True}
-stop_event: Any = None  # in a worker: set when the pilot stops
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,25 +80,13 @@ class PilotConfig:
         at_least("jobs", self.jobs, 0)
 
 
-def start_worker(places: Any, event: Any) -> None:
-    """Give a worker process its cores and GPU, and have it end with its parent."""
-    global stop_event
-    place: Place = places.get()
-    os.sched_setaffinity(0, place.cores)  # torch and DALI follow it
-    if place.gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = place.gpu
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent sets the event
-    follow_launcher()
-    stop_event = event
-
-
 @lru_cache(maxsize=1)
 def opened(
     config: DataConfig, seed: int, precision: Precision, device: str, out: Path
 ) -> tuple[World, RunData]:
     """This worker as a world of one, and the images, listed once."""
     world = World(0, 1, 0, 1, take_device(device, 0, 1, precision), None)
-    return world, open_data(config, out=out, seed=seed, world=world)
+    return world, sampled(open_data(config, out=out, seed=seed, world=world))
 
 
 def advance(trial: Trial, to_step: int, until: float) -> tuple[float, float]:
@@ -148,35 +131,10 @@ def train_steps(
             current.guard.check(current.step)  # waits for the device
             curve.append([current.step, loss.item(), scalars["z_std"].item()])
         marks.append(time.monotonic())
-        if stop_event.is_set() or time.time() > until:
+        if workers.is_stopping() or time.time() > until:
             break
     timed = marks[WARM_UP:]
     return (timed[-1] - timed[0]) / (len(timed) - 1) if len(timed) > 1 else 0.0
-
-
-class Workers:
-    """Processes that advance trials, one in each place."""
-
-    def __init__(self, places: Sequence[Place]):
-        context = multiprocessing.get_context("spawn")  # CUDA cannot be used after a fork
-        self.count, self.event, queue = len(places), context.Event(), context.Queue()
-        for place in places:
-            queue.put(place)
-        options: dict = {"initializer": start_worker, "initargs": (queue, self.event)}
-        self.pool = ProcessPoolExecutor(self.count, mp_context=context, **options)
-
-    def advance(
-        self, trials: Sequence[Trial], to_step: int, until: float
-    ) -> Iterator[tuple[Trial, tuple[float, float]]]:
-        """Advance trials; yields each with what `advance` returned when it is done."""
-        jobs = {self.pool.submit(advance, trial, to_step, until): trial for trial in trials}
-        for job in as_completed(jobs):
-            yield jobs[job], job.result()
-
-    def close(self) -> None:
-        """End the processes; trials that are running save first."""
-        self.event.set()
-        self.pool.shutdown(cancel_futures=True)
 
 
 @dataclass(frozen=True)
@@ -198,46 +156,50 @@ class Pilot:
         ids = evenly(self.images, total * config.data.batch_size)
         return Trial(setting, config, tried.augment, ids, total, folder)
 
-    def planned(self, count: int, workers: Workers, *, until: float, log: Log) -> Plan:
+    def planned(self, count: int, pool: Workers, *, until: float, log: Log) -> Plan:
         """The plan of a pilot that was stopped, or one for the time left, after a few steps."""
         path = self.folder / "plan.json"
         key = hashlib.sha256(repr((comparable(self.base), count)).encode()).hexdigest()
         if path.exists() and (saved := json.loads(path.read_text()))["key"] == key:
             return Plan(saved["counts"], saved["steps"])
         setting = settings_around(self.base, 1)[0]
-        timed = [self.trial(setting, CALIBRATION, f"speed-{i}") for i in range(workers.count)]
-        times = [took for _, took in workers.advance(timed, CALIBRATION, until)]
+        timed = [self.trial(setting, CALIBRATION, f"speed-{i}") for i in range(pool.count)]
+        times = [took for _, took in pool.map(advance, timed, CALIBRATION, until)]
         step_s, fixed_s = (max(part) for part in zip(*times, strict=True))
-        seconds = workers.count * max(0.0, until - time.time())
+        seconds = pool.count * max(0.0, until - time.time())
         made = plan(count, seconds=seconds, step_s=max(step_s, 1e-4), fixed_s=fixed_s)
-        path.write_text(json.dumps({"key": key, **asdict(made)}))
+        write_whole(path, json.dumps({"key": key, **asdict(made)}))
         log(
             f"{step_s:.3f} s a step and {fixed_s:.1f} s beside them: {made.counts[0]} settings for "
             f"{made.steps[0]} steps, the better half for as many again, to {made.total}"
         )
         return made
 
-    def run(self, count: int, workers: Workers, *, until: float, log: Log) -> None:
+    def run(self, count: int, pool: Workers, *, until: float, log: Log) -> None:
         """Successive halving, to the last part or to the time `until`."""
-        plan = self.planned(count, workers, until=until, log=log)
+        plan = self.planned(count, pool, until=until, log=log)
         settings = settings_around(self.base, count)[: plan.counts[0]]
         alive = [self.trial(setting, plan.total) for setting in settings]
         untrained = self.trial(settings[0], plan.total, UNTRAINED)
-        list(workers.advance([untrained] if untrained.judged(0) is None else [], 0, until))
-        done = 0
-        log.start_bar(sum(plan.counts), 0)
+        list(pool.map(advance, [untrained] if untrained.judged(0) is None else [], 0, until))
+        began, done, skipped = time.time(), 0, 0  # steps of all trials
+        log.start_bar(plan.all_steps, 0)
         try:
-            for kept, to_step in zip(plan.counts, plan.steps, strict=True):
+            for kept, steps, to_step in zip(plan.counts, plan.parts, plan.steps, strict=True):
                 alive = alive[:kept]
                 left = [trial for trial in alive if trial.judged(to_step) is None]
-                done += len(alive) - len(left)
-                for trial, _ in workers.advance(left, to_step, until):
-                    done += 1
-                    log.advance(done, "trials")
-                    found = trial.judged(to_step) or {"score": float("nan")}
-                    log(f"{trial.setting}: {found['score']:.1f} % retrieved at step {to_step}")
-                if any(trial.judged(to_step) is None for trial in alive):
-                    return  # the time is over
+                skipped += steps * (len(alive) - len(left))
+                for trial, _ in pool.map(advance, left, to_step, until):
+                    if (found := trial.judged(to_step)) is None:
+                        return  # the time is over
+                    done += steps
+                    log.advance(skipped + done, "steps")
+                    share = done / (plan.all_steps - skipped)
+                    eta = (time.time() - began) * (1 / share - 1) / 60
+                    log(
+                        f"{trial.setting}: {found['score']:.1f} % retrieved at step {to_step}; "
+                        f"about {eta:.1f} min left"
+                    )
                 alive = [standing.trial for standing in ranking(alive)]
         finally:
             log.stop_bar()
@@ -252,19 +214,20 @@ class Pilot:
         return [self.trial(setting, made["steps"][-1]) for setting in settings]
 
 
-def conclude(pilot: Pilot, images: Images, out: Path, log: Log) -> dict:
+def conclude(pilot: Pilot, images: Images, folder: RunFolder, log: Log) -> dict:
     """Write report.html and report.txt, and config.yaml where a setting learns; the result."""
-    trials, untrained = pilot.trials(), None
+    trials, out, untrained = pilot.trials(), folder.path, None
     if trials:
         untrained = pilot.trial(trials[0].setting, trials[0].total, UNTRAINED).judged(0)
     ranked = ranking(trials)
     found = verdict(images, untrained, ranked)
     command, chosen = None, None
+    (out / CONFIG).unlink(missing_ok=True)
     if found.learns:
         chosen = ranked[0].trial.setting
         config = asdict(chosen.apply(pilot.base)) | {"out": ""}
-        (out / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-        words = ["python", "train/main.py", "--config", str(out / "config.yaml")]
+        (out / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False))
+        words = ["python", "train/main.py", "--config", str(out / CONFIG)]
         command = shlex.join([*words, "--out", f"runs/{out.name}-chosen"])
     text = report.as_text(images, found, report.rows_of(untrained, ranked), command)
     pictures = {"Two views of some images": report.draw_views(some_views(pilot))}
@@ -284,7 +247,7 @@ def conclude(pilot: Pilot, images: Images, out: Path, log: Log) -> dict:
         "ranking": [{**asdict(each.trial.setting), **each.judgement} for each in ranked],
         "report": str(out / "report.html"),
     }
-    (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    folder.write("result.json", result)
     return result
 
 
@@ -299,35 +262,51 @@ def some_views(pilot: Pilot) -> np.ndarray:
     return batch.images.numpy()
 
 
-def run_pilot(own: PilotConfig, words: Sequence[str], out: Path, log: Log) -> dict:
+def prepare(own: PilotConfig, words: Sequence[str], folder: RunFolder) -> tuple[Pilot, Images]:
+    """Look at the images, or recall what was seen; the pilot with the settings that follow.
+
+    words: the flags of train/main.py. Raises: ValueError for images that cannot be used.
+    """
+    first, alone = parse_config(words), World(0, 1, 0, 1, torch.device("cpu"), None)
+    check_apart(folder.path, *split_root(first.data.root), first.data.val)
+    trials = folder.path / "trials"
+    trials.mkdir(exist_ok=True)
+    reader = open_data(first.data, out=trials / "run", seed=first.seed, world=alone).train
+    seen = trials / f"images-{reader.source.fingerprint[:12]}.json"
+    if seen.exists():
+        images = Images(**json.loads(seen.read_text()))
+    else:
+        budget_s = LOOK_SHARE * 60 * own.minutes
+        images = look(reader, first.dali, alone.device, budget_s=budget_s)
+        write_whole(seen, json.dumps(asdict(images)))
+    suggested, on_gpu = trials / "images.yaml", resolve_device(first.device) == "cuda"
+    suggested.write_text(yaml.safe_dump(settings_for(images, on_gpu=on_gpu)))
+    return Pilot(parse_config([f"--config={suggested}", *words]), images.count, trials), images
+
+
+def run_pilot(own: PilotConfig, words: Sequence[str], folder: RunFolder, log: Log) -> dict:
     """Look, try, judge, write; returns the result.
 
     words: the flags of train/main.py. Raises: ValueError for images that cannot be used;
     KeyboardInterrupt once running trials were saved and what is known was written.
     """
-    began, first = time.time(), parse_config(words)
-    device, alone = resolve_device(first.device), World(0, 1, 0, 1, torch.device("cpu"), None)
-    check_apart(out, *split_root(first.data.root), first.data.val)
-    trials = out / "trials"
-    trials.mkdir(exist_ok=True)
-    reader = open_data(first.data, out=trials / "run", seed=first.seed, world=alone).train
-    seconds = 60 * own.minutes
-    images = look(reader, first.dali, alone.device, budget_s=LOOK_SHARE * seconds)
-    suggested = out / "images.yaml"
-    suggested.write_text(yaml.safe_dump(settings_for(images, on_gpu=device == "cuda")))
-    pilot = Pilot(parse_config([f"--config={suggested}", *words]), images.count, trials)
-    if images.distinct < FEW_IMAGES:
-        return conclude(pilot, images, out, log)
-    workers = Workers(plan_places(own.jobs, with_gpus=device == "cuda"))
-    try:
-        pilot.run(own.settings, workers, until=began + seconds - RESERVE_S, log=log)
-    except KeyboardInterrupt:
-        workers.close()
-        conclude(pilot, images, out, log)
-        raise
-    finally:
-        workers.close()
-    return conclude(pilot, images, out, log)
+    began = time.time()
+    pilot, images = prepare(own, words, folder)
+    device = resolve_device(pilot.base.device)
+    folder.write("env.json", environment(1, torch.device(device)))
+    folder.status("running", 0)
+    if images.distinct >= FEW_IMAGES:
+        until = began + 60 * own.minutes - RESERVE_S
+        with Workers(plan_places(own.jobs, with_gpus=device == "cuda")) as pool:
+            try:
+                pilot.run(own.settings, pool, until=until, log=log)
+            except KeyboardInterrupt:
+                pool.stop()
+                conclude(pilot, images, folder, log)
+                raise
+    result = conclude(pilot, images, folder, log)
+    folder.status("finished", 0)
+    return result
 
 
 def read_flags(words: Sequence[str]) -> tuple[PilotConfig, list[str], str]:
@@ -361,14 +340,14 @@ def main() -> None:
     """Read the flags, run, print the result as the last line of stdout."""
     own, words, chosen = read_flags(sys.argv[1:])
     out = Path(chosen or "runs/pilot")
+    remedy = "lower --data.batch_size or --jobs"
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-    with exit_on_error(out, stopped="stopped; the same command continues"):
-        out.mkdir(parents=True, exist_ok=True)
-        try:
-            with FileLock(out / ".lock", timeout=0):
-                result = run_pilot(own, words, out, Log(out / "log.txt"))
-        except Timeout:
-            refuse(f"--out {out} is in use by another pilot: wait, or choose another", code=1)
+    with exit_on_error(out, memory_remedy=remedy, stopped="stopped; the same command continues"):
+        if (out / CONFIG).exists() and not (out / "trials").exists():
+            raise ValueError(f"--out {out} is the folder of another program: give a new one")
+        with RunFolder(str(out)) as folder:
+            folder.checkpoints.rmdir()
+            result = run_pilot(own, words, folder, Log(out / "log.txt"))
     print_result(result, kept=out / "result.json")
     if result["verdict"] != "learns":
         refuse(f"{result['verdict']}: {result['evidence']} ({result['report']})", code=1)

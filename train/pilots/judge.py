@@ -6,10 +6,12 @@ that has collapsed, fully or partially, scores below the untrained one.
 """
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from pipeline.augment import AugmentConfig
 from pipeline.loader import view_loader
@@ -17,20 +19,27 @@ from pipeline.order import PartOrder
 from train.config import Config
 from train.distributed import World
 from train.evaluation.embed import embed, features_of, knn_accuracy
-from train.evaluation.health import (
-    alignment,
-    decay,
-    is_partially_collapsed,
-    rankme,
-    retrieval,
-    spectrum,
-    uniformity,
-)
+from train.evaluation.health import decay, is_partially_collapsed, rankme, spectrum
 from train.methods import Method
 from train.methods.method import collapse_meter
+from train.pilots.look import evenly
 from train.run.data import EvalSet, RunData
 
 VIEW_SEED = 12  # of the views that all trials are judged on
+BANK, QUERIES = 4096, 1024  # images at most of the kNN that stands beside the score
+
+
+def sampled(data: RunData) -> RunData:
+    """The data with a part of the labelled images: kNN takes no longer for a million images."""
+    if data.bank is None or data.queries is None:
+        return data
+    return replace(data, bank=part(data.bank, BANK), queries=part(data.queries, QUERIES))
+
+
+def part(images: EvalSet, most: int) -> EvalSet:
+    """At most `most` images, evenly over the set, so over its classes."""
+    rows = evenly(len(images.ids), most)
+    return replace(images, ids=images.ids[rows], labels=images.labels[rows])
 
 
 @torch.no_grad()
@@ -90,6 +99,37 @@ def views_of(
         parts.append(features_of(model.backbone, batch.images, config))
         seen.append(batch.ids)
     return torch.cat(parts), torch.cat(seen)
+
+
+def retrieval(first: Tensor, second: Tensor) -> float:
+    """Share of images in percent whose other view is the nearest by cosine among all images'.
+
+    Shapes: two views' features, (N, D) each, by image. Centred: what all images share says nothing.
+    """
+    mean = torch.cat([first, second]).mean(0)
+    a, b = (F.normalize((x - mean).double(), dim=1) for x in (first, second))
+    hits = (a @ b.T).argmax(1) == torch.arange(len(a), device=a.device)
+    return 100 * hits.double().mean().item()
+
+
+def alignment(first: Tensor, second: Tensor) -> float:
+    """Mean squared distance of the two views of an image on the unit sphere, 0 to 4.
+
+    Shapes: (N, D) each. Source: Wang & Isola, ICML 2020, section 4.1.1.
+    """
+    a, b = (F.normalize(x.double(), dim=1) for x in (first, second))
+    return (a - b).square().sum(1).mean().item()
+
+
+def uniformity(outputs: Tensor) -> float:
+    """log of the mean of exp(-2 |a - b|^2) over pairs of rows on the unit sphere; 0 for a collapse.
+
+    Shapes: (N, D). Source: Wang & Isola, ICML 2020, section 4.1.2, t = 2.
+    """
+    a = F.normalize(outputs.double(), dim=1)
+    squared = (2 - 2 * (a @ a.T)).clamp_min(0)
+    off_diagonal = ~torch.eye(len(a), dtype=torch.bool, device=a.device)
+    return (-2 * squared[off_diagonal]).exp().mean().log().item()
 
 
 def finite(value: float) -> float | None:

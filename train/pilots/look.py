@@ -81,7 +81,7 @@ def look(
             if placed is not None:
                 formats[format_of(placed[0])] += 1
                 shorter.append(min(placed[1]))
-                groups.setdefault(hashlib.blake2b(placed[0]).digest(), []).append(index)
+                groups.setdefault(hashlib.blake2b(placed[0].data).digest(), []).append(index)
         if time.monotonic() > until - budget_s * 2 / 3:
             break
     reasons = Counter(reader.bad.values())

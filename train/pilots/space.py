@@ -5,14 +5,16 @@ rate after the same number of steps; the better half continues for as many steps
 Source: Jamieson & Talwalkar, AISTATS 2016 (successive halving).
 """
 
+import itertools
 import math
+import operator
 from dataclasses import dataclass, replace
 
 from torch.quasirandom import SobolEngine
 
 from train.config import Config
 
-LR, CROP, COLOR = (0.01, 4.0), (0.08, 0.6), (0.0, 1.5)
+LR, CROP, COLOR = (0.01, 10.0), (0.08, 0.6), (0.0, 1.5)
 """Ranges of optim.lr and augment.scale's lower end, both on a logarithmic scale, and of the factor
 on brightness, contrast, saturation and hue."""
 LEAST_STEPS = 16  # of a trial's first part
@@ -53,7 +55,8 @@ class Setting:
 def settings_around(base: Config, count: int) -> list[Setting]:
     """The base's own setting, then points of a Sobol sequence over the ranges."""
     settings = [Setting(base.optim.lr, base.augment.scale[0], 1.0)]
-    for u, v, w in SobolEngine(3, scramble=True, seed=1).draw(count - 1).tolist():
+    points = SobolEngine(3, scramble=True, seed=1).draw(count).tolist()
+    for u, v, w in points[1:]:
         lr, crop = (a * (b / a) ** x for (a, b), x in ((LR, u), (CROP, v)))
         color = COLOR[0] + w * (COLOR[1] - COLOR[0])
         settings.append(Setting(float(f"{lr:.2g}"), float(f"{crop:.2g}"), round(color, 1)))
@@ -83,6 +86,16 @@ class Plan:
     def total(self) -> int:
         """Steps of the schedule of every trial."""
         return self.steps[-1]
+
+    @property
+    def parts(self) -> list[int]:
+        """Steps of each part."""
+        return [later - step for step, later in itertools.pairwise([0, *self.steps])]
+
+    @property
+    def all_steps(self) -> int:
+        """Of all trials and parts."""
+        return sum(map(operator.mul, self.counts, self.parts))
 
 
 def plan(count: int, *, seconds: float, step_s: float, fixed_s: float) -> Plan:

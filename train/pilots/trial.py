@@ -20,6 +20,13 @@ BETTER = 1.25
 TOO_SHORT = 4000  # images of the longest trial, below which not learning may be lack of time
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that a kill leaves the old one or the new one."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
 @dataclass(frozen=True)
 class Trial:
     """A short training with one setting."""
@@ -49,9 +56,7 @@ class Trial:
 
     def write(self, known: dict) -> None:
         """Replace what is known of it."""
-        temporary = self.folder / "trial.tmp"
-        temporary.write_text(json.dumps(known))
-        temporary.replace(self.folder / "trial.json")
+        write_whole(self.folder / "trial.json", json.dumps(known))
 
     def judged(self, step: int) -> dict | None:
         """Its judgement at a step."""
