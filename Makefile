@@ -1,5 +1,6 @@
 # make demo   trains on an embedded data set and shows that it learned (CPU or GPU)
-# make test   lint, type check and all CPU tests
+# make test   lint, type check and the CPU tests, in ten minutes
+# make test-slow   the CPU tests that take longest
 # make test-avx2   what computes once more, as on a CPU that has AVX2 alone
 # make container-test   build the image without Docker, run demo and tests in it (tests/container.sh)
 # make cluster-test   runs on four hosts of network namespaces (root; says why where it cannot)
@@ -13,7 +14,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 
-.PHONY: demo test test-avx2 check cluster-test test-gpu container-test clean
+.PHONY: demo test test-slow test-avx2 check cluster-test test-gpu container-test clean
 
 demo: $(VENV)/.ready
 	$(RUN) train/main.py --config configs/demo.yaml $(ARGS)
@@ -26,7 +27,10 @@ DISTRIBUTE := --dist loadfile --max-worker-restart=0
 test: check
 	CUDA_VISIBLE_DEVICES= OMP_WAIT_POLICY=passive $(RUN) -m pytest -n 2 $(DISTRIBUTE) --no-loadscope-reorder $(ARGS)
 
-# oneDNN and ATen choose other code there; tests/convolutions.py has both settings in `make test`
+test-slow: $(VENV)/.ready-dev
+	CUDA_VISIBLE_DEVICES= OMP_WAIT_POLICY=passive $(RUN) -m pytest -n 2 -m slow $(DISTRIBUTE) $(ARGS)
+
+# oneDNN and ATen choose other code there; tests/convolutions.py has both settings in `make test-slow`
 AVX2 := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2
 COMPUTES := train learning checkpoint resnet optim precision methods simclr byol moco swav vicreg switches \
 	sync_norm norm_kernels loss_kernels cosine two_views evaluate knn probes

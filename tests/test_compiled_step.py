@@ -53,6 +53,7 @@ def test_a_compiled_step_moves_launches_and_keeps_no_more_than_it_did():
     assert ours["saved_mb_per_image"] <= before["plain"]["saved_mb_per_image"]
 
 
+@pytest.mark.slow
 def test_no_graph_break_and_fewer_than_half_the_collectives_of_sync_batch_norm():
     found = told_by("profiling/collectives.py")
     assert found["graph_breaks"] == 0

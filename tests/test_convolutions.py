@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", [{}, AVX2], ids=["this CPU", "AVX2"])
 def test_every_convolution_agrees_with_double_precision(setting):
     done = subprocess.run(

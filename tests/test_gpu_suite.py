@@ -237,6 +237,7 @@ def test_what_the_sites_are_judged_by_is_what_kernels_py_measures(suite):
     )
 
 
+@pytest.mark.slow
 def test_a_rehearsal_of_the_demo_is_stopped_resumed_and_finished_within_its_minutes(tmp_path):
     """The whole program: what a first call with DALI would do for its first minute."""
     begin = time.monotonic()

@@ -65,6 +65,7 @@ def trained(tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flag", ["--optim.lr=30", "--optim.weight_decay=0.1"])
 def test_a_partial_collapse_that_the_meter_misses_is_warned_of_and_its_remedy_helps(flag, trained):
     found, stderr = trained(flag)

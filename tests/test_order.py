@@ -49,6 +49,7 @@ def ranks(tmp_path_factory) -> list[dict[str, dict]]:
     return [{line["method"]: line for line in of_rank} for of_rank in lines]
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.parametrize("method", METHODS)
 def test_two_ranks_generate_and_send_the_same_collectives_in_the_same_order(ranks, method):
@@ -61,6 +62,7 @@ def test_two_ranks_generate_and_send_the_same_collectives_in_the_same_order(rank
     assert steps * len(calls) == len(sums) >= 4  # all that was generated was sent
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_the_compiled_step_is_cut_where_gradients_can_be_sent_early(ranks):
     graphs = ranks[0]["byol"]["graphs"]

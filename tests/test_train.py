@@ -210,6 +210,7 @@ def test_a_run_of_one_rank_goes_on_with_two(straight, images, tmp_path):
     assert found["loss"] == pytest.approx(straight[1]["loss"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_without_stop_gradient_the_demo_collapses_and_says_so(tmp_path):
     done = subprocess.run(
         [
