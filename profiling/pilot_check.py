@@ -3,10 +3,10 @@
     python profiling/pilot_check.py --data.root DIR --minutes 20 --out PILOT --save pilot-digits
 
 Takes the flags of train/pilot.py, for images with labels. Runs the pilot, or takes one that is
-there; then trains the settings that halving left, in copies of their folders, and measures kNN on
-all labelled images. Prints the rank correlation (Spearman) between each measure without labels and
-kNN, of the score at the first part with kNN at the end, and the kNN of the setting that was chosen,
-of the best and of the preset. The same command continues.
+there; then trains the settings that halving left, in copies of their folders, and measures kNN of
+every labelled image among all others. Prints the rank correlation (Spearman) between each measure
+without labels and kNN, of the score at the first part with kNN at the end, and the kNN of the
+setting that was chosen, of the best and of the preset. The same command continues.
 """
 
 import root_first  # isort: skip # noqa: F401
@@ -23,20 +23,24 @@ import torch
 from scipy.stats import spearmanr
 
 from measure.results import check_save, print_table, save_and_print
+from train.config import Config
 from train.distributed import World, resolve_device, take_device
-from train.evaluation.embed import knn_accuracy
+from train.evaluation.embed import embed, nearest, vote
 from train.main import build_state
+from train.network.resnet import ResNet
 from train.pilot import Pilot, advance, prepare, read_flags, run_pilot
+from train.pilots.space import Plan
 from train.pilots.trial import Trial
 from train.pilots.workers import Workers
 from train.run import checkpoint, state
-from train.run.data import open_data
+from train.run.data import RunData, open_data
 from train.run.folder import Log, RunFolder, environment
 from train.run.program import exit_on_error
 from train.studies.runs import plan_places
 
 MEASURES = {
     "score": 1,
+    "retrieval_z": 1,
     "rank_features": 1,
     "rank_z": 1,
     "decay": -1,
@@ -47,11 +51,12 @@ MEASURES = {
 """What a judgement holds without labels; -1 where less is better."""
 
 
-def finish(trial: Trial) -> dict:
-    """In a worker: train to the end and judge; kNN on all labelled images. The judgement."""
+def finish(trial: Trial, plan: Plan) -> dict:
+    """In a worker: train the parts that are left and judge; kNN of all images. The judgement."""
     config = trial.config
-    if trial.judged(trial.total) is None:
-        advance(trial, trial.total, float("inf"))
+    for part in plan.parts:
+        if trial.judged(part[1]) is None:
+            advance(trial, part, float("inf"))
     judged = trial.judged(trial.total) or trial.read()["judged"][-1]  # that of a divergence
     device = take_device(config.device, 0, 1, config.precision)
     world = World(0, 1, 0, 1, device, None)
@@ -60,7 +65,20 @@ def finish(trial: Trial) -> dict:
     saved = checkpoint.load_newest(trial.folder / "checkpoints", log=print)
     assert saved is not None
     state.restore(current, saved)
-    return judged | {"knn": knn_accuracy(current.model.backbone, data, config, world)}
+    return judged | {"knn": others_vote(current.model.backbone, data, config, world)}
+
+
+def others_vote(backbone: ResNet, data: RunData, config: Config, world: World) -> float:
+    """kNN top-1 in percent of every labelled image among all others, held-out ones included."""
+    assert data.bank is not None and data.queries is not None
+    parts = [embed(backbone, images, config, world) for images in (data.bank, data.queries)]
+    features, labels = (torch.cat(part) for part in list(zip(*parts, strict=True))[:2])
+    similarity, index = nearest(features, features, config.eval.k + 1)
+    is_self = index == torch.arange(len(index), device=index.device)[:, None]
+    votes = similarity.masked_fill(is_self, float("-inf"))  # of weight 0
+    classes, temperature = len(data.class_names), config.eval.temperature
+    named = vote(votes, labels[index], num_classes=classes, temperature=temperature)
+    return 100 * (named == labels).float().mean().item()
 
 
 def finish_all(pilot: Pilot, folder: Path, jobs: int, log: Log) -> list[dict]:
@@ -73,7 +91,7 @@ def finish_all(pilot: Pilot, folder: Path, jobs: int, log: Log) -> list[dict]:
     rows = []
     with Workers(plan_places(jobs, with_gpus=resolve_device(pilot.base.device) == "cuda")) as pool:
         began = time.time()
-        for trial, judged in pool.map(finish, trials):
+        for trial, judged in pool.map(finish, trials, pilot.saved_plan()):
             early = trial.read()["judged"][0]["score"]
             rows.append({"setting": vars(trial.setting), "early_score": early, **judged})
             left = (time.time() - began) * (len(trials) / len(rows) - 1) / 60

@@ -89,8 +89,10 @@ def opened(
     return world, sampled(open_data(config, out=out, seed=seed, world=world))
 
 
-def advance(trial: Trial, to_step: int, until: float) -> tuple[float, float]:
-    """Train to a step and judge, in a worker; returns seconds a step, and those of the rest.
+def advance(trial: Trial, part: tuple[int, int], until: float) -> tuple[float, float]:
+    """Train a part and judge, in a worker; returns seconds a step, and those of the rest.
+
+    part: the steps at which it begins and ends.
 
     Ends without a judgement at the time `until`, or when the pilot stops; what was trained is
     saved in any case.
@@ -105,13 +107,13 @@ def advance(trial: Trial, to_step: int, until: float) -> tuple[float, float]:
         state.restore(current, saved)
     first, step_s = current.step, 0.0
     try:
-        step_s = train_steps(trial, current, data.train, known["curve"], to_step, until)
-        if current.step == to_step:
+        step_s = train_steps(trial, current, data.train, known["curve"], part, until)
+        if current.step == part[1]:
             ids = evenly(len(data.train.source), JUDGED)
             found = judge(current.model, data, ids, trial.reference, config, world)
-            known["judged"].append({"step": to_step, **found})
+            known["judged"].append({"step": part[1], **found})
     except FloatingPointError as error:
-        known["judged"].append({"step": to_step, "diverged": str(error), **DIVERGED})
+        known["judged"].append({"step": part[1], "diverged": str(error), **DIVERGED})
     facts = state.run_facts(config, data.train.source.fingerprint, world)
     state.save(current, trial.folder / "checkpoints", facts)
     trial.write(known)
@@ -119,15 +121,20 @@ def advance(trial: Trial, to_step: int, until: float) -> tuple[float, float]:
 
 
 def train_steps(
-    trial: Trial, current: TrainState, reader: ImageReader, curve: list, to_step: int, until: float
+    trial: Trial,
+    current: TrainState,
+    reader: ImageReader,
+    curve: list,
+    part: tuple[int, int],
+    until: float,
 ) -> float:
-    """Train to a step and add points of loss and collapse meter; returns seconds a step."""
-    config, schedule, marks = trial.config, trial.schedule, []
+    """Train to the part's end and add points of loss and collapse meter; returns seconds a step."""
+    config, schedule, marks = trial.config, trial.schedule(*part), []
     options: dict = {"options": config.dali, "device": current.guard.device}
-    steps, every = range(current.step, to_step), max(1, trial.total // CURVE_POINTS)
+    steps, every = range(current.step, part[1]), max(1, trial.total // CURVE_POINTS)
     for batch in view_loader(reader, schedule.order, steps, views=config.views, **options):
         loss, scalars, _, _ = train_step(current, config, schedule, batch)
-        if current.step % every == 0 or current.step == to_step:
+        if current.step % every == 0 or current.step == part[1]:
             current.guard.check(current.step)  # waits for the device
             curve.append([current.step, loss.item(), scalars["z_std"].item()])
         marks.append(time.monotonic())
@@ -156,40 +163,40 @@ class Pilot:
         ids = evenly(self.images, total * config.data.batch_size)
         return Trial(setting, config, tried.augment, ids, total, folder)
 
-    def planned(self, count: int, pool: Workers, *, until: float, log: Log) -> Plan:
+    def planned(self, own: PilotConfig, pool: Workers, *, until: float, log: Log) -> Plan:
         """The plan of a pilot that was stopped, or one for the time left, after a few steps."""
-        path = self.folder / "plan.json"
-        key = hashlib.sha256(repr((comparable(self.base), count)).encode()).hexdigest()
-        if path.exists() and (saved := json.loads(path.read_text()))["key"] == key:
-            return Plan(saved["counts"], saved["steps"])
+        facts = comparable(self.base), own.settings, own.minutes
+        key = hashlib.sha256(repr(facts).encode()).hexdigest()
+        if self.path.exists() and json.loads(self.path.read_text())["key"] == key:
+            return self.saved_plan()
         setting = settings_around(self.base, 1)[0]
         timed = [self.trial(setting, CALIBRATION, f"speed-{i}") for i in range(pool.count)]
-        times = [took for _, took in pool.map(advance, timed, CALIBRATION, until)]
+        times = [took for _, took in pool.map(advance, timed, (0, CALIBRATION), until)]
         step_s, fixed_s = (max(part) for part in zip(*times, strict=True))
         seconds = pool.count * max(0.0, until - time.time())
-        made = plan(count, seconds=seconds, step_s=max(step_s, 1e-4), fixed_s=fixed_s)
-        write_whole(path, json.dumps({"key": key, **asdict(made)}))
+        made = plan(own.settings, seconds=seconds, step_s=max(step_s, 1e-4), fixed_s=fixed_s)
+        write_whole(self.path, json.dumps({"key": key, **asdict(made)}))
         log(
             f"{step_s:.3f} s a step and {fixed_s:.1f} s beside them: {made.counts[0]} settings for "
             f"{made.steps[0]} steps, the better half for as many again, to {made.total}"
         )
         return made
 
-    def run(self, count: int, pool: Workers, *, until: float, log: Log) -> None:
+    def run(self, own: PilotConfig, pool: Workers, *, until: float, log: Log) -> None:
         """Successive halving, to the last part or to the time `until`."""
-        plan = self.planned(count, pool, until=until, log=log)
-        settings = settings_around(self.base, count)[: plan.counts[0]]
+        plan = self.planned(own, pool, until=until, log=log)
+        settings = settings_around(self.base, plan.counts[0])
         alive = [self.trial(setting, plan.total) for setting in settings]
         untrained = self.trial(settings[0], plan.total, UNTRAINED)
-        list(pool.map(advance, [untrained] if untrained.judged(0) is None else [], 0, until))
+        list(pool.map(advance, [untrained] if untrained.judged(0) is None else [], (0, 0), until))
         began, done, skipped = time.time(), 0, 0  # steps of all trials
         log.start_bar(plan.all_steps, 0)
         try:
-            for kept, steps, to_step in zip(plan.counts, plan.parts, plan.steps, strict=True):
-                alive = alive[:kept]
+            for kept, (begin, to_step) in zip(plan.counts, plan.parts, strict=True):
+                alive, steps = alive[:kept], to_step - begin
                 left = [trial for trial in alive if trial.judged(to_step) is None]
                 skipped += steps * (len(alive) - len(left))
-                for trial, _ in pool.map(advance, left, to_step, until):
+                for trial, _ in pool.map(advance, left, (begin, to_step), until):
                     if (found := trial.judged(to_step)) is None:
                         return  # the time is over
                     done += steps
@@ -197,7 +204,7 @@ class Pilot:
                     share = done / (plan.all_steps - skipped)
                     eta = (time.time() - began) * (1 / share - 1) / 60
                     log(
-                        f"{trial.setting}: {found['score']:.1f} % retrieved at step {to_step}; "
+                        f"{trial.setting}: score {found['score']:.1f} at step {to_step}; "
                         f"about {eta:.1f} min left"
                     )
                 alive = [standing.trial for standing in ranking(alive)]
@@ -206,12 +213,20 @@ class Pilot:
 
     def trials(self) -> list[Trial]:
         """Those of the plan, as far as they are known."""
-        path = self.folder / "plan.json"
-        if not path.exists():
+        if not self.path.exists():
             return []
-        made = json.loads(path.read_text())
-        settings = settings_around(self.base, made["counts"][0])
-        return [self.trial(setting, made["steps"][-1]) for setting in settings]
+        plan = self.saved_plan()
+        return [self.trial(each, plan.total) for each in settings_around(self.base, plan.counts[0])]
+
+    @property
+    def path(self) -> Path:
+        """Of the plan."""
+        return self.folder / "plan.json"
+
+    def saved_plan(self) -> Plan:
+        """The plan that was made."""
+        saved = json.loads(self.path.read_text())
+        return Plan(saved["counts"], saved["steps"])
 
 
 def conclude(pilot: Pilot, images: Images, folder: RunFolder, log: Log) -> dict:
@@ -299,7 +314,7 @@ def run_pilot(own: PilotConfig, words: Sequence[str], folder: RunFolder, log: Lo
         until = began + 60 * own.minutes - RESERVE_S
         with Workers(plan_places(own.jobs, with_gpus=device == "cuda")) as pool:
             try:
-                pilot.run(own.settings, pool, until=until, log=log)
+                pilot.run(own, pool, until=until, log=log)
             except KeyboardInterrupt:
                 pool.stop()
                 conclude(pilot, images, folder, log)

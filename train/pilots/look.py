@@ -60,7 +60,7 @@ class Images:
     """Channel means of images in 0 .. 1, at the size of a view."""
     std: list[float]
     contrast: float
-    """Mean over images of the standard deviation of an image in 0 .. 1."""
+    """Mean over images and channels of the standard deviation over an image in 0 .. 1."""
 
     @property
     def distinct(self) -> int:
@@ -95,7 +95,7 @@ def look(
     side = view_side(sides["p50"])
     ids, pixels = decode(reader, first, options, device, side=side, until=until)
     small = F.adaptive_avg_pool2d(pixels.permute(0, 3, 1, 2).float(), THUMBNAIL)
-    deviation = small.std(dim=(1, 2, 3))
+    deviation = small.std(dim=(2, 3)).mean(1)
     pairs = near_pairs(small)
     exact = [group for group in groups.values() if len(group) > 1]
     copies = sum(len(group) - 1 for group in exact) / num_read

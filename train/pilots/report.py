@@ -45,7 +45,7 @@ def rows_of(untrained: dict | None, ranked: Sequence[Standing]) -> list[list[str
     return rows
 
 
-HEADERS = ("setting", "steps", "views retrieved [%]", "rank of z", "kNN [%]", "")
+HEADERS = ("setting", "steps", "score", "rank of z", "kNN [%]", "")
 
 
 def as_text(images: Images, verdict: Verdict, rows: list[list[str]], command: str | None) -> str:
@@ -98,7 +98,7 @@ def draw_trials(untrained: dict, ranked: Sequence[Standing]) -> bytes:
         values = each.judgement.get("spectrum") or []
         spectra.loglog([1 << i for i in range(len(values))], values)
     for axes, title in (
-        (scores, "views retrieved [%]"),
+        (scores, "score"),
         (losses, "loss"),
         (meters, "std(z/|z|) sqrt(d)"),
         (spectra, "singular values of the features"),

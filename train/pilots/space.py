@@ -1,13 +1,14 @@
 """The settings that a pilot tries, and how its time is shared among them: successive halving.
 
-Every trial has the schedule of the longest one, so that trials are compared at the same learning
-rate after the same number of steps; the better half continues for as many steps again.
-Source: Jamieson & Talwalkar, AISTATS 2016 (successive halving).
+Trials are compared after the same number of steps; the better half continues for as many steps
+again. In each part the learning rate decays to 0: encoders in the middle of a schedule score worse
+the higher their rate (profiling/LOG.md, 2026-11-29).
+Source: Jamieson & Talwalkar, AISTATS 2016 (successive halving); Loshchilov & Hutter, ICLR 2017
+(restarts of the cosine schedule).
 """
 
 import itertools
 import math
-import operator
 from dataclasses import dataclass, replace
 
 from torch.quasirandom import SobolEngine
@@ -18,7 +19,7 @@ LR, CROP, COLOR = (0.01, 10.0), (0.08, 0.6), (0.0, 1.5)
 """Ranges of optim.lr and augment.scale's lower end, both on a logarithmic scale, and of the factor
 on brightness, contrast, saturation and hue."""
 LEAST_STEPS = 16  # of a trial's first part
-SIDE = 112  # of views in a trial, pixels, at most
+LEAST_SIDE, MOST_SIDE = 16, 112  # pixels; between them a trial's views have half the side
 
 
 @dataclass(frozen=True, order=True)
@@ -65,7 +66,7 @@ def settings_around(base: Config, count: int) -> list[Setting]:
 
 def trial_config(base: Config) -> Config:
     """The configuration at a trial's size: smaller views, nothing compiled."""
-    side = min(base.augment.size, SIDE)
+    side = min(base.augment.size, MOST_SIDE, max(LEAST_SIDE, base.augment.size // 2))
     resize = round(base.eval.resize * side / base.augment.size)
     return replace(
         base,
@@ -84,18 +85,20 @@ class Plan:
 
     @property
     def total(self) -> int:
-        """Steps of the schedule of every trial."""
+        """Steps of all parts."""
         return self.steps[-1]
 
     @property
-    def parts(self) -> list[int]:
-        """Steps of each part."""
-        return [later - step for step, later in itertools.pairwise([0, *self.steps])]
+    def parts(self) -> list[tuple[int, int]]:
+        """The steps at which each part begins and ends."""
+        return list(itertools.pairwise([0, *self.steps]))
 
     @property
     def all_steps(self) -> int:
         """Of all trials and parts."""
-        return sum(map(operator.mul, self.counts, self.parts))
+        return sum(
+            n * (end - begin) for n, (begin, end) in zip(self.counts, self.parts, strict=True)
+        )
 
 
 def plan(count: int, *, seconds: float, step_s: float, fixed_s: float) -> Plan:
