@@ -25,7 +25,8 @@ SCRIPTS = [
 
 FLOORS = (
     "kernels/gpu", "kernels", "pipeline/sources", "pipeline", "train/network", "train/methods",
-    "train/config", "train/distributed", "train/run", "train/evaluation", "train/studies", "train",
+    "train/config", "train/distributed", "train/run", "train/evaluation", "train/studies",
+    "train/pilots", "train",
     "profiling/stand_ins", "profiling/measure", "profiling/predict", "profiling/suite",
     "profiling",
 )  # fmt: skip

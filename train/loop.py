@@ -133,9 +133,9 @@ def train_step(
     lr = set_lr(
         current.optimizer,
         config.optim,
-        current.step,
+        current.step - schedule.begin,
         lr=config.lr,
-        total=schedule.total,
+        total=schedule.total - schedule.begin,
         steps_per_epoch=schedule.steps_per_epoch,
     )
     current.model.before_step(current.step)

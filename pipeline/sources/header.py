@@ -59,8 +59,7 @@ def image_size(data: np.ndarray | bytes, *, max_pixels: int = 1 << 27) -> tuple[
         raise BadImage("empty file")
     view = memoryview(data) if isinstance(data, bytes) else data.data
     assert view.format == "B" and view.ndim == 1 and view.contiguous
-    head = bytes(view[:12])
-    kind = next((kind for kind, start in _KINDS if head.startswith(start)), "")
+    kind = format_of(view)
     try:
         if kind == "JPEG":
             height, width = _jpeg_size(view)
@@ -73,6 +72,12 @@ def image_size(data: np.ndarray | bytes, *, max_pixels: int = 1 << 27) -> tuple[
     if height * width > max_pixels:
         raise BadImage(f"image of {width}x{height} pixels exceeds the limit of {max_pixels}")
     return height, width
+
+
+def format_of(data: np.ndarray | bytes | memoryview) -> str:
+    """JPEG, PNG, WebP, BMP or TIFF by an image's first bytes; "" for another."""
+    head = bytes(data[:12])
+    return next((kind for kind, start in _KINDS if head.startswith(start)), "")
 
 
 def _jpeg_size(view: memoryview) -> tuple[int, int]:

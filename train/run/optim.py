@@ -72,6 +72,10 @@ class Schedule:
     epochs: int
     max_steps: int = 0
     """End after this many, the learning rate's schedule unchanged; 0: after the last epoch."""
+    begin: int = 0
+    """The step at which the learning rate's schedule begins (a part of a pilot's trial)."""
+    end: int = 0
+    """The step at which it ends; 0: after all epochs."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -80,8 +84,8 @@ class Schedule:
 
     @property
     def total(self) -> int:
-        """Steps of all epochs, over which the learning rate decays."""
-        return self.steps_per_epoch * self.epochs
+        """The step at which the learning rate has decayed."""
+        return self.end or self.steps_per_epoch * self.epochs
 
     @property
     def last(self) -> int:

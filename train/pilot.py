@@ -1,0 +1,372 @@
+"""Before any GPU hour: will these images train, and with which settings?
+
+    python train/pilot.py --data.root DIR --minutes 20 --out PILOT
+
+Looks at the images, derives the settings that follow from them, and tries learning rate, crops and
+colour strength in short trainings by successive halving, judged without labels. Writes
+PILOT/config.yaml, the command that trains with it, and report.html; exits with 1 where nothing
+learns. --config and any flag of train/main.py hold for all trials. The same command resumes.
+"""
+
+import os
+import sys
+
+if not __package__:  # run as a script: the repo root, not this folder, heads sys.path
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+import hashlib
+import json
+import shlex
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from jsonargparse import ArgumentError
+
+from pipeline.loader import view_loader
+from pipeline.order import SampleOrder
+from pipeline.sources.folder import split_root
+from pipeline.sources.reader import ImageReader
+from train.config import Config, DataConfig, at_least
+from train.config.parser import build_parser, explain, flags, parse_config
+from train.distributed import World, resolve_device, take_device
+from train.loop import train_step
+from train.main import build_state
+from train.network.model import Precision
+from train.pilots import report, workers
+from train.pilots.judge import judge, sampled
+from train.pilots.look import Images, evenly, look, settings_for
+from train.pilots.space import Plan, Setting, plan, settings_around, trial_config
+from train.pilots.trial import FEW_IMAGES, Trial, ranking, verdict, write_whole
+from train.pilots.workers import Workers
+from train.run import checkpoint, state
+from train.run.data import RunData, check_apart, open_data
+from train.run.folder import CONFIG, Log, RunFolder, environment
+from train.run.program import exit_on_error, print_result, refuse
+from train.run.state import TrainState, comparable
+from train.studies.runs import plan_places
+
+JUDGED = 1024  # images that trials are judged on
+CURVE_POINTS = 40  # of loss and collapse meter, of a whole trial
+CALIBRATION, WARM_UP = 8, 2  # steps; the first ones are not timed
+LOOK_SHARE, RESERVE_S = 0.1, 5.0  # of the time for looking; seconds for the report
+VIEWS_SHOWN = 8
+UNTRAINED = "untrained"  # the folder of the encoder at step 0
+DIVERGED = {"score": 0.0, "collapsed": True}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PilotConfig:
+    """How long and how much; every other flag is train/main.py's and holds for all trials."""
+
+    minutes: float = 20.0
+    """Of everything: looking, trials and report."""
+    settings: int = 16
+    """Combinations to try; fewer where the minutes do not suffice."""
+    jobs: int = 0
+    """Trials at once; 0: one for each GPU, or each core without GPUs."""
+
+    def __post_init__(self) -> None:
+        """Refuse impossible values."""
+        if not 0.1 <= self.minutes <= 10_000:
+            raise ValueError(f"minutes must be in 0.1 .. 10000, got {self.minutes}")
+        at_least("settings", self.settings, 4, most=256)
+        at_least("jobs", self.jobs, 0)
+
+
+@lru_cache(maxsize=1)
+def opened(
+    config: DataConfig, seed: int, precision: Precision, device: str, out: Path
+) -> tuple[World, RunData]:
+    """This worker as a world of one, and the images, listed once."""
+    world = World(0, 1, 0, 1, take_device(device, 0, 1, precision), None)
+    return world, sampled(open_data(config, out=out, seed=seed, world=world))
+
+
+def advance(trial: Trial, part: tuple[int, int], until: float) -> tuple[float, float]:
+    """Train a part and judge, in a worker; returns seconds a step, and those of the rest.
+
+    part: the steps at which it begins and ends.
+
+    Ends without a judgement at the time `until`, or when the pilot stops; what was trained is
+    saved in any case.
+    """
+    began, config, known = time.monotonic(), trial.config, trial.read()
+    world, data = opened(
+        config.data, config.seed, config.precision, config.device, trial.folder.parent / "run"
+    )
+    current = build_state(config, world, len(trial.ids))
+    saved = checkpoint.load_newest(trial.folder / "checkpoints", log=print)
+    if saved is not None:
+        state.restore(current, saved)
+    first, step_s = current.step, 0.0
+    try:
+        step_s = train_steps(trial, current, data.train, known["curve"], part, until)
+        if current.step == part[1]:
+            ids = evenly(len(data.train.source), JUDGED)
+            found = judge(current.model, data, ids, trial.reference, config, world)
+            known["judged"].append({"step": part[1], **found})
+    except FloatingPointError as error:
+        known["judged"].append({"step": part[1], "diverged": str(error), **DIVERGED})
+    facts = state.run_facts(config, data.train.source.fingerprint, world)
+    state.save(current, trial.folder / "checkpoints", facts)
+    trial.write(known)
+    return step_s, time.monotonic() - began - step_s * (current.step - first)
+
+
+def train_steps(
+    trial: Trial,
+    current: TrainState,
+    reader: ImageReader,
+    curve: list,
+    part: tuple[int, int],
+    until: float,
+) -> float:
+    """Train to the part's end and add points of loss and collapse meter; returns seconds a step."""
+    config, schedule, marks = trial.config, trial.schedule(*part), []
+    options: dict = {"options": config.dali, "device": current.guard.device}
+    steps, every = range(current.step, part[1]), max(1, trial.total // CURVE_POINTS)
+    for batch in view_loader(reader, schedule.order, steps, views=config.views, **options):
+        loss, scalars, _, _ = train_step(current, config, schedule, batch)
+        if current.step % every == 0 or current.step == part[1]:
+            current.guard.check(current.step)  # waits for the device
+            curve.append([current.step, loss.item(), scalars["z_std"].item()])
+        marks.append(time.monotonic())
+        if workers.is_stopping() or time.time() > until:
+            break
+    timed = marks[WARM_UP:]
+    return (timed[-1] - timed[0]) / (len(timed) - 1) if len(timed) > 1 else 0.0
+
+
+@dataclass(frozen=True)
+class Pilot:
+    """The trials of one pilot, a folder each."""
+
+    base: Config
+    """What the chosen setting will be trained with."""
+    images: int
+    folder: Path
+
+    def trial(self, setting: Setting, total: int, name: str = "") -> Trial:
+        """A trial with a schedule of `total` steps; its folder's name is a hash of all settings."""
+        tried = trial_config(self.base)
+        config = setting.apply(tried)
+        key = hashlib.sha256(repr((comparable(config), total)).encode()).hexdigest()[:8]
+        folder = self.folder / (name or f"{setting.key}-{key}")
+        folder.mkdir(parents=True, exist_ok=True)
+        ids = evenly(self.images, total * config.data.batch_size)
+        return Trial(setting, config, tried.augment, ids, total, folder)
+
+    def planned(self, own: PilotConfig, pool: Workers, *, until: float, log: Log) -> Plan:
+        """The plan of a pilot that was stopped, or one for the time left, after a few steps."""
+        facts = comparable(self.base), own.settings, own.minutes
+        key = hashlib.sha256(repr(facts).encode()).hexdigest()
+        if self.path.exists() and json.loads(self.path.read_text())["key"] == key:
+            return self.saved_plan()
+        setting = settings_around(self.base, 1)[0]
+        timed = [self.trial(setting, CALIBRATION, f"speed-{i}") for i in range(pool.count)]
+        times = [took for _, took in pool.map(advance, timed, (0, CALIBRATION), until)]
+        step_s, fixed_s = (max(part) for part in zip(*times, strict=True))
+        seconds = pool.count * max(0.0, until - time.time())
+        made = plan(own.settings, seconds=seconds, step_s=max(step_s, 1e-4), fixed_s=fixed_s)
+        write_whole(self.path, json.dumps({"key": key, **asdict(made)}))
+        log(
+            f"{step_s:.3f} s a step and {fixed_s:.1f} s beside them: {made.counts[0]} settings for "
+            f"{made.steps[0]} steps, the better half for as many again, to {made.total}"
+        )
+        return made
+
+    def run(self, own: PilotConfig, pool: Workers, *, until: float, log: Log) -> None:
+        """Successive halving, to the last part or to the time `until`."""
+        plan = self.planned(own, pool, until=until, log=log)
+        settings = settings_around(self.base, plan.counts[0])
+        alive = [self.trial(setting, plan.total) for setting in settings]
+        untrained = self.trial(settings[0], plan.total, UNTRAINED)
+        list(pool.map(advance, [untrained] if untrained.judged(0) is None else [], (0, 0), until))
+        began, done, skipped = time.time(), 0, 0  # steps of all trials
+        log.start_bar(plan.all_steps, 0)
+        try:
+            for kept, (begin, to_step) in zip(plan.counts, plan.parts, strict=True):
+                alive, steps = alive[:kept], to_step - begin
+                left = [trial for trial in alive if trial.judged(to_step) is None]
+                skipped += steps * (len(alive) - len(left))
+                for trial, _ in pool.map(advance, left, (begin, to_step), until):
+                    if (found := trial.judged(to_step)) is None:
+                        return  # the time is over
+                    done += steps
+                    log.advance(skipped + done, "steps")
+                    share = done / (plan.all_steps - skipped)
+                    eta = (time.time() - began) * (1 / share - 1) / 60
+                    log(
+                        f"{trial.setting}: score {found['score']:.1f} at step {to_step}; "
+                        f"about {eta:.1f} min left"
+                    )
+                alive = [standing.trial for standing in ranking(alive)]
+        finally:
+            log.stop_bar()
+
+    def trials(self) -> list[Trial]:
+        """Those of the plan, as far as they are known."""
+        if not self.path.exists():
+            return []
+        plan = self.saved_plan()
+        return [self.trial(each, plan.total) for each in settings_around(self.base, plan.counts[0])]
+
+    @property
+    def path(self) -> Path:
+        """Of the plan."""
+        return self.folder / "plan.json"
+
+    def saved_plan(self) -> Plan:
+        """The plan that was made."""
+        saved = json.loads(self.path.read_text())
+        return Plan(saved["counts"], saved["steps"])
+
+
+def conclude(pilot: Pilot, images: Images, folder: RunFolder, log: Log) -> dict:
+    """Write report.html and report.txt, and config.yaml where a setting learns; the result."""
+    trials, out, untrained = pilot.trials(), folder.path, None
+    if trials:
+        untrained = pilot.trial(trials[0].setting, trials[0].total, UNTRAINED).judged(0)
+    ranked = ranking(trials)
+    found = verdict(images, untrained, ranked)
+    command, chosen = None, None
+    (out / CONFIG).unlink(missing_ok=True)
+    if found.learns:
+        chosen = ranked[0].trial.setting
+        config = asdict(chosen.apply(pilot.base)) | {"out": ""}
+        (out / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False))
+        words = ["python", "train/main.py", "--config", str(out / CONFIG)]
+        command = shlex.join([*words, "--out", f"runs/{out.name}-chosen"])
+    text = report.as_text(images, found, report.rows_of(untrained, ranked), command)
+    pictures = {"Two views of some images": report.draw_views(some_views(pilot))}
+    if ranked and untrained is not None:
+        pictures["The best and the worst settings"] = report.draw_trials(untrained, ranked)
+    (out / "report.txt").write_text(text)
+    (out / "report.html").write_text(report.as_html(text, pictures))
+    for line in text.splitlines():
+        log(line)
+    result = {
+        "verdict": found.name,
+        "evidence": found.evidence,
+        "command": command,
+        "setting": None if chosen is None else asdict(chosen),
+        "images": asdict(images) | {"exact": len(images.exact), "near": len(images.near)},
+        "untrained": untrained,
+        "ranking": [{**asdict(each.trial.setting), **each.judgement} for each in ranked],
+        "report": str(out / "report.html"),
+    }
+    folder.write("result.json", result)
+    return result
+
+
+def some_views(pilot: Pilot) -> np.ndarray:
+    """What training would see of some images: (V, N, S, S, 3) uint8."""
+    config = pilot.base
+    world = World(0, 1, 0, 1, torch.device("cpu"), None)
+    reader = open_data(config.data, out=pilot.folder / "run", seed=config.seed, world=world).train
+    order = SampleOrder(pilot.images, batch_size=min(VIEWS_SHOWN, pilot.images), seed=config.seed)
+    options: dict = {"options": config.dali, "device": world.device}
+    (batch,) = view_loader(reader, order, range(1), views=config.views[:2], **options)
+    return batch.images.numpy()
+
+
+def prepare(own: PilotConfig, words: Sequence[str], folder: RunFolder) -> tuple[Pilot, Images]:
+    """Look at the images, or recall what was seen; the pilot with the settings that follow.
+
+    words: the flags of train/main.py. Raises: ValueError for images that cannot be used.
+    """
+    first, alone = parse_config(words), World(0, 1, 0, 1, torch.device("cpu"), None)
+    check_apart(folder.path, *split_root(first.data.root), first.data.val)
+    trials = folder.path / "trials"
+    trials.mkdir(exist_ok=True)
+    reader = open_data(first.data, out=trials / "run", seed=first.seed, world=alone).train
+    seen = trials / f"images-{reader.source.fingerprint[:12]}.json"
+    if seen.exists():
+        images = Images(**json.loads(seen.read_text()))
+    else:
+        budget_s = LOOK_SHARE * 60 * own.minutes
+        images = look(reader, first.dali, alone.device, budget_s=budget_s)
+        write_whole(seen, json.dumps(asdict(images)))
+    suggested, on_gpu = trials / "images.yaml", resolve_device(first.device) == "cuda"
+    suggested.write_text(yaml.safe_dump(settings_for(images, on_gpu=on_gpu)))
+    return Pilot(parse_config([f"--config={suggested}", *words]), images.count, trials), images
+
+
+def run_pilot(own: PilotConfig, words: Sequence[str], folder: RunFolder, log: Log) -> dict:
+    """Look, try, judge, write; returns the result.
+
+    words: the flags of train/main.py. Raises: ValueError for images that cannot be used;
+    KeyboardInterrupt once running trials were saved and what is known was written.
+    """
+    began = time.time()
+    pilot, images = prepare(own, words, folder)
+    device = resolve_device(pilot.base.device)
+    folder.write("env.json", environment(1, torch.device(device)))
+    folder.status("running", 0)
+    if images.distinct >= FEW_IMAGES:
+        until = began + 60 * own.minutes - RESERVE_S
+        with Workers(plan_places(own.jobs, with_gpus=device == "cuda")) as pool:
+            try:
+                pilot.run(own, pool, until=until, log=log)
+            except KeyboardInterrupt:
+                pool.stop()
+                conclude(pilot, images, folder, log)
+                raise
+    result = conclude(pilot, images, folder, log)
+    folder.status("finished", 0)
+    return result
+
+
+def read_flags(words: Sequence[str]) -> tuple[PilotConfig, list[str], str]:
+    """The pilot's flags, the words of train/main.py's, --out. Exits with 2 for a mistake."""
+    description = "Look at images, try settings on them in short trainings, choose one."
+    parser = build_parser("train/pilot.py", description)
+    parser.add_class_arguments(PilotConfig, as_group=True)
+    try:
+        values = vars(parser.instantiate(parser.parse_args(words)))
+        own = PilotConfig(**{key: values[key] for key in flags(PilotConfig)})
+        if values["method"].target_steps != 1:
+            raise ValueError("--method.target_steps has no trials: leave it out")
+        return own, without(words, flags(PilotConfig)), values["out"]
+    except (ArgumentError, ValueError, TypeError, OSError) as error:
+        refuse(explain(str(error), [*flags(), *flags(PilotConfig)]))
+
+
+def without(words: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The words of a command line without these flags and their values."""
+    left, skip = [], False
+    for word in words:
+        name, equals, _ = word.partition("=")
+        is_named = name.removeprefix("--") in names and name.startswith("--")
+        if not (is_named or skip):
+            left.append(word)
+        skip = is_named and not equals
+    return left
+
+
+def main() -> None:
+    """Read the flags, run, print the result as the last line of stdout."""
+    own, words, chosen = read_flags(sys.argv[1:])
+    out = Path(chosen or "runs/pilot")
+    remedy = "lower --data.batch_size or --jobs"
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    with exit_on_error(out, memory_remedy=remedy, stopped="stopped; the same command continues"):
+        if (out / CONFIG).exists() and not (out / "trials").exists():
+            raise ValueError(f"--out {out} is the folder of another program: give a new one")
+        with RunFolder(str(out)) as folder:
+            folder.checkpoints.rmdir()
+            result = run_pilot(own, words, folder, Log(out / "log.txt"))
+    print_result(result, kept=out / "result.json")
+    if result["verdict"] != "learns":
+        refuse(f"{result['verdict']}: {result['evidence']} ({result['report']})", code=1)
+
+
+if __name__ == "__main__":
+    main()
