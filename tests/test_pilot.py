@@ -183,8 +183,8 @@ def test_who_reached_a_later_part_is_ahead_then_who_scores_more(tmp_path):
     ("score", "collapsed", "step", "expected"),
     [
         (50.0, False, 100, "learns"),
-        (11.0, False, 100, "does not learn"),
-        (11.0, False, 5, "too little time"),
+        (11.0, False, 1000, "does not learn"),
+        (11.0, False, 100, "too little time"),
         (5.0, True, 100, "collapses"),
     ],
 )
@@ -207,9 +207,10 @@ def pilot(*flags: str, **options) -> subprocess.Popen:
     return subprocess.Popen(words, cwd=ROOT, **pipes, **options)
 
 
+@pytest.mark.slow
 def test_a_pilot_stopped_by_ctrl_c_says_what_it_knows_and_goes_on(tmp_path):
     out = tmp_path / "pilot"
-    process = pilot("--minutes=0.8", f"--out={out}")
+    process = pilot("--minutes=0.6", f"--out={out}")
     assert process.stderr is not None
     for line in process.stderr:
         if ": score " in line:
@@ -220,9 +221,9 @@ def test_a_pilot_stopped_by_ctrl_c_says_what_it_knows_and_goes_on(tmp_path):
     before = json.loads((out / "result.json").read_text())["ranking"]
     assert 1 <= len(before) < 4 and (out / "report.html").exists()
 
-    stdout, stderr = pilot("--minutes=0.8", f"--out={out}").communicate(timeout=120)
+    stdout, stderr = pilot("--minutes=0.6", f"--out={out}").communicate(timeout=120)
     found = json.loads(stdout.splitlines()[-1])
-    assert len(found["ranking"]) == 4 and found["images"]["count"] == 1797
+    assert len(found["ranking"]) == 4 and found["images"]["count"] == 1437
     files = [json.loads(path.read_text()) for path in out.glob("trials/*/trial.json")]
     judged = [each for known in files for each in known["judged"]]
     for each in before:  # what was judged before the stop was kept and not made again

@@ -18,7 +18,7 @@ FEW_IMAGES = 100
 BETTER = 3.0
 """Points of score above the untrained encoder's from which a setting counts as learning: on the
 digits and CIFAR-10 those that did not learn were within 3 of it, those that did 10 to 20 above."""
-TOO_SHORT = 4000  # images of the longest trial, below which not learning may be lack of time
+TOO_SHORT = 100_000  # images of the longest trial, below which not learning may be lack of time
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -108,9 +108,9 @@ def verdict(images: Images, untrained: dict | None, ranked: Sequence[Standing]) 
     collapsed = sum(each.judgement["collapsed"] for each in ranked)
     if not best.judgement["collapsed"] and best.judgement["score"] >= start + BETTER:
         return Verdict("learns", f"{reached}; {collapsed} of {len(ranked)} settings collapsed")
+    if collapsed == len(ranked):
+        return Verdict("collapses", f"all {collapsed} settings collapsed; {reached}")
     if seen < TOO_SHORT:
         short = f"{reached} after {seen} images: give more --minutes"
         return Verdict("too little time", short)
-    if collapsed == len(ranked):
-        return Verdict("collapses", f"all {collapsed} settings collapsed; {reached}")
     return Verdict("does not learn", f"the best of {len(ranked)} settings: {reached}")
