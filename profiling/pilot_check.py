@@ -16,6 +16,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from train.distributed import World, resolve_device, take_device
 from train.evaluation.embed import embed, nearest, vote
 from train.main import build_state
 from train.network.resnet import ResNet
-from train.pilot import Pilot, advance, prepare, read_flags, run_pilot
+from train.pilot import Pilot, advance, prepare, run_pilot
+from train.pilots.flags import read_flags
 from train.pilots.space import Plan
 from train.pilots.trial import Trial
 from train.pilots.workers import Workers
@@ -55,14 +57,15 @@ def finish(trial: Trial, plan: Plan) -> dict:
     """In a worker: train the parts that are left and judge; kNN of all images. The judgement."""
     config = trial.config
     for part in plan.parts:
-        if trial.judged(part[1]) is None:
+        diverged = any("diverged" in each for each in trial.read()["judged"])
+        if trial.judged(part[1]) is None and not diverged:
             advance(trial, part, float("inf"))
     judged = trial.judged(trial.total) or trial.read()["judged"][-1]  # that of a divergence
     device = take_device(config.device, 0, 1, config.precision)
     world = World(0, 1, 0, 1, device, None)
     data = open_data(config.data, out=trial.folder, seed=config.seed, world=world)
-    current = build_state(config, world, len(trial.ids))
-    saved = checkpoint.load_newest(trial.folder / "checkpoints", log=print)
+    current = build_state(config, world, len(data.train.source))
+    saved = checkpoint.load_newest(trial.folder / "checkpoints", log=trial.warn)
     assert saved is not None
     state.restore(current, saved)
     return judged | {"knn": others_vote(current.model.backbone, data, config, world)}
@@ -83,11 +86,15 @@ def others_vote(backbone: ResNet, data: RunData, config: Config, world: World) -
 
 def finish_all(pilot: Pilot, folder: Path, jobs: int, log: Log) -> list[dict]:
     """Every setting, trained in a copy of its folder."""
-    copies, trials = Pilot(pilot.base, pilot.images, folder), []
+    copies, trials = replace(pilot, folder=folder), []
     for trial in pilot.trials():
         trials.append(copies.trial(trial.setting, trial.total))
         if not (trials[-1].folder / "trial.json").exists():
-            shutil.copytree(trial.folder, trials[-1].folder, dirs_exist_ok=True)
+            shutil.rmtree(trials[-1].folder)  # empty, or a copy that was stopped
+            copy = folder / "copy"
+            shutil.rmtree(copy, ignore_errors=True)
+            shutil.copytree(trial.folder, copy)
+            copy.rename(trials[-1].folder)
     rows = []
     with Workers(plan_places(jobs, with_gpus=resolve_device(pilot.base.device) == "cuda")) as pool:
         began = time.time()

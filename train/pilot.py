@@ -17,6 +17,7 @@ if not __package__:  # run as a script: the repo root, not this folder, heads sy
 import hashlib
 import json
 import shlex
+import shutil
 import signal
 import time
 from collections.abc import Sequence
@@ -27,23 +28,24 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
-from jsonargparse import ArgumentError
 
 from pipeline.loader import view_loader
+from pipeline.machine import usable_cores
 from pipeline.order import SampleOrder
 from pipeline.sources.folder import split_root
 from pipeline.sources.reader import ImageReader
-from train.config import Config, DataConfig, at_least
-from train.config.parser import build_parser, explain, flags, parse_config
+from train.config import Config, DataConfig
+from train.config.parser import parse_config
 from train.distributed import World, resolve_device, take_device
 from train.loop import train_step
 from train.main import build_state
 from train.network.model import Precision
 from train.pilots import report, workers
+from train.pilots.flags import PilotConfig, read_flags
 from train.pilots.judge import judge, sampled
 from train.pilots.look import Images, evenly, look, settings_for
 from train.pilots.space import Plan, Setting, plan, settings_around, trial_config
-from train.pilots.trial import FEW_IMAGES, Trial, ranking, verdict, write_whole
+from train.pilots.trial import FEW_IMAGES, Standing, Trial, ranking, verdict, write_whole
 from train.pilots.workers import Workers
 from train.run import checkpoint, state
 from train.run.data import RunData, check_apart, open_data
@@ -59,25 +61,6 @@ LOOK_SHARE, RESERVE_S = 0.1, 5.0  # of the time for looking; seconds for the rep
 VIEWS_SHOWN = 8
 UNTRAINED = "untrained"  # the folder of the encoder at step 0
 DIVERGED = {"score": 0.0, "collapsed": True}
-
-
-@dataclass(frozen=True, kw_only=True)
-class PilotConfig:
-    """How long and how much; every other flag is train/main.py's and holds for all trials."""
-
-    minutes: float = 20.0
-    """Of everything: looking, trials and report."""
-    settings: int = 16
-    """Combinations to try; fewer where the minutes do not suffice."""
-    jobs: int = 0
-    """Trials at once; 0: one for each GPU, or each core without GPUs."""
-
-    def __post_init__(self) -> None:
-        """Refuse impossible values."""
-        if not 0.1 <= self.minutes <= 10_000:
-            raise ValueError(f"minutes must be in 0.1 .. 10000, got {self.minutes}")
-        at_least("settings", self.settings, 4, most=256)
-        at_least("jobs", self.jobs, 0)
 
 
 @lru_cache(maxsize=1)
@@ -101,8 +84,8 @@ def advance(trial: Trial, part: tuple[int, int], until: float) -> tuple[float, f
     world, data = opened(
         config.data, config.seed, config.precision, config.device, trial.folder.parent / "run"
     )
-    current = build_state(config, world, len(trial.ids))
-    saved = checkpoint.load_newest(trial.folder / "checkpoints", log=print)
+    current = build_state(config, world, len(data.train.source))
+    saved = checkpoint.load_newest(trial.folder / "checkpoints", log=trial.warn)
     if saved is not None:
         state.restore(current, saved)
     first, step_s = current.step, 0.0
@@ -151,30 +134,41 @@ class Pilot:
     base: Config
     """What the chosen setting will be trained with."""
     images: int
+    fingerprint: str
+    """Of the set of images."""
     folder: Path
 
     def trial(self, setting: Setting, total: int, name: str = "") -> Trial:
         """A trial with a schedule of `total` steps; its folder's name is a hash of all settings."""
         tried = trial_config(self.base)
         config = setting.apply(tried)
-        key = hashlib.sha256(repr((comparable(config), total)).encode()).hexdigest()[:8]
-        folder = self.folder / (name or f"{setting.key}-{key}")
+        key = self.key(comparable(config), total)[:8]
+        folder = self.folder / f"{name or setting.key}-{key}"
         folder.mkdir(parents=True, exist_ok=True)
         ids = evenly(self.images, total * config.data.batch_size)
         return Trial(setting, config, tried.augment, ids, total, folder)
 
     def planned(self, own: PilotConfig, pool: Workers, *, until: float, log: Log) -> Plan:
         """The plan of a pilot that was stopped, or one for the time left, after a few steps."""
-        facts = comparable(self.base), own.settings, own.minutes
-        key = hashlib.sha256(repr(facts).encode()).hexdigest()
+        key = self.key(comparable(self.base), own.settings, own.minutes, pool.count)
         if self.path.exists() and json.loads(self.path.read_text())["key"] == key:
             return self.saved_plan()
         setting = settings_around(self.base, 1)[0]
         timed = [self.trial(setting, CALIBRATION, f"speed-{i}") for i in range(pool.count)]
+        for trial in timed:  # of a pilot that was stopped
+            shutil.rmtree(trial.folder)
+            trial.folder.mkdir()
         times = [took for _, took in pool.map(advance, timed, (0, CALIBRATION), until)]
         step_s, fixed_s = (max(part) for part in zip(*times, strict=True))
-        seconds = pool.count * max(0.0, until - time.time())
-        made = plan(own.settings, seconds=seconds, step_s=max(step_s, 1e-4), fixed_s=fixed_s)
+        if any(trial.judged(CALIBRATION) is None for trial in timed):
+            raise TimeoutError("the first steps took all of the time")
+        made = plan(
+            own.settings,
+            workers=pool.count,
+            seconds=until - time.time(),
+            step_s=max(step_s, 1e-4),
+            fixed_s=fixed_s,
+        )
         write_whole(self.path, json.dumps({"key": key, **asdict(made)}))
         log(
             f"{step_s:.3f} s a step and {fixed_s:.1f} s beside them: {made.counts[0]} settings for "
@@ -184,7 +178,10 @@ class Pilot:
 
     def run(self, own: PilotConfig, pool: Workers, *, until: float, log: Log) -> None:
         """Successive halving, to the last part or to the time `until`."""
-        plan = self.planned(own, pool, until=until, log=log)
+        try:
+            plan = self.planned(own, pool, until=until, log=log)
+        except TimeoutError:
+            return
         settings = settings_around(self.base, plan.counts[0])
         alive = [self.trial(setting, plan.total) for setting in settings]
         untrained = self.trial(settings[0], plan.total, UNTRAINED)
@@ -207,7 +204,8 @@ class Pilot:
                         f"{trial.setting}: score {found['score']:.1f} at step {to_step}; "
                         f"about {eta:.1f} min left"
                     )
-                alive = [standing.trial for standing in ranking(alive)]
+                ranked = ranking(alive, to_step)
+                alive = [each.trial for each in ranked if "diverged" not in each.judgement]
         finally:
             log.stop_bar()
 
@@ -217,6 +215,24 @@ class Pilot:
             return []
         plan = self.saved_plan()
         return [self.trial(each, plan.total) for each in settings_around(self.base, plan.counts[0])]
+
+    def ranking(self) -> list[Standing]:
+        """Those that were judged, best first, by the parts that are complete."""
+        trials, last = self.trials(), 0
+        if not trials:
+            return []
+        plan = self.saved_plan()
+        for count, step in zip(plan.counts, plan.steps, strict=True):
+            judged = [trial.judged(step) for trial in trials]
+            diverged = sum(each is not None and "diverged" in each for each in judged)
+            if last and len(judged) - judged.count(None) < count - diverged:
+                break
+            last = step
+        return ranking(trials, last)
+
+    def key(self, *facts: object) -> str:
+        """A hash of facts and of the images."""
+        return hashlib.sha256(repr((self.fingerprint, *facts)).encode()).hexdigest()
 
     @property
     def path(self) -> Path:
@@ -234,16 +250,17 @@ def conclude(pilot: Pilot, images: Images, folder: RunFolder, log: Log) -> dict:
     trials, out, untrained = pilot.trials(), folder.path, None
     if trials:
         untrained = pilot.trial(trials[0].setting, trials[0].total, UNTRAINED).judged(0)
-    ranked = ranking(trials)
+    ranked = pilot.ranking()
     found = verdict(images, untrained, ranked)
     command, chosen = None, None
-    (out / CONFIG).unlink(missing_ok=True)
     if found.learns:
         chosen = ranked[0].trial.setting
         config = asdict(chosen.apply(pilot.base)) | {"out": ""}
-        (out / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False))
+        write_whole(out / CONFIG, yaml.safe_dump(config, sort_keys=False))
         words = ["python", "train/main.py", "--config", str(out / CONFIG)]
         command = shlex.join([*words, "--out", f"runs/{out.name}-chosen"])
+    else:
+        (out / CONFIG).unlink(missing_ok=True)
     text = report.as_text(images, found, report.rows_of(untrained, ranked), command)
     pictures = {"Two views of some images": report.draw_views(some_views(pilot))}
     if ranked and untrained is not None:
@@ -287,7 +304,8 @@ def prepare(own: PilotConfig, words: Sequence[str], folder: RunFolder) -> tuple[
     trials = folder.path / "trials"
     trials.mkdir(exist_ok=True)
     reader = open_data(first.data, out=trials / "run", seed=first.seed, world=alone).train
-    seen = trials / f"images-{reader.source.fingerprint[:12]}.json"
+    fingerprint = reader.source.fingerprint
+    seen = trials / f"images-{fingerprint[:12]}-{own.minutes:g}.json"
     if seen.exists():
         images = Images(**json.loads(seen.read_text()))
     else:
@@ -296,7 +314,8 @@ def prepare(own: PilotConfig, words: Sequence[str], folder: RunFolder) -> tuple[
         write_whole(seen, json.dumps(asdict(images)))
     suggested, on_gpu = trials / "images.yaml", resolve_device(first.device) == "cuda"
     suggested.write_text(yaml.safe_dump(settings_for(images, on_gpu=on_gpu)))
-    return Pilot(parse_config([f"--config={suggested}", *words]), images.count, trials), images
+    base = parse_config([f"--config={suggested}", *words])
+    return Pilot(base, images.count, fingerprint, trials), images
 
 
 def run_pilot(own: PilotConfig, words: Sequence[str], folder: RunFolder, log: Log) -> dict:
@@ -312,43 +331,19 @@ def run_pilot(own: PilotConfig, words: Sequence[str], folder: RunFolder, log: Lo
     folder.status("running", 0)
     if images.distinct >= FEW_IMAGES:
         until = began + 60 * own.minutes - RESERVE_S
-        with Workers(plan_places(own.jobs, with_gpus=device == "cuda")) as pool:
+        on_gpu = device == "cuda"
+        jobs = own.jobs or (0 if on_gpu else usable_cores())
+        with Workers(plan_places(jobs, with_gpus=on_gpu)[: own.settings]) as pool:
             try:
                 pilot.run(own, pool, until=until, log=log)
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, OSError, ValueError, RuntimeError):
+                signal.signal(signal.SIGINT, signal.SIG_IGN)  # until what is known was written
                 pool.stop()
                 conclude(pilot, images, folder, log)
                 raise
     result = conclude(pilot, images, folder, log)
     folder.status("finished", 0)
     return result
-
-
-def read_flags(words: Sequence[str]) -> tuple[PilotConfig, list[str], str]:
-    """The pilot's flags, the words of train/main.py's, --out. Exits with 2 for a mistake."""
-    description = "Look at images, try settings on them in short trainings, choose one."
-    parser = build_parser("train/pilot.py", description)
-    parser.add_class_arguments(PilotConfig, as_group=True)
-    try:
-        values = vars(parser.instantiate(parser.parse_args(words)))
-        own = PilotConfig(**{key: values[key] for key in flags(PilotConfig)})
-        if values["method"].target_steps != 1:
-            raise ValueError("--method.target_steps has no trials: leave it out")
-        return own, without(words, flags(PilotConfig)), values["out"]
-    except (ArgumentError, ValueError, TypeError, OSError) as error:
-        refuse(explain(str(error), [*flags(), *flags(PilotConfig)]))
-
-
-def without(words: Sequence[str], names: Sequence[str]) -> list[str]:
-    """The words of a command line without these flags and their values."""
-    left, skip = [], False
-    for word in words:
-        name, equals, _ = word.partition("=")
-        is_named = name.removeprefix("--") in names and name.startswith("--")
-        if not (is_named or skip):
-            left.append(word)
-        skip = is_named and not equals
-    return left
 
 
 def main() -> None:
@@ -358,7 +353,9 @@ def main() -> None:
     remedy = "lower --data.batch_size or --jobs"
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     with exit_on_error(out, memory_remedy=remedy, stopped="stopped; the same command continues"):
-        if (out / CONFIG).exists() and not (out / "trials").exists():
+        if any((out / "checkpoints").glob("*")) or (
+            (out / CONFIG).exists() and not (out / "trials").exists()
+        ):
             raise ValueError(f"--out {out} is the folder of another program: give a new one")
         with RunFolder(str(out)) as folder:
             folder.checkpoints.rmdir()

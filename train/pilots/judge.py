@@ -61,9 +61,9 @@ def judge(
     model.eval()
     rows = {int(index): row for row, index in enumerate(seen.tolist())}
     views, of_row = views_of(model, data, ids, reference, config, world)
-    known = torch.tensor([int(index) in rows for index in of_row])
-    views = views[:, known.to(views.device)]
-    clean = clean[[rows[index] for index in of_row[known].tolist()]]
+    places = {int(index): place for place, index in enumerate(of_row) if int(index) in rows}
+    views = views[:, list(places.values())]  # once each: others stand in for bad images
+    clean = clean[[rows[index] for index in places]]
     projector = model.get_submodule("projector")
     z, z_views = projector(clean), torch.stack([projector(drawn) for drawn in views])
     model.train(was_training)
@@ -94,7 +94,8 @@ def views_of(
     world: World,
 ) -> tuple[Tensor, Tensor]:
     """The backbone's features of two random views of each image, (2, N, D), and the ids, (N,)."""
-    order = PartOrder(ids, batch_size=min(config.eval.batch_size, len(ids)), seed=0)
+    num_batches = math.ceil(len(ids) / config.eval.batch_size)
+    order = PartOrder(ids, batch_size=len(ids) // num_batches, seed=0)
     options: dict = {"options": config.dali, "device": world.device, "views": [reference] * 2}
     parts, seen = [], []
     for batch in view_loader(data.train, order, range(order.steps_per_epoch), **options):

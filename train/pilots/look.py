@@ -74,7 +74,8 @@ def look(
     """Read and decode for about `budget_s` seconds at most. Raises: ValueError if all are bad."""
     source, until = reader.source, time.monotonic() + budget_s
     formats, shorter, groups, num_read = Counter(), [], {}, 0
-    chosen = evenly(len(source), MOST_READ)
+    # in no order, so that those read in time stand for all
+    chosen = np.random.default_rng(0).permutation(evenly(len(source), MOST_READ))
     for part in np.array_split(chosen, -(-len(chosen) // 64)):
         for index, placed in zip(part.tolist(), reader.read_all(part), strict=True):
             num_read += 1
@@ -84,27 +85,25 @@ def look(
                 groups.setdefault(hashlib.blake2b(placed[0].data).digest(), []).append(index)
         if time.monotonic() > until - budget_s * 2 / 3:
             break
+    sides = {f"p{p}": int(np.percentile(shorter or [0], p)) for p in (5, 50, 95)}
+    first = np.array([group[0] for group in groups.values()])  # of copies one is decoded
+    seen = decode(reader, first, options, device, side=view_side(sides["p50"]), until=until)
     reasons = Counter(reader.bad.values())
-    if not shorter:
+    if not len(seen.ids):
         raise ValueError(
             f"none of {num_read} images under {source.root} can be used: "
             f"{reasons.most_common(1)[0][0]}, such as {source.name(next(iter(reader.bad)))}"
         )
-    sides = {f"p{p}": int(np.percentile(shorter, p)) for p in (5, 50, 95)}
-    first = np.array([group[0] for group in groups.values()])  # of copies one is decoded
-    side = view_side(sides["p50"])
-    ids, pixels = decode(reader, first, options, device, side=side, until=until)
-    small = F.adaptive_avg_pool2d(pixels.permute(0, 3, 1, 2).float(), THUMBNAIL)
+    small = seen.small.float()
     deviation = small.std(dim=(2, 3)).mean(1)
     pairs = near_pairs(small)
-    exact = [group for group in groups.values() if len(group) > 1]
+    exact = sorted(sorted(group) for group in groups.values() if len(group) > 1)
     copies = sum(len(group) - 1 for group in exact) / num_read
-    copies += len({second for _, second in pairs}) / len(ids)
-    scaled = pixels.flatten(0, 2).float() / 255
+    copies += len({second for _, second in pairs}) / len(seen.ids)
     return Images(
         count=len(source),
         read=num_read,
-        seen=len(ids),
+        seen=len(seen.ids),
         classes=len(source.class_names) if source.labels is not None else 0,
         formats=dict(formats.most_common()),
         sides=sides,
@@ -113,10 +112,10 @@ def look(
         gray=share((small - small.mean(1, keepdim=True)).abs().mean((1, 2, 3)) < GRAY),
         blank=share(deviation < BLANK),
         exact=[[source.name(index) for index in group] for group in exact],
-        near=[[source.name(int(ids[row])) for row in pair] for pair in pairs],
+        near=[[source.name(int(seen.ids[row])) for row in pair] for pair in pairs],
         duplicates=min(1.0, copies),
-        mean=[round(value, 4) for value in scaled.mean(0).tolist()],
-        std=[round(max(value, 1e-3), 4) for value in scaled.std(0).tolist()],
+        mean=[round(value, 4) for value in seen.mean.tolist()],
+        std=[round(max(value, 1e-3), 4) for value in seen.std.tolist()],
         contrast=(deviation / 255).mean().item(),
     )
 
@@ -136,6 +135,18 @@ def view_side(shorter: int) -> int:
     return max((side for side in SIDES if side <= shorter), default=SIDES[0])
 
 
+@dataclass(frozen=True)
+class Decoded:
+    """What is kept of decoded images, in the set's order."""
+
+    ids: np.ndarray
+    small: Tensor
+    """Thumbnails, (N, 3, THUMBNAIL, THUMBNAIL) uint8."""
+    mean: Tensor
+    """Of channels in 0 .. 1 at the size of a view, (3,)."""
+    std: Tensor
+
+
 def decode(
     reader: ImageReader,
     ids: np.ndarray,
@@ -144,22 +155,29 @@ def decode(
     *,
     side: int,
     until: float,
-) -> tuple[np.ndarray, Tensor]:
-    """Ids and centre crops of what can be decoded before `until`: (N,), (N, side, side, 3) uint8.
-
-    In no order of the set, so that the first ones stand for all.
-    """
+) -> Decoded:
+    """Centre crops of what can be decoded before `until`, in no order of the set."""
+    if not len(ids):
+        return Decoded(ids, torch.empty(0), *torch.zeros(2, 3))
     ids = np.random.default_rng(0).permutation(ids[evenly(len(ids), MOST_SEEN)])
-    parts, seen = [], []
+    parts, seen, moments = [], [], torch.zeros(3, 3, dtype=torch.float64)
     sizes: dict = {"resize": side, "size": side, "batch_size": min(64, len(ids))}
     for batch in eval_loader(reader, ids, **sizes, options=options, device=device):
         good = batch.ids >= 0
-        parts.append(batch.images[good.to(device)].cpu())
+        pixels = batch.images[good.to(device)].cpu().permute(0, 3, 1, 2).float()
+        values = pixels.double() / 255
+        sums = [torch.ones_like(values), values, values.square()]
+        moments += torch.stack([each.sum((0, 2, 3)) for each in sums])
+        parts.append(F.adaptive_avg_pool2d(pixels, THUMBNAIL).round().byte())
         seen.append(batch.ids[good].numpy())
         if time.monotonic() > until:
             break
-    order = np.concatenate(seen).argsort()  # pairs are listed in the set's order
-    return np.concatenate(seen)[order], torch.cat(parts)[order]
+    mean, square = moments[1:] / moments[0].clamp_min(1)
+    found = np.concatenate(seen)
+    order = found.argsort()
+    return Decoded(
+        found[order], torch.cat(parts)[order], mean, (square - mean**2).clamp_min(0).sqrt()
+    )
 
 
 def near_pairs(small: Tensor) -> list[list[int]]:
@@ -195,7 +213,11 @@ def settings_for(images: Images, *, on_gpu: bool) -> dict:
         model |= {"width": 16, "projector_layers": 2, "projector_hidden": 512}
         model |= {"projector_dim": 512, "predictor_hidden": 128}
     return {
-        "data": {"batch_size": min(batch, images.count), "mean": images.mean, "std": images.std},
+        "data": {
+            "batch_size": max(2, min(batch, images.count)),
+            "mean": images.mean,
+            "std": images.std,
+        },
         "augment": augment,
         "model": model,
         "optim": {"weight_decay": 5e-4 if is_small else 1e-4},

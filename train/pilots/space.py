@@ -14,11 +14,13 @@ from dataclasses import dataclass, replace
 from torch.quasirandom import SobolEngine
 
 from train.config import Config
+from train.distributed import resolve_device
 
 LR, CROP, COLOR = (0.01, 10.0), (0.08, 0.6), (0.0, 1.5)
 """Ranges of optim.lr and augment.scale's lower end, both on a logarithmic scale, and of the factor
 on brightness, contrast, saturation and hue."""
 LEAST_STEPS = 16  # of a trial's first part
+TIME_USED = 0.9  # the share of the time that is planned
 LEAST_SIDE, MOST_SIDE = 16, 112  # pixels; between them a trial's views have half the side
 
 
@@ -65,11 +67,18 @@ def settings_around(base: Config, count: int) -> list[Setting]:
 
 
 def trial_config(base: Config) -> Config:
-    """The configuration at a trial's size: smaller views, nothing compiled."""
+    """The configuration at a trial's size: smaller views, nothing compiled, no warm-up."""
     side = min(base.augment.size, MOST_SIDE, max(LEAST_SIDE, base.augment.size // 2))
     resize = round(base.eval.resize * side / base.augment.size)
+    method, swav = base.method, base.method.swav
+    if swav.small_views:
+        small_size = max(LEAST_SIDE // 2, round(swav.small_size * side / base.augment.size))
+        method = replace(method, swav=replace(swav, small_size=small_size))
     return replace(
         base,
+        device=resolve_device(base.device),
+        method=method,
+        optim=replace(base.optim, warmup_epochs=0),  # of epochs that are longer than a trial
         augment=replace(base.augment, size=side),
         eval=replace(base.eval, size=side, resize=max(side, resize)),
         compile="false",
@@ -101,16 +110,17 @@ class Plan:
         )
 
 
-def plan(count: int, *, seconds: float, step_s: float, fixed_s: float) -> Plan:
-    """Halving that takes so many seconds of all workers together.
+def plan(count: int, *, workers: int, seconds: float, step_s: float, fixed_s: float) -> Plan:
+    """Halving that takes about so many seconds with so many trials at once.
 
     step_s: of a step; fixed_s: of what a part of a trial costs beside its steps. With too little
     time there are fewer trials, then parts of LEAST_STEPS.
     """
     while True:
         counts = [count >> part for part in range(max(1, count.bit_length() - 1))]
-        weight = counts[0] + sum(n * (1 << part) / 2 for part, n in enumerate(counts) if part)
-        first = math.floor((seconds - fixed_s * sum(counts)) / (weight * step_s))
+        turns = [math.ceil(n / workers) for n in counts]
+        weight = sum(n * max(1, 1 << part >> 1) for part, n in enumerate(turns))
+        first = math.floor((TIME_USED * seconds - fixed_s * sum(turns)) / (weight * step_s))
         if first >= LEAST_STEPS or count <= 4:
             first = max(first, LEAST_STEPS)
             return Plan(counts, [first << part for part in range(len(counts))])

@@ -1,6 +1,7 @@
 """A trial, what is kept of it on disk, and what all of them together say."""
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,10 @@ class Trial:
         order = PartOrder(self.ids, batch_size=size, seed=self.config.seed)
         return Schedule(order, -(-self.total // order.steps_per_epoch), begin=begin, end=end)
 
+    def warn(self, line: str) -> None:
+        """Write a line about it to stderr."""
+        print(f"warning: {self.setting}: {line}", file=sys.stderr)
+
     def read(self) -> dict:
         """Its curve of (step, loss, collapse meter) and its judgements, in the order of steps."""
         path = self.folder / "trial.json"
@@ -72,12 +77,23 @@ class Standing:
     """The last one."""
 
 
-def ranking(trials: Sequence[Trial]) -> list[Standing]:
-    """The trials that were judged, best first: by the part that they reached, then by score."""
-    known = [(trial, trial.read()["judged"]) for trial in trials]
-    standings = [Standing(trial, judged[-1]) for trial, judged in known if judged]
-    places = [(each.judgement["step"], each.judgement["score"]) for each in standings]
-    return [standings[i] for i in sorted(range(len(places)), key=places.__getitem__, reverse=True)]
+def ranking(trials: Sequence[Trial], last: int) -> list[Standing]:
+    """The trials that were judged, best first.
+
+    Collapsed ones are last, then it is by the part that they reached, then by score. last: the step
+    at which the last part ends that all of its trials have reached; what was judged later does not
+    count, or the first to be judged would be the best.
+    """
+    known = [[each for each in trial.read()["judged"] if each["step"] <= last] for trial in trials]
+    found = [
+        Standing(trial, judged[-1]) for trial, judged in zip(trials, known, strict=True) if judged
+    ]
+
+    def place(standing: Standing) -> tuple[bool, int, float]:
+        judged = standing.judgement
+        return not judged["collapsed"], judged["step"], judged["score"]
+
+    return sorted(found, key=place, reverse=True)
 
 
 @dataclass(frozen=True)

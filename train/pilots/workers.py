@@ -26,7 +26,6 @@ def start_worker(places: Any, event: Any) -> None:
     torch.set_num_threads(len(place.cores))  # OpenMP has counted the cores before
     if place.gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = place.gpu
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent sets the event
     follow_launcher()
     stopping = event
 
@@ -54,7 +53,11 @@ class Workers:
 
         Raises: what `work` raises; OSError where a process was killed.
         """
-        jobs = {self.pool.submit(work, trial, *arguments): trial for trial in trials}
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited by those that start now
+        try:
+            jobs = {self.pool.submit(work, trial, *arguments): trial for trial in trials}
+        finally:
+            signal.signal(signal.SIGINT, before)
         for job in as_completed(jobs):
             try:
                 yield jobs[job], job.result()
