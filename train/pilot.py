@@ -154,13 +154,15 @@ class Pilot:
         if self.path.exists() and json.loads(self.path.read_text())["key"] == key:
             return self.saved_plan()
         setting = settings_around(self.base, 1)[0]
-        timed = [self.trial(setting, CALIBRATION, f"speed-{i}") for i in range(pool.count)]
+        first, second = CALIBRATION, 2 * CALIBRATION
+        timed = [self.trial(setting, second, f"speed-{i}") for i in range(pool.count)]
         for trial in timed:  # of a pilot that was stopped
             shutil.rmtree(trial.folder)
             trial.folder.mkdir()
-        times = [took for _, took in pool.map(advance, timed, (0, CALIBRATION), until)]
+        list(pool.map(advance, timed, (0, first), until))  # lists the images, among others
+        times = [took for _, took in pool.map(advance, timed, (first, second), until)]
         step_s, fixed_s = (max(part) for part in zip(*times, strict=True))
-        if any(trial.judged(CALIBRATION) is None for trial in timed):
+        if any(trial.judged(second) is None for trial in timed):
             raise TimeoutError("the first steps took all of the time")
         made = plan(
             own.settings,
