@@ -210,6 +210,18 @@ def test_a_part_counts_when_all_of_its_trials_are_judged_or_diverged(tmp_path):
     assert ranked() == [folders[2], folders[1], folders[0], folders[3]]
 
 
+def test_a_part_is_complete_though_most_trials_diverged_before_it(tmp_path):
+    pilot = Pilot(BASE, 1000, "fingerprint", tmp_path)
+    write_whole(pilot.path, json.dumps({"key": "", "counts": [4, 2], "steps": [10, 20]}))
+    lost = {"step": 10, "score": 0.0, "collapsed": True, "diverged": "loss"}
+    *diverged, left = pilot.trials()
+    for each in diverged:
+        each.write({"curve": [], "judged": [lost]})
+    judged = [{"step": step, "score": 30.0, "collapsed": False} for step in (10, 20)]
+    left.write({"curve": [], "judged": judged})
+    assert pilot.ranking()[0].judgement["step"] == 20
+
+
 def test_trials_of_other_images_or_settings_have_other_folders(tmp_path):
     setting = settings_around(BASE, 1)[0]
     pilots = [Pilot(BASE, 1000, mark, tmp_path) for mark in ("a", "b")]

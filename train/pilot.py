@@ -223,13 +223,12 @@ class Pilot:
         trials, last = self.trials(), 0
         if not trials:
             return []
-        plan = self.saved_plan()
+        plan, alive = self.saved_plan(), len(trials)
         for count, step in zip(plan.counts, plan.steps, strict=True):
-            judged = [trial.judged(step) for trial in trials]
-            diverged = sum(each is not None and "diverged" in each for each in judged)
-            if last and len(judged) - judged.count(None) < count - diverged:
+            judged = [found for trial in trials if (found := trial.judged(step)) is not None]
+            if last and len(judged) < min(count, alive):
                 break
-            last = step
+            last, alive = step, sum("diverged" not in found for found in judged)
         return ranking(trials, last)
 
     def key(self, *facts: object) -> str:

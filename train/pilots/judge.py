@@ -1,8 +1,9 @@
 """How good an encoder is, judged without labels; kNN is measured beside where there are labels.
 
 The score is retrieval: how near an image's other view is among the views of all images, by the
-backbone's whitened features, the views drawn for all encoders as a common reference says. Of some
-hundred measures it was closest to kNN on two data sets (profiling/LOG.md, 2026-11-29).
+backbone's whitened features, the views drawn for all encoders as a common reference says. It was
+chosen among some two hundred measures by its rank correlation with kNN on two data sets
+(profiling/LOG.md, 2026-11-29).
 """
 
 import math
