@@ -89,7 +89,8 @@ def finish_all(pilot: Pilot, folder: Path, jobs: int, log: Log) -> list[dict]:
     copies, trials = replace(pilot, folder=folder), []
     for trial in pilot.trials():
         trials.append(copies.trial(trial.setting, trial.total))
-        if not (trials[-1].folder / "trial.json").exists():
+        has_weights = (trial.folder / "checkpoints").exists()  # else it is trained anew
+        if has_weights and not (trials[-1].folder / "trial.json").exists():
             shutil.rmtree(trials[-1].folder)  # empty, or a copy that was stopped
             copy = folder / "copy"
             shutil.rmtree(copy, ignore_errors=True)
@@ -143,15 +144,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--save", default="")
     arguments, words = parser.parse_known_args()
-    own, flags, chosen = read_flags(words)
-    out = Path(chosen or "runs/pilot")
+    own, config = read_flags(words)
+    out = Path(config.out or "runs/pilot")
     with exit_on_error(out, stopped="stopped; the same command continues"):
         check_save(arguments.save)
         with RunFolder(str(out)) as folder:
             folder.checkpoints.rmdir()
             log = Log(out / "log.txt")
-            found = run_pilot(own, flags, folder, log)
-            pilot, _ = prepare(own, flags, folder)
+            found = run_pilot(own, words, folder, log)
+            pilot, _ = prepare(words, folder)
             if not pilot.trials() or not found["images"]["classes"]:
                 raise ValueError(f"{pilot.base.data.root}: no trials, or no class labels for kNN")
             rows = finish_all(pilot, out / "finished", own.jobs, log)

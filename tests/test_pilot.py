@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -266,22 +267,28 @@ def pilot(*flags: str, **options) -> subprocess.Popen:
 
 
 @pytest.mark.slow
-def test_a_pilot_stopped_by_ctrl_c_says_what_it_knows_and_goes_on(tmp_path):
-    out = tmp_path / "pilot"
-    process = pilot("--minutes=0.6", f"--out={out}")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_pilot_stopped_with_its_workers_says_what_it_knows_and_goes_on(tmp_path, number):
+    out, settings = tmp_path / "pilot", tmp_path / "pilot.yaml"
+    settings.write_text("minutes: 0.6\nseed: 3\n")
+    process = pilot(f"--config={settings}", f"--out={out}", start_new_session=True)
     assert process.stderr is not None
     for line in process.stderr:
         if ": score " in line:
             break
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, number)  # as a terminal or a scheduler does
     _, stderr = process.communicate(timeout=60)
+    saved = [path for path in out.glob("trials/lr*/checkpoints/*")]
     assert process.returncode == 130 and "error: stopped; the same command continues" in stderr
     before = json.loads((out / "result.json").read_text())["ranking"]
     assert 1 <= len(before) < 4 and (out / "report.html").exists()
+    assert len({path.parent for path in saved}) > len(before)  # those that were running too
 
-    stdout, stderr = pilot("--minutes=0.6", f"--out={out}").communicate(timeout=120)
+    process = pilot(f"--config={settings}", f"--out={out}")
+    stdout, stderr = process.communicate(timeout=120)
     found = json.loads(stdout.splitlines()[-1])
     assert len(found["ranking"]) == 4 and found["images"]["count"] == 1437
+    assert not list(out.glob("trials/*/checkpoints"))
     files = [json.loads(path.read_text()) for path in out.glob("trials/*/trial.json")]
     judged = [each for known in files for each in known["judged"]]
     for each in before:  # what was judged before the stop was kept and not made again

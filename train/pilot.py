@@ -35,13 +35,12 @@ from pipeline.order import SampleOrder
 from pipeline.sources.folder import split_root
 from pipeline.sources.reader import ImageReader
 from train.config import Config, DataConfig
-from train.config.parser import parse_config
 from train.distributed import World, resolve_device, take_device
 from train.loop import train_step
 from train.main import build_state
 from train.network.model import Precision
 from train.pilots import report, workers
-from train.pilots.flags import PilotConfig, read_flags
+from train.pilots.flags import PilotConfig, parse, read_flags
 from train.pilots.judge import judge, sampled
 from train.pilots.look import Images, evenly, look, settings_for
 from train.pilots.space import Plan, Setting, plan, settings_around, trial_config
@@ -295,12 +294,13 @@ def some_views(pilot: Pilot) -> np.ndarray:
     return batch.images.numpy()
 
 
-def prepare(own: PilotConfig, words: Sequence[str], folder: RunFolder) -> tuple[Pilot, Images]:
+def prepare(words: Sequence[str], folder: RunFolder) -> tuple[Pilot, Images]:
     """Look at the images, or recall what was seen; the pilot with the settings that follow.
 
-    words: the flags of train/main.py. Raises: ValueError for images that cannot be used.
+    words: the command line. Raises: ValueError for images that cannot be used.
     """
-    first, alone = parse_config(words), World(0, 1, 0, 1, torch.device("cpu"), None)
+    own, first = parse(words)
+    alone = World(0, 1, 0, 1, torch.device("cpu"), None)
     check_apart(folder.path, *split_root(first.data.root), first.data.val)
     trials = folder.path / "trials"
     trials.mkdir(exist_ok=True)
@@ -315,18 +315,18 @@ def prepare(own: PilotConfig, words: Sequence[str], folder: RunFolder) -> tuple[
         write_whole(seen, json.dumps(asdict(images)))
     suggested, on_gpu = trials / "images.yaml", resolve_device(first.device) == "cuda"
     suggested.write_text(yaml.safe_dump(settings_for(images, on_gpu=on_gpu)))
-    base = parse_config([f"--config={suggested}", *words])
+    _, base = parse([f"--config={suggested}", *words])
     return Pilot(base, images.count, fingerprint, trials), images
 
 
 def run_pilot(own: PilotConfig, words: Sequence[str], folder: RunFolder, log: Log) -> dict:
     """Look, try, judge, write; returns the result.
 
-    words: the flags of train/main.py. Raises: ValueError for images that cannot be used;
+    words: the command line. Raises: ValueError for images that cannot be used;
     KeyboardInterrupt once running trials were saved and what is known was written.
     """
     began = time.time()
-    pilot, images = prepare(own, words, folder)
+    pilot, images = prepare(words, folder)
     device = resolve_device(pilot.base.device)
     folder.write("env.json", environment(1, torch.device(device)))
     folder.status("running", 0)
@@ -349,8 +349,9 @@ def run_pilot(own: PilotConfig, words: Sequence[str], folder: RunFolder, log: Lo
 
 def main() -> None:
     """Read the flags, run, print the result as the last line of stdout."""
-    own, words, chosen = read_flags(sys.argv[1:])
-    out = Path(chosen or "runs/pilot")
+    words = sys.argv[1:]
+    own, config = read_flags(words)
+    out = Path(config.out or "runs/pilot")
     remedy = "lower --data.batch_size or --jobs"
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     with exit_on_error(out, memory_remedy=remedy, stopped="stopped; the same command continues"):
@@ -361,6 +362,8 @@ def main() -> None:
         with RunFolder(str(out)) as folder:
             folder.checkpoints.rmdir()
             result = run_pilot(own, words, folder, Log(out / "log.txt"))
+            for weights in out.glob("trials/*/checkpoints"):
+                shutil.rmtree(weights)  # nothing continues from them
     print_result(result, kept=out / "result.json")
     if result["verdict"] != "learns":
         refuse(f"{result['verdict']}: {result['evidence']} ({result['report']})", code=1)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from jsonargparse import ArgumentError
 
-from train.config import at_least
+from train.config import Config, at_least
 from train.config.parser import build_parser, explain, flags
 from train.run.program import refuse
 
@@ -29,32 +29,27 @@ class PilotConfig:
         at_least("jobs", self.jobs, 0)
 
 
-def read_flags(words: Sequence[str]) -> tuple[PilotConfig, list[str], str]:
-    """The pilot's flags, the words of train/main.py's, --out. Exits with 2 for a mistake."""
+def parse(words: Sequence[str]) -> tuple[PilotConfig, Config]:
+    """The pilot's flags and the trials'. Raises: ValueError with one line for a mistake in them."""
     description = "Look at images, try settings on them in short trainings, choose one."
     parser = build_parser("train/pilot.py", description)
     parser.add_class_arguments(PilotConfig, as_group=True)
     try:
         values = vars(parser.instantiate(parser.parse_args(words)))
-        own = PilotConfig(**{key: values[key] for key in flags(PilotConfig)})
-        if values["method"].target_steps != 1:
-            raise ValueError("--method.target_steps has no trials: leave it out")
-        if values["init"]:
-            raise ValueError(
-                "--init is not for trials, which begin at random weights: leave it out"
-            )
-        return own, without(words, flags(PilotConfig)), values["out"]
+        own = PilotConfig(**{key: values.pop(key) for key in flags(PilotConfig)})
+        config = Config(**{key: value for key, value in values.items() if key != "config"})
     except (ArgumentError, ValueError, TypeError, OSError) as error:
-        refuse(explain(str(error), [*flags(), *flags(PilotConfig)]))
+        raise ValueError(explain(str(error), [*flags(), *flags(PilotConfig)])) from error
+    if config.method.target_steps != 1:
+        raise ValueError("--method.target_steps has no trials: leave it out")
+    if config.init:
+        raise ValueError("--init is not for trials, which begin at random weights: leave it out")
+    return own, config
 
 
-def without(words: Sequence[str], names: Sequence[str]) -> list[str]:
-    """The words of a command line without these flags and their values."""
-    left, skip = [], False
-    for word in words:
-        name, equals, _ = word.partition("=")
-        is_named = name.removeprefix("--") in names and name.startswith("--")
-        if not (is_named or skip):
-            left.append(word)
-        skip = is_named and not equals
-    return left
+def read_flags(words: Sequence[str]) -> tuple[PilotConfig, Config]:
+    """parse(), which exits with 2 for a mistake."""
+    try:
+        return parse(words)
+    except ValueError as error:
+        refuse(str(error))

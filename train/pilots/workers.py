@@ -16,6 +16,7 @@ from train.studies.runs import Place
 
 Result = TypeVar("Result")
 stopping: Any = None  # in a worker: an event, set when the pilot stops
+terminated = False  # whether this worker got SIGTERM
 
 
 def start_worker(places: Any, event: Any) -> None:
@@ -26,13 +27,30 @@ def start_worker(places: Any, event: Any) -> None:
     torch.set_num_threads(len(place.cores))  # OpenMP has counted the cores before
     if place.gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = place.gpu
+    parent = os.getppid()
+
+    def note(*_: object) -> None:
+        global terminated
+        if os.getppid() != parent:  # killed, and the kernel sent the signal
+            os._exit(1)
+        terminated = True
+
+    signal.signal(signal.SIGTERM, note)
     follow_launcher()
     stopping = event
 
 
 def is_stopping() -> bool:
     """In a worker: whether to save and return."""
-    return stopping.is_set()
+    return stopping.is_set() or terminated
+
+
+def call(work: Callable[..., Result], *arguments: Any) -> Result:
+    """In a worker: work(*arguments). Raises: OSError after SIGTERM."""
+    result = work(*arguments)
+    if terminated:
+        raise OSError("a trial's process got SIGTERM; the same command continues")
+    return result
 
 
 class Workers:
@@ -55,7 +73,7 @@ class Workers:
         """
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited by those that start now
         try:
-            jobs = {self.pool.submit(work, trial, *arguments): trial for trial in trials}
+            jobs = {self.pool.submit(call, work, trial, *arguments): trial for trial in trials}
         finally:
             signal.signal(signal.SIGINT, before)
         for job in as_completed(jobs):
