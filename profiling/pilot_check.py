@@ -42,6 +42,7 @@ from train.studies.runs import plan_places
 
 MEASURES = {
     "score": 1,
+    "retrieval": 1,
     "retrieval_z": 1,
     "rank_features": 1,
     "rank_z": 1,

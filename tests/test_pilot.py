@@ -21,7 +21,7 @@ from pipeline.sources.reader import ImageReader
 from train.config import Config, DataConfig
 from train.config.parser import parse_config
 from train.pilot import Pilot
-from train.pilots.judge import retrieval
+from train.pilots.judge import retrieval, scored
 from train.pilots.look import Images, look, near_pairs, settings_for, view_side
 from train.pilots.space import LEAST_STEPS, Plan, Setting, plan, settings_around, trial_config
 from train.pilots.trial import Standing, Trial, ranking, verdict, write_whole
@@ -173,6 +173,11 @@ def trial(tmp_path, name: str, *judged: dict) -> Trial:
     made = Trial(Setting(0.1, 0.2, 1.0), config, config.augment, np.arange(999), 100, folder)
     made.write({"curve": [], "judged": [{"collapsed": False, **each} for each in judged]})
     return made
+
+
+def test_a_low_rank_of_z_lowers_the_score_and_one_of_ten_or_more_leaves_it():
+    assert scored(40.0, 10.0) == scored(40.0, 300.0) == 40.0
+    assert scored(40.0, 1.0) == 0.0 and abs(scored(40.0, 10**0.5) - 20.0) < 1e-9
 
 
 def test_who_reached_a_later_part_is_ahead_then_who_scores_more_collapsed_ones_last(tmp_path):

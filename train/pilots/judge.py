@@ -1,9 +1,9 @@
 """How good an encoder is, judged without labels; kNN is measured beside where there are labels.
 
 The score is retrieval: how near an image's other view is among the views of all images, by the
-backbone's whitened features, the views drawn for all encoders as a common reference says. It was
-chosen among some two hundred measures by its rank correlation with kNN on two data sets
-(profiling/LOG.md, 2026-11-29).
+backbone's whitened features, the views drawn for all encoders as a common reference says. An
+encoder that begins to collapse still finds other views, so the score is lower where z has a rank
+below 10. Chosen by the rank correlation with kNN on two data sets (profiling/LOG.md, 2026-11-29).
 """
 
 import math
@@ -27,6 +27,7 @@ from train.pilots.look import evenly
 from train.run.data import EvalSet, RunData
 
 SHRINKAGE = 0.3  # of the mean variance, added to all before features are whitened
+FULL_RANK = 10.0  # of z: from it on the score is the retrieval
 BANK, QUERIES = 4096, 1024  # images at most of the kNN that stands beside the score
 
 
@@ -70,9 +71,10 @@ def judge(
     model.train(was_training)
     if len(clean) < 2 or not all(x.isfinite().all() for x in (clean, views, z, z_views)):
         return {"score": 0.0, "collapsed": True, "knn": None}
-    rank_z = rankme(z)
+    rank_z, retrieved = rankme(z), retrieval(*views)
     return {
-        "score": retrieval(*views),
+        "score": scored(retrieved, rank_z),
+        "retrieval": retrieved,
         "retrieval_z": retrieval(z, z_views[0]),
         "collapsed": is_partially_collapsed(rank_z, min(z.shape)),
         "rank_features": rankme(clean),
@@ -103,6 +105,11 @@ def views_of(
         parts.append(torch.stack([features_of(model.backbone, x, config) for x in batch.images]))
         seen.append(batch.ids)
     return torch.cat(parts, dim=1), torch.cat(seen)
+
+
+def scored(retrieved: float, rank_z: float) -> float:
+    """The score: `retrieved`, times log rank_z / log FULL_RANK below that rank."""
+    return retrieved * min(1.0, max(0.0, math.log(rank_z)) / math.log(FULL_RANK))
 
 
 def retrieval(first: Tensor, second: Tensor) -> float:
