@@ -33,10 +33,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from pipeline.machine import usable_cores
 from pipeline.sources import index as shard_index
-from pipeline.sources.folder import ImageFolder, list_images, named_path, printable, split_root
+from pipeline.sources.folder import ImageFolder, list_images, named_path, printable
 from pipeline.sources.header import BadImage, image_size
 from pipeline.sources.index import Packed, ShardIndex
 from pipeline.sources.scan import TAR, Contents, Entry
+from pipeline.sources.splits import split_root, tell_unused
 
 RENAMED = b"__renamed__"
 _BLOCK = 64  # images that are read and checked before they are written, in memory at once
@@ -242,6 +243,8 @@ def pack_root(src: str, dest: Path, *, shard_bytes: int) -> dict:
     columns = BarColumn(), MofNCompleteColumn(), TextColumn("ETA"), TimeRemainingColumn()
     options = {"console": console, "transient": True, "disable": not console.is_terminal}
     indices: list[ShardIndex] = []
+    for line in tell_unused(src, train, val):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     with Progress(TextColumn("packing"), *columns, **options) as bar:
         for target, folder in folders.items():
             if target.resolve() == Path(folder.root).resolve():

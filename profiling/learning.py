@@ -34,7 +34,8 @@ from jsonargparse import ArgumentError
 from measure.charts import draw_learning
 from measure.peer_training import check_peer
 from measure.results import ROOT, check_save, print_table, save_and_print
-from pipeline.sources.folder import list_images, split_root
+from pipeline.sources.folder import list_images
+from pipeline.sources.splits import split_root
 from train.config import Config, at_least, flat
 from train.config.parser import build_parser, explain, flags, parse_config, with_brackets
 from train.distributed import StopSignal, resolve_device

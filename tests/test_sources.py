@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import shutil
 import socket
 import threading
 import time
@@ -18,7 +17,6 @@ from pipeline.sources.folder import (
     ImageFolder,
     attempt_all,
     list_images,
-    split_root,
 )
 from pipeline.sources.header import BadImage
 
@@ -311,36 +309,6 @@ def test_flat_list_survives_pickling(tmp_path):
     write(tmp_path, "1.jpg")
     copy = pickle.loads(pickle.dumps(list_images(str(tmp_path))))
     assert copy.paths == [b"1.jpg"] and copy.labels is None
-
-
-@pytest.mark.parametrize(
-    ("folders", "expected"),
-    [
-        (["train", "val"], ("train", "val")),
-        (["train", "validation", "test"], ("train", "validation")),
-        (["train", "valid"], ("train", "valid")),
-        (["train", "test"], ("train", "test")),
-        (["train"], ("", None)),
-        (["val", "test"], ("", None)),
-        (["cat", "dog"], ("", None)),
-    ],
-)
-def test_split_root_finds_train_and_the_best_held_out_folder(tmp_path, folders, expected):
-    for name in folders:
-        (tmp_path / name).mkdir()
-    (tmp_path / "val.txt").touch()
-    train, held_out = split_root(str(tmp_path))
-    assert train == str(tmp_path / expected[0])
-    assert held_out == (None if expected[1] is None else str(tmp_path / expected[1]))
-
-
-def test_split_root_takes_a_linked_folder_and_no_file(tmp_path):
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "train").symlink_to("elsewhere")
-    (tmp_path / "val").touch()
-    assert split_root(str(tmp_path)) == (str(tmp_path), None)
-    shutil.copytree(tmp_path / "elsewhere", tmp_path / "test")
-    assert split_root(str(tmp_path)) == (str(tmp_path / "train"), str(tmp_path / "test"))
 
 
 @pytest.mark.parametrize("waits", [False, True])

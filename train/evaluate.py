@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn import functional as F
 
-from pipeline.sources.folder import split_root
+from pipeline.sources.splits import split_root
 from train import distributed
 from train.config import Config
 from train.distributed import World, from_main
@@ -230,7 +230,8 @@ def start_job(
         linear_probe.images_a_pass(linear, per_rank=config.eval.batch_size, world=world)
         options = dataclasses.replace(options, linear=linear)
     log(f"{run}, step {saved.step}: {len(data.class_names)} classes, {world.size} x {world.device}")
-    log(data.note)
+    for line in data.notes:
+        log(line)
     return Job(saved, config, options, data.class_names, train, test, world, out, log)
 
 

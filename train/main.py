@@ -113,7 +113,8 @@ def run(config: Config, world: World, out: Path, folder: RunFolder | None, log: 
     )
     for kind, count in source.skipped.items():
         log(f"left out under {source.root}: {count} x {kind}")
-    log(data.note)
+    for line in data.notes:
+        log(line)
     with watched(out, world, config.timeout_s) as stacks:
         ended = train(config, world, data, current, schedule, writer, stacks)
         if ended == "finished":

@@ -32,8 +32,8 @@ import yaml
 from pipeline.loader import view_loader
 from pipeline.machine import usable_cores
 from pipeline.order import SampleOrder
-from pipeline.sources.folder import split_root
 from pipeline.sources.reader import ImageReader
+from pipeline.sources.splits import split_root
 from train.config import Config, DataConfig
 from train.distributed import World, resolve_device, take_device
 from train.loop import train_step

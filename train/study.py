@@ -28,12 +28,12 @@ import torch
 from filelock import FileLock, Timeout
 from jsonargparse import ArgumentError
 
-from pipeline.sources.digits import write_digits
-from pipeline.sources.folder import list_images, split_root
+from pipeline.sources.folder import list_images
+from pipeline.sources.splits import split_root
 from train.config import Config, MethodConfig, at_least
 from train.config.parser import build_parser, explain, flags
 from train.distributed import resolve_device
-from train.run.data import DIGITS, check_apart
+from train.run.data import DIGITS, check_apart, image_root
 from train.run.folder import Log, environment
 from train.run.program import exit_on_error, print_result, refuse
 from train.studies.report import draw, markdown, summarize, unlike_paper
@@ -99,7 +99,7 @@ def choose(name: str, known: Mapping[str, Study]) -> list[Study]:
 def run_studies(chosen: Sequence[Study], own: StudyConfig, base: Config, out: Path) -> dict:
     """Execute the unfinished runs and write every study's table and figure; returns the result."""
     began, log = time.monotonic(), Log(out / "log.txt")
-    root = str(write_digits(out / "digits-jpeg")) if base.data.root == DIGITS else base.data.root
+    root = image_root(base.data.root, out)
     images = len(list_images(split_root(root)[0]))
     check_apart(out, *split_root(root), base.data.val)
     rows = {row.name: row for study in chosen for row in study.rows}

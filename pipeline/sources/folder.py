@@ -33,7 +33,6 @@ Allocate = Callable[[int], np.ndarray]
 """Gives (num_bytes,) uint8 to read into; called from several threads."""
 Stamped = tuple[np.ndarray, int]
 """The bytes of an image, and a number that changes when its file is written to."""
-_SPLITS = ("val", "valid", "validation", "test")
 _FILE_KINDS = {stat.S_IFIFO: "fifo", stat.S_IFSOCK: "socket"}
 _MAX_FILE_BYTES = 1 << 31
 _MAX_KINDS = 50  # keeps the report readable where each file has another extension
@@ -178,18 +177,6 @@ def named_path(word: str) -> Path:
     if not word:
         raise argparse.ArgumentTypeError("an empty name: is a shell variable unset?")
     return Path(word)
-
-
-def split_root(root: str) -> tuple[str, str | None]:
-    """Return the folders (to train on, to validate on) of a data set.
-
-    root/train and the first that exists of root/val, valid, validation, test; else root and None.
-    """
-    train = os.path.join(root, "train")
-    held_out = (os.path.join(root, name) for name in _SPLITS)
-    if os.path.isdir(train) and (val := next(filter(os.path.isdir, held_out), None)):
-        return train, val
-    return root, None
 
 
 def list_images(root: str) -> ImageFolder:

@@ -14,9 +14,9 @@ import numpy as np
 
 from pipeline.order import Purpose, keyed_rng
 from pipeline.sources.digits import write_digits
-from pipeline.sources.folder import split_root
 from pipeline.sources.reader import ImageReader
 from pipeline.sources.shards import ImageSource, ShardSet, open_source
+from pipeline.sources.splits import split_root, tell_unused, why_no_labels
 from train.config import DataConfig
 from train.distributed import World, from_main, gather
 
@@ -46,8 +46,9 @@ class RunData:
     bank: EvalSet | None
     queries: EvalSet | None
     class_names: list[str]
-    note: str
-    """The source of the labels, or why there is no kNN check."""
+    notes: list[str]
+    """Images that are there and not used, on rank 0; then the source of the labels, or why there is
+    no kNN check."""
 
 
 def open_data(config: DataConfig, *, out: Path, seed: int, world: World) -> RunData:
@@ -57,6 +58,7 @@ def open_data(config: DataConfig, *, out: Path, seed: int, world: World) -> RunD
     classes without training images, or hosts with different images.
     """
     train, val = list_on_main(lambda: _list(config, out), world)
+    notes = unused(config) if world.is_main else []
     reader = ImageReader(train, config.max_pixels)
     if train.labels is None:
         if config.val is not None:
@@ -64,13 +66,20 @@ def open_data(config: DataConfig, *, out: Path, seed: int, world: World) -> RunD
                 f"--data.val {config.val} is for kNN, and {train.root} has no class labels to vote "
                 "with: give --data.root class folders, or leave --data.val out"
             )
-        return RunData(reader, None, None, [], f"no class labels in {train.root}: no kNN check")
+        return RunData(
+            reader, None, None, [], [*notes, f"no class labels, so no kNN check: {why_none(train)}"]
+        )
     labels, names = train.labels, train.class_names
+    if val is not None and val.labels is None:
+        notes.append(
+            f"{val.root} ({len(val)} images) has no class labels and is not used: {why_none(val)}"
+        )
+        val = None
     if val is None:
         ids, held_ids = split_bank(labels, seed=seed)
-        note = f"kNN: {len(ids)} training images vote on {len(held_ids)} others of them"
+        notes.append(f"kNN: {len(ids)} training images vote on {len(held_ids)} others of them")
         held_out = EvalSet(reader, held_ids, labels[held_ids])
-        return RunData(reader, EvalSet(reader, ids, labels[ids]), held_out, names, note)
+        return RunData(reader, EvalSet(reader, ids, labels[ids]), held_out, names, notes)
     if unknown := sorted(set(val.class_names) - set(names)):
         raise ValueError(
             f"{val.root} has classes that {train.root} lacks, such as {unknown[0]}: "
@@ -79,8 +88,24 @@ def open_data(config: DataConfig, *, out: Path, seed: int, world: World) -> RunD
     assert val.labels is not None
     index = np.array([names.index(name) for name in val.class_names])
     held_out = EvalSet(ImageReader(val, config.max_pixels), np.arange(len(val)), index[val.labels])
-    note = f"kNN: {len(train)} training images vote on {len(val)} of {val.root}"
-    return RunData(reader, EvalSet(reader, np.arange(len(train)), labels), held_out, names, note)
+    notes.append(f"kNN: {len(train)} training images vote on {len(val)} of {val.root}")
+    return RunData(reader, EvalSet(reader, np.arange(len(train)), labels), held_out, names, notes)
+
+
+def why_none(source: ImageSource) -> str:
+    """Why a source has no class labels."""
+    if isinstance(source, ShardSet):
+        return f"not every image of {source.root} has a class, or all have the same"
+    return why_no_labels(source)
+
+
+def unused(config: DataConfig) -> list[str]:
+    """A line for each part of --data.root that is not used, or not as its name says."""
+    if config.root == DIGITS:
+        note = "the images are those of the folder digits; to train on the embedded ones rename it"
+        return [note] * os.path.isdir(DIGITS)
+    train, val = split_root(config.root)
+    return tell_unused(config.root, train, config.val or val)
 
 
 def list_on_main(
@@ -169,18 +194,27 @@ def check_apart(out: Path, *folders: str | None) -> None:
             )
 
 
+def image_root(root: str, parent: Path) -> str:
+    """The folder that --data.root names. Writes the embedded digits into a folder of `parent`.
+
+    A folder of the user's own that is called digits goes before them.
+    """
+    if root == DIGITS and not os.path.isdir(DIGITS):
+        return str(write_digits(parent / "digits-jpeg"))
+    return root
+
+
 def _list(config: DataConfig, out: Path) -> tuple[ImageSource, ImageSource | None]:
-    root = config.root
-    if root == DIGITS:
-        root = str(write_digits(out.parent / "digits-jpeg"))
-    train_root, val_root = split_root(root)
+    train_root, val_root = split_root(image_root(config.root, out.parent))
     val_root = config.val or val_root
     check_apart(out, train_root, val_root)
     val = open_source(val_root) if val_root is not None else None
     train = open_source(train_root)
-    if config.val is not None and (val is None or val.labels is None):
-        raise ValueError(f"--data.val {config.val} has no class labels, which kNN needs")
-    return train, val if val is not None and val.labels is not None else None
+    if config.val is not None and val is not None and val.labels is None:
+        raise ValueError(
+            f"--data.val {config.val} has no class labels, which kNN needs: {why_none(val)}"
+        )
+    return train, val
 
 
 def split_bank(labels: np.ndarray, *, seed: int, share: float = 0.1, most: int = 5000):

@@ -1,0 +1,121 @@
+"""Which folders of a data set are trained on and which are held out, and what neither uses.
+
+Splits are known by name, in any case and with what is often appended: Training, TRAIN, train2017,
+test_set. A folder of classes may have one named train (VOC has trains) or valid: a folder is one of
+splits if it has one to train on and, beside it, one that is held out or no other folder of images.
+"""
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+
+from pipeline.sources.folder import IMAGE_EXTENSIONS, ImageFolder, printable
+
+TRAIN = ("train", "training")
+HELD_OUT = ("val", "valid", "validation", "dev", "eval", "test", "testing")
+"""The first of these that exists is used."""
+UNLABELLED = ("unlabeled", "unlabelled")  # in STL-10
+
+
+def split_root(root: str) -> tuple[str, str | None]:
+    """The folders (to train on, to validate on) of a data set; root and None if it has no splits.
+
+    Raises: ValueError if several folders are named as the split to train on.
+    """
+    folders = _folders(root)
+    train = [name for name in folders if _split_of(name) in TRAIN]
+    held_out = sorted(
+        (HELD_OUT.index(split), name) for name in folders if (split := _split_of(name)) in HELD_OUT
+    )
+    others = (name for name in folders if _split_of(name) not in (*TRAIN, *UNLABELLED))
+    if not train or not (held_out or not any(map(_has_images, _paths(root, others)))):
+        return root, None
+    if len(train) > 1:
+        raise ValueError(
+            f"{root} has {' and '.join(map(_shown, sorted(train)))}, all named as the split to "
+            "train on: give one of them as --data.root, and its held-out images as --data.val"
+        )
+    val = os.path.join(root, held_out[0][1]) if held_out else None
+    return os.path.join(root, train[0]), val
+
+
+def tell_unused(root: str, train: str, val: str | None) -> list[str]:
+    """A line for each folder under root, and its own images, that are neither in train nor val.
+
+    Without splits: a line for each folder that is named as a held-out one and trained on.
+    """
+    lines = []
+    if train == root:
+        for path in _paths(root, _folders(root)):
+            if _split_of(os.path.basename(path)) in HELD_OUT and (count := _count_images(path)):
+                lines.append(
+                    f"{_shown(path)} ({count} images) is trained on: if it is held out, move it "
+                    f"out of {_shown(root)} and give it as --data.val"
+                )
+        return lines
+    used = {os.path.realpath(path) for path in (train, val) if path is not None}
+    for path in _paths(root, sorted(_folders(root))):
+        if os.path.realpath(path) not in used and (count := _count_images(path)):
+            is_held_out = _split_of(os.path.basename(path)) in HELD_OUT
+            why = "--data.val takes it" if is_held_out else f"{_shown(train)} is trained on"
+            lines.append(f"{_shown(path)} ({count} images) is not used: {why}")
+    beside = sum(_is_image(entry.name) and entry.is_file() for entry in _entries(root))
+    if beside:
+        lines.append(
+            f"{beside} images in {_shown(root)} itself are not used: {_shown(train)} is trained on"
+        )
+    return lines
+
+
+def why_no_labels(folder: ImageFolder) -> str:
+    """Why its images have no class labels, and what would make them."""
+    firsts = sorted({path.partition(b"/")[0] for path in folder.paths if b"/" in path})
+    beside = [path for path in folder.paths if b"/" not in path]
+    if not firsts:
+        return f"{folder.root} has no folders, whose names would be the classes"
+    if beside:
+        return (
+            f"{len(beside)} images, such as {printable(beside[0])}, lie beside the folders of "
+            f"{folder.root}: move them into one of these, or out of it"
+        )
+    inner = os.path.join(folder.root, printable(firsts[0]))
+    return f"all images are in {inner}: if its folders are the classes, give it instead"
+
+
+def _split_of(name: str) -> str:
+    """train of Train_Set, val of val2017; the name itself, in lower case, of others."""
+    plain = re.sub(r"[\W\d_]+", "", name.lower())
+    return re.sub(r"(?<=.)(set|split|images|imgs|data)$", "", plain)
+
+
+def _entries(root: str) -> Iterator[os.DirEntry[str]]:
+    """What is in a folder and not hidden; nothing where that cannot be read."""
+    try:
+        with os.scandir(root) as entries:
+            yield from (entry for entry in entries if not entry.name.startswith("."))
+    except OSError:  # whoever lists the images says so
+        return
+
+
+def _folders(root: str) -> list[str]:
+    return [entry.name for entry in _entries(root) if entry.is_dir()]
+
+
+def _paths(root: str, names: Iterable[str]) -> Iterator[str]:
+    return (os.path.join(root, name) for name in names)
+
+
+def _is_image(name: str) -> bool:
+    return os.fsencode(os.path.splitext(name)[1].lower()) in IMAGE_EXTENSIONS
+
+
+def _has_images(folder: str) -> bool:
+    return any(any(map(_is_image, names)) for _, _, names in os.walk(folder, followlinks=False))
+
+
+def _count_images(folder: str) -> int:
+    return sum(sum(map(_is_image, names)) for _, _, names in os.walk(folder))
+
+
+def _shown(path: str) -> str:
+    return printable(os.fsencode(path))
