@@ -2,9 +2,11 @@
 
 DEST/images-000000.tar ... are WebDataset shards (members key.jpg and key.cls) in the folder's
 order, each with its index; `--data.root DEST` trains from them as from SRC. Of a SRC with train/
-and val/ both are packed. Every image is checked by its header and decoded by Pillow, which finds
-more damage than DALI; what fails is left out, reported and listed in DEST/left_out.jsonl. The same
-command continues after a kill and makes the same bytes: it keeps every shard that is whole.
+and val/ both are packed, and key.cls counts the classes of both together. Every image is checked by
+its header and decoded by Pillow, which finds more damage than DALI; what fails is left out,
+reported and listed in DEST/left_out.jsonl. The same command continues after a kill and makes the
+same bytes: it keeps every shard that is whole and whose images still have the bytes that were
+packed, for which it reads them.
 
 The images stay encoded, so decoding costs the same; what is saved is a million opens on storage
 that is slow at them.
@@ -17,11 +19,13 @@ if not __package__:  # run as a script: the repo root, not this folder, heads sy
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 import argparse
+import hashlib
 import io
 import json
+import re
 import tarfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -39,7 +43,8 @@ from pipeline.sources.index import Packed, ShardIndex
 from pipeline.sources.scan import TAR, Contents, Entry
 from pipeline.sources.splits import split_root, tell_unused
 
-RENAMED = b"__renamed__"
+RENAMED = b"renamed"
+_META = re.compile(rb"__[^/]*__/")  # webdataset passes over members of such names
 _BLOCK = 64  # images that are read and checked before they are written, in memory at once
 _MAX_NAME_BYTES = 100  # of the tar format; DALI's reader refuses the extensions for longer ones
 
@@ -48,13 +53,15 @@ def pack(
     folder: ImageFolder,
     dest: Path,
     *,
+    classes: Sequence[str],
     shard_bytes: int,
     tell: Callable[[str], None],
     moved: Callable[[int], None],
 ) -> list[ShardIndex]:
     """Write the shards of a folder that dest lacks; return the indices of all.
 
-    tell is called with a line for each shard, moved with the number of images done.
+    classes: numbered in the shards; the folder's, and perhaps others. tell is called with a line
+    for each shard, moved with the number of images done.
 
     Raises   ValueError when dest holds shards of other images or another size, cannot be written,
              or no image is good.
@@ -74,11 +81,14 @@ def pack(
     with lock, ThreadPoolExecutor(usable_cores()) as pool:
         while position < len(folder):
             shard = dest / f"images-{len(indices):06d}.tar"
-            index, state = _finished(shard, folder, position, shard_bytes), "was there"
-            if index is None:
+            index, state = _finished(shard, folder, position, shard_bytes, classes), "was there"
+            is_changed = index is not None and has_changed(index, folder, pool)
+            if index is None or is_changed:
                 images = checked(folder, position, pool, moved)
-                index = _write_shard(shard, folder, position, shard_bytes, images)
+                index = _write_shard(shard, folder, position, shard_bytes, images, classes)
                 state = f"{index.num_bytes / 2**20:.1f} MiB"
+            if is_changed:
+                state += ", written again: its images have changed"
             assert index.packed is not None
             indices.append(index)
             moved(position := index.packed.end)
@@ -93,8 +103,18 @@ def pack(
     return indices
 
 
+def has_changed(index: ShardIndex, folder: ImageFolder, pool: ThreadPoolExecutor) -> bool:
+    """Whether images of a shard have other bytes than when they were packed."""
+    assert index.packed is not None
+    digest, numbers = hashlib.sha256(), range(index.packed.first, index.packed.end)
+    for start in range(0, len(numbers), _BLOCK):
+        for image in folder.read_many(numbers[start : start + _BLOCK], pool):
+            digest.update(str(image).encode() if isinstance(image, BadImage) else image[0].data)
+    return digest.hexdigest() != index.packed.content
+
+
 def _finished(
-    shard: Path, folder: ImageFolder, position: int, shard_bytes: int
+    shard: Path, folder: ImageFolder, position: int, shard_bytes: int, classes: Sequence[str]
 ) -> ShardIndex | None:
     """Return the index of a shard that is whole, None for one to be written."""
     if not shard.exists():  # an index without its shard is of no use
@@ -116,7 +136,8 @@ def _finished(
             "or another DEST"
         )
     try:
-        return shard_index.load_index(str(shard)) if packed.first == position else None
+        index = shard_index.load_index(str(shard)) if packed.first == position else None
+        return index if index is None or index.class_names == [*classes] else None
     except (ValueError, OSError):  # changed since
         return None
 
@@ -126,23 +147,29 @@ def _write_shard(
     folder: ImageFolder,
     first: int,
     shard_bytes: int,
-    images: Iterator[tuple[int, bytes | str]],
+    images: Iterator[tuple[int, bytes, str]],
+    classes: Sequence[str],
 ) -> ShardIndex:
     """Write the images that fit into a shard, then its index."""
     contents, left_out, end = Contents(TAR), [], len(folder)
+    numbers = {name: number for number, name in enumerate(classes)}
+    digest = hashlib.sha256()
     keys: set[bytes] = set()
     temporary = shard.with_name(f".{shard.name}.part")
     try:
         with open(temporary, "wb") as file:
             with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-                for number, data in images:
-                    if isinstance(data, str):
-                        left_out.append([folder.name(number), data])
-                    elif contents.images and tar.offset + len(data) > shard_bytes:
+                for number, data, reason in images:
+                    fits = tar.offset + len(data) <= shard_bytes or not contents.images
+                    if not (reason or fits):
                         end = number
                         break
-                    else:
-                        contents.images.append(_add(tar, keys, folder, number, data))
+                    digest.update(data or reason.encode())
+                    if reason:
+                        left_out.append([folder.name(number), reason])
+                        continue
+                    entry = _add(tar, keys, folder, number, data, numbers)
+                    contents.images.append(entry)
             file.flush()
             os.fsync(file.fileno())
         if not contents.images:
@@ -159,11 +186,10 @@ def _write_shard(
             first=first,
             end=end,
             left_out=left_out,
+            content=digest.hexdigest(),
         )
-        classes = folder.class_names
-        index = shard_index.build_index(
-            str(temporary), contents, class_names=classes, packed=packed
-        )
+        names = [*classes]
+        index = shard_index.build_index(str(temporary), contents, class_names=names, packed=packed)
         # before the shard: one without an index would pass for another tool's
         shard_index.save_index(str(shard), index)
         os.replace(temporary, shard)
@@ -177,25 +203,33 @@ def _write_shard(
 
 
 def _add(
-    tar: tarfile.TarFile, keys: set[bytes], folder: ImageFolder, number: int, data: bytes
+    tar: tarfile.TarFile,
+    keys: set[bytes],
+    folder: ImageFolder,
+    number: int,
+    data: bytes,
+    numbers: Mapping[str, int],
 ) -> Entry:
     """Append an image and its label; `keys` are those of the shard so far.
 
     The index has the true name of an image whose name is long, not printable, taken, or has a dot
-    in its stem, where WebDataset ends the key.
+    in its stem, where WebDataset ends the key. Its member stays in its class folder if that is
+    plain: an index made anew has the same classes.
     """
     path, label = folder.paths[number], None
     key, dot, extension = path.rpartition(b".")
-    is_plain = len(path) <= _MAX_NAME_BYTES and printable(path).encode() == path
-    is_plain &= b"." not in os.path.basename(key) and not key.startswith(RENAMED)
+    is_plain = _is_plain(path) and b"." not in os.path.basename(key)
+    is_plain &= not os.path.basename(key).startswith(RENAMED)
     if not is_plain or key in keys:
-        key = b"%b/%09d" % (RENAMED, number)
+        first, slash, _ = path.partition(b"/")
+        is_kept = slash and len(first) < 60 and _is_plain(first + slash)
+        key = b"%b/%b-%09d" % (first if is_kept else RENAMED, RENAMED, number)
     keys.add(key)
     offset = tar.offset + tarfile.BLOCKSIZE
     parts = [(key + dot + extension, data)]
     if folder.labels is not None:
         label = folder.class_names[folder.labels[number]]
-        parts.append((key + b".cls", b"%d" % folder.labels[number]))
+        parts.append((key + b".cls", b"%d" % numbers[label]))
     for name, content in parts:
         info = tarfile.TarInfo(name.decode())  # no time and no owner: the same bytes every time
         info.size = len(content)
@@ -203,18 +237,25 @@ def _add(
     return Entry(path, label, len(data), offset, len(data))
 
 
+def _is_plain(path: bytes) -> bool:
+    is_short = len(path) <= _MAX_NAME_BYTES
+    return is_short and printable(path).encode() == path and not _META.match(path)
+
+
 def checked(
     folder: ImageFolder, first: int, pool: ThreadPoolExecutor, moved: Callable[[int], None]
-) -> Iterator[tuple[int, bytes | str]]:
-    """Yield each image's number from `first` on, and its bytes or why it is not good."""
+) -> Iterator[tuple[int, bytes, str]]:
+    """Yield each image's number from `first` on, its bytes and why it is not good, or ""."""
     for start in range(first, len(folder), _BLOCK):
         numbers = range(start, min(start + _BLOCK, len(folder)))
-        yield from zip(numbers, pool.map(lambda n: check(folder, n), numbers), strict=True)
+        found = pool.map(lambda n: check(folder, n), numbers)
+        yield from ((number, *image) for number, image in zip(numbers, found, strict=True))
         moved(numbers.stop)
 
 
-def check(folder: ImageFolder, number: int) -> bytes | str:
-    """Return the bytes of an image that decodes to its end, else the reason."""
+def check(folder: ImageFolder, number: int) -> tuple[bytes, str]:
+    """The bytes of an image, and "" if it decodes to its end, else the reason."""
+    data = b""
     try:
         data = folder.read(number).tobytes()
         image_size(data)
@@ -226,12 +267,12 @@ def check(folder: ImageFolder, number: int) -> bytes | str:
                 f"{folder.root}/{folder.name(number)}: {error}. Fix or remove it; the same "
                 "command continues"
             ) from None
-        return str(error)
+        return data, str(error)
     except UnidentifiedImageError:  # its message holds an address
-        return "does not decode (PIL cannot identify it)"
+        return data, "does not decode (PIL cannot identify it)"
     except Exception as error:  # PIL's decoders raise nearly anything
-        return f"does not decode ({error})"
-    return data
+        return data, f"does not decode ({error})"
+    return data, ""
 
 
 def pack_root(src: str, dest: Path, *, shard_bytes: int) -> dict:
@@ -241,11 +282,13 @@ def pack_root(src: str, dest: Path, *, shard_bytes: int) -> dict:
     folders = {dest if val is None else dest / os.path.basename(r): list_images(r) for r in roots}
     console = Console(stderr=True)
     columns = BarColumn(), MofNCompleteColumn(), TextColumn("ETA"), TimeRemainingColumn()
-    options = {"console": console, "transient": True, "disable": not console.is_terminal}
+    bar_options = {"console": console, "transient": True, "disable": not console.is_terminal}
     indices: list[ShardIndex] = []
+    named = {os.fsencode(name) for folder in folders.values() for name in folder.class_names}
+    classes = [os.fsdecode(name) for name in sorted(named)]  # bytewise, as a folder's
     for line in tell_unused(src, train, val):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    with Progress(TextColumn("packing"), *columns, **options) as bar:
+    with Progress(TextColumn("packing"), *columns, **bar_options) as bar:
         for target, folder in folders.items():
             if target.resolve() == Path(folder.root).resolve():
                 raise ValueError(f"{target} holds the images: choose another DEST")
@@ -257,7 +300,8 @@ def pack_root(src: str, dest: Path, *, shard_bytes: int) -> dict:
             def moved(done: int, task=task) -> None:
                 bar.update(task, completed=done)
 
-            indices += pack(folder, target, shard_bytes=shard_bytes, tell=tell, moved=moved)
+            options = {"shard_bytes": shard_bytes, "tell": tell, "moved": moved}
+            indices += pack(folder, target, classes=classes, **options)
     return {
         "folder": str(dest),
         "images": sum(len(index.ends) for index in indices),

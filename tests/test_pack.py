@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -88,7 +89,7 @@ def test_an_index_made_anew_from_the_tar_files_is_as_good(images, tmp_path):
     for path in tmp_path.glob("*.index"):
         path.unlink()
     anew = open_packed(tmp_path)
-    assert anew.fingerprint == before.fingerprint and anew.class_names == ["0", "1"]
+    assert anew.fingerprint == before.fingerprint and anew.class_names == before.class_names
     assert anew.labels is not None and before.labels is not None
     assert (anew.labels == before.labels).all()
     assert (anew.offsets == before.offsets).all() and (anew.spans == before.spans).all()
@@ -125,7 +126,10 @@ def test_names_that_would_make_no_sample_of_their_own_are_kept_by_the_index(tmp_
         names = tar.getnames()
     keys = [name.partition(".")[0] for name in names[::2]]
     assert len(set(keys)) == len(keys) == 16 and names[1::2] == [f"{key}.cls" for key in keys]
-    assert sum(key.startswith("__renamed__/") for key in keys) == len(odd) - 1
+    renamed = [key for key in keys if "renamed-0" in key]
+    assert len(renamed) == len(odd) - 1 and not any(key.startswith("__") for key in keys)
+    # in their class folders, but for the one that webdataset would pass over
+    assert sum(key.startswith("china/") for key in renamed) == len(odd) - 2
     assert "china/02" in keys and "china/m\u00fcll und mehr" in keys
     assert all(len(name) <= 100 for name in names)
 
@@ -136,6 +140,38 @@ def test_train_and_val_are_both_packed_and_found_again(images, tmp_path, photos)
     assert packed(tmp_path / "src", tmp_path / "dest")["images"] == 12
     assert same_images(tmp_path / "dest/train", tmp_path / "src/train")
     assert same_images(tmp_path / "dest/val", tmp_path / "src/val")
+
+
+def test_classes_are_numbered_together_also_where_val_lacks_one(images, tmp_path, photos):
+    for split, names in (("train", "abc"), ("val", "ac")):
+        for name in names:
+            write_images(tmp_path / "src" / split / name, photos, 2)
+    packed(tmp_path / "src", tmp_path / "dest")
+    with tarfile.open(tmp_path / "dest/val/images-000000.tar") as tar:
+        numbers = [tar.extractfile(m).read() for m in tar if m.name.endswith(".cls")]  # type: ignore
+    assert set(numbers) == {b"0", b"2"}
+    for path in tmp_path.glob("dest/*/*.index"):
+        path.unlink()
+    anew = open_packed(tmp_path / "dest/val")
+    assert anew.class_names == ["a", "c"]
+
+
+def test_images_edited_to_the_same_size_are_packed_again(images, tmp_path):
+    src = tmp_path / "src"
+    shutil.copytree(images, src)
+    packed(src, tmp_path / "dest")
+    before = content(tmp_path / "dest")
+    last = sorted(src.rglob("*.*"))[-1]
+    data = bytearray(last.read_bytes())
+    data[-20] ^= 1
+    last.write_bytes(data)
+    packed(src, tmp_path / "dest")
+    after = content(tmp_path / "dest")
+    changed = {name for name in before if after[name] != before[name]}
+    assert same_images(tmp_path / "dest", src)
+    assert changed and {Path(name).name.split(".")[0] for name in changed} == {
+        max(before).split(".")[0]
+    }
 
 
 def test_a_flat_folder_has_no_labels_packed_either(tmp_path, photos):

@@ -21,7 +21,8 @@ from safetensors.numpy import save
 from pipeline.sources.scan import RECORDIO, TAR, TFRECORD, Contents, scan_shard
 
 SUFFIX = ".index"
-_VERSION = {TAR: 1, TFRECORD: 2, RECORDIO: 1}  # 1 had the place of a TFRecord's image
+# 1 had the place of a TFRecord's image, and all images of a key of a tar file
+_VERSION = {TAR: 2, TFRECORD: 2, RECORDIO: 1}
 _PROBE_BYTES = 1 << 16
 _ARRAYS = ("listing", "ends", "offsets", "spans", "labels")
 
@@ -36,6 +37,7 @@ class Packed:
     first: int  # its first image in the folder's order
     end: int  # one behind its last image
     left_out: list[list[str]]  # name and reason of each image among these that is not in the shard
+    content: str  # SHA-256 of the bytes of all these, those left out too
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

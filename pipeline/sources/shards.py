@@ -62,6 +62,7 @@ class ShardSet:
     spans: np.ndarray
     labels: np.ndarray | None  # (N,) int64. None unless every image has a class and two differ
     class_names: list[str]
+    why_none: str  # why there are no labels
     fingerprint: str  # SHA-256 of names and sizes, as that of a folder
     skipped: dict[str, int]  # how many entries of the shards are no images, by kind
     _descriptors: dict[int, int] = field(default_factory=dict, init=False, repr=False)
@@ -175,15 +176,23 @@ def open_source(root: str) -> ImageSource:
     Raises   ValueError when there is no image, or a shard is missing, cut, stale or of another
              kind than the first.
     """
-    shards = find_shards(root)
-    return open_shards(root, shards) if shards else list_images(root)
+    if shards := find_shards(root):
+        return open_shards(root, shards)
+    try:
+        return list_images(root)
+    except ValueError as error:
+        inside = glob.iglob(os.path.join(glob.escape(root), "**", "*"), recursive=True)
+        if (shard := next((name for name in inside if _SHARD.fullmatch(name)), None)) is None:
+            raise
+        folder, extension = os.path.dirname(shard), os.path.splitext(shard)[1]
+        raise ValueError(f"{error} It has shards: '{folder}/*{extension}' names them") from None
 
 
 def find_shards(root: str) -> list[str]:
     """Return the shards of a folder or a glob, sorted; none for a folder that is not of shards.
 
     Raises   ValueError for a glob without shards, a shard of which only the index is there, and
-             a folder with several sets.
+             a folder with several sets, or with images beside shards.
     """
     if os.path.isdir(root):
         return _shards_of_folder(os.path.abspath(root))
@@ -195,21 +204,31 @@ def find_shards(root: str) -> list[str]:
 
 
 def _shards_of_folder(folder: str) -> list[str]:
-    shards, indexed = set(), set()
+    shards, indexed, image = set(), set(), ""
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
                 extension = os.path.splitext(entry.name)[1].lower()
                 if entry.name.startswith("."):
                     continue
-                if entry.is_dir() or os.fsencode(extension) in IMAGE_EXTENSIONS:
+                if entry.is_dir():
                     return []
-                if extension == SUFFIX:
+                if os.fsencode(extension) in IMAGE_EXTENSIONS:
+                    image = entry.name
+                elif extension == SUFFIX:
                     indexed.add(entry.path.removesuffix(SUFFIX))
                 elif _SHARD.fullmatch(entry.name):
                     shards.add(entry.path)
     except OSError:  # list_images says what is wrong with the folder
         return []
+    if image and not shards:
+        return []
+    if image:
+        some, extension = os.path.basename(min(shards)), os.path.splitext(min(shards))[1]
+        raise ValueError(
+            f"{folder} holds shards, such as {some}, and images, such as {image}: name the shards "
+            f"with a glob, '{folder}/*{extension}', or move them out to train on the images"
+        )
     if lost := sorted(indexed - shards):
         raise ValueError(
             f"{lost[0]} is missing, though its index is there: restore the shard, or remove "
@@ -284,7 +303,8 @@ def _joined(root: str, shards: list[str], indices: tuple[ShardIndex, ...]) -> Sh
     listing = np.concatenate([part for index in filled for part in (index.listing, nul)])[:-1]
     positions = np.cumsum([0, *(index.listing.size + 1 for index in filled)])
     ends = [index.ends + at for index, at in zip(filled, positions[:-1], strict=True)]
-    labels, class_names = _labels(filled)
+    named = [shard for shard, index in zip(shards, indices, strict=True) if len(index.ends)]
+    labels, class_names, why_none = _labels(named, filled)
     return ShardSet(
         root=root,
         shards=shards,
@@ -296,21 +316,83 @@ def _joined(root: str, shards: list[str], indices: tuple[ShardIndex, ...]) -> Sh
         spans=np.concatenate([index.spans for index in filled]),
         labels=labels,
         class_names=class_names,
+        why_none=why_none,
         fingerprint=hashlib.sha256(listing.data).hexdigest(),
         skipped=dict(skipped),
     )
 
 
-def _labels(indices: list[ShardIndex]) -> tuple[np.ndarray | None, list[str]]:
-    names = indices[0].class_names
-    if any(index.class_names != names for index in indices):
-        names = sorted_classes(name for index in indices for name in index.class_names)
+def _labels(
+    shards: list[str], indices: list[ShardIndex]
+) -> tuple[np.ndarray | None, list[str], str]:
+    """The labels of a set, the names of its classes, and why there are no labels.
+
+    Classes are the first folders of tar files' members if these tell no others apart than their
+    labels: so shards of folders that were packed each for itself have the same names.
+
+    Raises   ValueError where some shards name their classes and others number them.
+    """
+    classes = [(index.class_names, index.labels) for index in indices]
+    if (by_folder := _by_folder(indices)) is not None:
+        classes = by_folder
+    kinds = {all(map(str.isdecimal, names)): n for n, (names, _) in enumerate(classes) if names}
+    if len(kinds) == 2:
+        named, numbered = shards[kinds[False]], shards[kinds[True]]
+        raise ValueError(
+            f"{named} has names of classes such as {classes[kinds[False]][0][0]}, and {numbered} "
+            "numbers: they are of two sets, or an index was lost. Name one set with a glob, or "
+            "pack the folder again"
+        )
+    names = classes[0][0]
+    if any(other != names for other, _ in classes):
+        names = sorted_classes(name for others, _ in classes for name in others)
     numbers = {name: number for number, name in enumerate(names)}
-    parts = []
+    tables = [np.array([*(numbers[name] for name in others), -1]) for others, _ in classes]
+    parts = [table[labels] for table, (_, labels) in zip(tables, classes, strict=True)]
+    labels = np.concatenate(parts)  # -1 took a table's last
+    if (missing := labels < 0).any():
+        number = next(n for n, part in enumerate(parts) if part.min() < 0)
+        first = names_of(indices[number])[int(parts[number].argmin())]
+        return (
+            None,
+            [],
+            (
+                f"{missing.sum()} of {len(labels)} images have none, such as "
+                f"{os.path.basename(shards[number])}: {printable(first)}"
+            ),
+        )
+    if labels.min() == labels.max():
+        return None, [], f"all {len(labels)} images are of class {names[labels[0]]}"
+    return labels, names, ""
+
+
+def _by_folder(indices: list[ShardIndex]) -> list[tuple[list[str], np.ndarray]] | None:
+    """Names and labels by the members' first folders; None where these are not the classes.
+
+    Those that pipeline/pack.py has written have such names already.
+    """
+    classes, pairs = [], set()
     for index in indices:
-        table = np.array([*(numbers[name] for name in index.class_names), -1])
-        parts.append(table[index.labels])  # -1 takes the last
-    labels = np.concatenate(parts)
-    if labels.min() < 0 or labels.min() == labels.max():
-        return None, []
-    return labels, names
+        if index.packed is not None:
+            classes.append((index.class_names, index.labels))
+            continue
+        if index.kind != TAR or b"/" not in index.listing[: index.ends[0]].tobytes():
+            return None
+        folders = [name.partition(b"/") for name in names_of(index)]
+        if not all(slash for _, slash, _ in folders):
+            return None
+        texts = [printable(folder) for folder, _, _ in folders]
+        names = sorted_classes(texts)
+        numbers = {name: number for number, name in enumerate(names)}
+        labels = np.array([numbers[text] for text in texts])
+        known = [*index.class_names, ""]
+        pairs |= {(known[label], text) for label, text in zip(index.labels, texts, strict=True)}
+        classes.append((names, labels))
+    known, folders = ({pair[side] for pair in pairs} for side in (0, 1))
+    is_told = "" not in known and len(pairs) == len(known) == len(folders)
+    return classes if is_told or (known == {""} and len(folders) > 1) else None
+
+
+def names_of(index: ShardIndex) -> list[bytes]:
+    """The names of a shard's images."""
+    return index.listing.tobytes().split(b"\0")[::2]

@@ -80,13 +80,14 @@ def open_data(config: DataConfig, *, out: Path, seed: int, world: World) -> RunD
         notes.append(f"kNN: {len(ids)} training images vote on {len(held_ids)} others of them")
         held_out = EvalSet(reader, held_ids, labels[held_ids])
         return RunData(reader, EvalSet(reader, ids, labels[ids]), held_out, names, notes)
-    if unknown := sorted(set(val.class_names) - set(names)):
+    assert val.labels is not None
+    occurring = {val.class_names[label] for label in np.unique(val.labels)}
+    if unknown := sorted(occurring - {names[label] for label in np.unique(labels)}):
         raise ValueError(
             f"{val.root} has classes that {train.root} lacks, such as {unknown[0]}: "
             "give --data.val images of the same classes"
         )
-    assert val.labels is not None
-    index = np.array([names.index(name) for name in val.class_names])
+    index = np.array([names.index(name) if name in names else -1 for name in val.class_names])
     held_out = EvalSet(ImageReader(val, config.max_pixels), np.arange(len(val)), index[val.labels])
     notes.append(f"kNN: {len(train)} training images vote on {len(val)} of {val.root}")
     return RunData(reader, EvalSet(reader, np.arange(len(train)), labels), held_out, names, notes)
@@ -95,7 +96,7 @@ def open_data(config: DataConfig, *, out: Path, seed: int, world: World) -> RunD
 def why_none(source: ImageSource) -> str:
     """Why a source has no class labels."""
     if isinstance(source, ShardSet):
-        return f"not every image of {source.root} has a class, or all have the same"
+        return source.why_none
     return why_no_labels(source)
 
 

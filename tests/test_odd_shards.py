@@ -1,0 +1,94 @@
+"""Shards of which a part could be missed, and images that could lose their labels."""
+
+from tar_files import opened, refusal, write_tar
+
+
+def test_without_a_class_for_every_image_there_are_no_labels(tmp_path):
+    cases = {
+        "some": [
+            ("1.jpg", b"x"),
+            ("1.cls", b"1"),
+            ("2.jpg", b"x"),
+            ("2.cls", b"2"),
+            ("3.jpg", b"x"),
+        ],
+        "one class": [("1.jpg", b"x"), ("1.cls", b"1"), ("2.jpg", b"x"), ("2.cls", b"1")],
+        "no json label": [("1.jpg", b"x"), ("1.json", b"{}"), ("2.jpg", b"x"), ("2.json", b"no")],
+    }
+    why = {
+        "some": "1 of 3 images have none, such as some.tar: 3.jpg",
+        "one class": "all 2 images are of class 1",
+        "no json label": "2 of 2 images have none",
+    }
+    for name, members in cases.items():
+        write_tar(tmp_path / f"{name}.tar", members)
+        found = opened(tmp_path / f"{name}.tar")
+        assert found.labels is None and found.class_names == [], name
+        assert found.why_none.startswith(why[name])
+
+
+def test_shards_that_are_not_taken_are_told_with_the_glob_that_names_them(tmp_path):
+    write_tar(tmp_path / "set-0.tar", [("1.jpg", b"x"), ("1.cls", b"1")])
+    (tmp_path / "preview.png").write_bytes(b"x")
+    told = refusal(tmp_path)
+    assert "holds shards, such as set-0.tar, and images, such as preview.png" in told
+    assert f"'{tmp_path}/*.tar'" in told and len(opened(f"{tmp_path}/*.tar")) == 1
+    write_tar(tmp_path / "below/part/set-0.tar", [("1.jpg", b"x"), ("1.cls", b"1")])
+    told = refusal(tmp_path / "below")
+    assert told.endswith(f"It has shards: '{tmp_path}/below/part/*.tar' names them")
+
+
+def test_archives_joined_by_cat_are_read_to_the_last_and_other_bytes_refused(tmp_path):
+    for name in "abc":
+        write_tar(tmp_path / f"{name}.tar", [(f"{name}.jpg", name.encode()), (f"{name}.cls", b"1")])
+    parts = [(tmp_path / f"{name}.tar").read_bytes() for name in "abc"]
+    (tmp_path / "whole.tar").write_bytes(b"".join(parts) + bytes(3 * 512))
+    found = opened(tmp_path / "whole.tar")
+    assert [found.read(number).tobytes() for number in range(len(found))] == [b"a", b"b", b"c"]
+    (tmp_path / "odd.tar").write_bytes(parts[0] + bytes(100) + b"x" * 600)
+    assert f"no tar archive follow its end at byte {len(parts[0])}" in refusal(tmp_path / "odd.tar")
+    (tmp_path / "cut.tar").write_bytes(parts[0] + parts[1][:1500])
+    assert "is truncated or damaged" in refusal(tmp_path / "cut.tar")
+
+
+def test_of_several_images_of_a_key_the_first_is_taken_and_the_others_counted(tmp_path):
+    members = [("1.jpg", b"image"), ("1.png", b"mask"), ("2.png", b"second"), ("2.webp", b"no")]
+    write_tar(tmp_path / "x.tar", members)
+    found = opened(tmp_path / "x.tar")
+    assert [found.read(number).tobytes() for number in range(2)] == [b"image", b"second"]
+    assert found.skipped == {"further image of a key": 2}
+
+
+def test_class_folders_in_a_tar_file_are_labels_unless_the_labels_tell_others_apart(tmp_path):
+    images = [(f"{name}/{i}.jpg", b"x") for i in range(2) for name in ("dog", "cat")]
+    write_tar(tmp_path / "folders.tar", images)
+    found = opened(tmp_path / "folders.tar")
+    assert found.class_names == ["cat", "dog"] and found.labels is not None
+    assert found.labels.tolist() == [1, 0, 1, 0]
+    for name, texts, names in (
+        ("same", ["3", "7", "3", "7"], ["cat", "dog"]),
+        ("other", ["3", "3", "7", "7"], ["3", "7"]),
+    ):
+        labels = [(image.replace("jpg", "cls"), text.encode())
+                  for (image, _), text in zip(images, texts, strict=True)]  # fmt: skip
+        write_tar(tmp_path / f"{name}.tar", images + labels)
+        assert opened(tmp_path / f"{name}.tar").class_names == names
+    write_tar(tmp_path / "one.tar", [("train/1.jpg", b"x"), ("train/2.jpg", b"x")])
+    assert opened(tmp_path / "one.tar").why_none.startswith("2 of 2 images have none")
+
+
+def test_a_large_json_has_its_label_read(tmp_path):
+    big = b'{"boxes": [' + b"1, " * 50_000 + b'1], "label": 2}'
+    write_tar(
+        tmp_path / "x.tar", [("1.jpg", b"x"), ("1.json", big), ("2.jpg", b"x"), ("2.cls", b"1")]
+    )
+    assert opened(tmp_path / "x.tar").class_names == ["1", "2"]
+
+
+def test_shards_that_name_their_classes_and_shards_that_number_them_are_refused(tmp_path):
+    write_tar(tmp_path / "a-0.tar", [("1.jpg", b"x"), ("1.cls", b"cat")])
+    write_tar(tmp_path / "a-1.tar", [("2.jpg", b"x"), ("2.cls", b"1")])
+    told = refusal(tmp_path)
+    assert (
+        f"{tmp_path}/a-0.tar has names of classes such as cat, and {tmp_path}/a-1.tar num" in told
+    )
