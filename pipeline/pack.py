@@ -42,6 +42,7 @@ from pipeline.sources.header import BadImage, image_size
 from pipeline.sources.index import Packed, ShardIndex
 from pipeline.sources.scan import TAR, Contents, Entry
 from pipeline.sources.splits import split_root, tell_unused
+from pipeline.streams import print_result, protect_output
 
 RENAMED = b"renamed"
 _META = re.compile(rb"__[^/]*__/")  # webdataset passes over members of such names
@@ -324,7 +325,8 @@ def main() -> None:
         size = arguments.shard_mib * 2**20
         if not 0 < size < float("inf"):
             raise ValueError(f"--shard-mib must be > 0, got {arguments.shard_mib}")
-        print(json.dumps(pack_root(arguments.src, arguments.dest, shard_bytes=round(size))))
+        totals = pack_root(arguments.src, arguments.dest, shard_bytes=round(size))
+        print_result(totals, kept=arguments.dest)
     except KeyboardInterrupt:
         print("error: stopped; the same command continues after the last shard", file=sys.stderr)
         raise SystemExit(130) from None
@@ -334,4 +336,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    protect_output()
     main()

@@ -11,7 +11,6 @@ are the same for both and are not counted.
 import root_first  # isort: skip # noqa: F401
 
 import argparse
-import json
 from collections import Counter
 from functools import partial
 from typing import Any
@@ -21,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from pipeline.streams import print_result, protect_output
 from stand_ins.fake_h200 import triton_for_h200, with_fake_parameters
 from train.config import MethodConfig, ModelConfig
 from train.methods.simsiam import SimSiam
@@ -163,8 +163,9 @@ def main() -> None:
     result["collectives"] = sum(counts["number"] for counts in passes.values())
     result["collectives_by_pass"] = passes
     result["two_pass_sync_batch_norm"] = two_pass_step(flags.arch)
-    print(json.dumps(result))
+    print_result(result)
 
 
 if __name__ == "__main__":
+    protect_output()
     main()

@@ -17,6 +17,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from measure.results import errors_in_one_line, print_table
+from pipeline.streams import print_result, protect_output
 from train.run.program import refuse
 
 MORE_IS_BETTER = re.compile(
@@ -136,10 +137,11 @@ def main() -> None:
         print(f"warning: the settings differ: {text}", file=sys.stderr)
     print_rows(rows, total)
     worse, missing = ([row[0] for row in rows if row[3] == v] for v in ("worse", "missing"))
-    print(json.dumps({"compared": total, "differ": len(rows), "worse": worse, "missing": missing}))
+    print_result({"compared": total, "differ": len(rows), "worse": worse, "missing": missing})
     if worse or missing:
         sys.exit(1)
 
 
 if __name__ == "__main__":
+    protect_output()
     main()

@@ -32,6 +32,7 @@ from torch._inductor import config as inductor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from measure.results import print_table
+from pipeline.streams import print_result, protect_output
 from stand_ins.fake_h200 import pretend_h200, trace, triton_for_h200
 from train.config import MethodConfig, ModelConfig
 from train.methods.simsiam import SimSiam
@@ -242,11 +243,11 @@ def main() -> None:
         print_counts(result)
     result |= {"n": 1, "device": "none: counted for an H200", "images": flags.images}
     result |= {"arch": flags.arch, "torch": torch.__version__, "triton": triton.__version__}
-    line = json.dumps(result)
     if flags.save is not None:
-        flags.save.write_text(line + "\n")
-    print(line)
+        flags.save.write_text(json.dumps(result) + "\n")
+    print_result(result, kept=flags.save)
 
 
 if __name__ == "__main__":
+    protect_output()
     main()

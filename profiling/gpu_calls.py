@@ -11,8 +11,9 @@ After a machine was lost, put both into the next call's folder. docs/gpu_suite.m
 `run` needs nothing but Python: the packages that it brings are not installed yet.
 """
 
+import root_first  # isort: skip # noqa: F401
+
 import argparse
-import json
 import lzma
 import os
 import re
@@ -23,6 +24,8 @@ import tarfile
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+
+from pipeline.streams import print_result, protect_output
 
 ROOT = Path(__file__).resolve().parent.parent
 MB = 10**6
@@ -198,7 +201,7 @@ def run(carried: Path, home: Path, results: Path, flags: list[str]) -> int:
     command = [sys.executable, "profiling/gpu_suite.py", str(home / "out"), "--images", str(images)]
     code = subprocess.run([*command, *flags], cwd=ROOT, env=environment, check=False).returncode
     sizes = bring_back(home / "out", results)
-    print(json.dumps({"exit_code": code, "unpacked": done, "bytes_back": sizes}))
+    print_result({"exit_code": code, "unpacked": done, "bytes_back": sizes})
     return code
 
 
@@ -245,8 +248,9 @@ def main() -> None:
     how = {"python": given.python, "limit_mb": given.mb, "photos": given.photos}
     calls = pack(given.dest, given.images, **how)
     sizes = {str(call): sum(p.stat().st_size for p in call.iterdir()) for call in calls}
-    print(json.dumps({"tree_bytes": len(tree()), "calls": sizes}))
+    print_result({"tree_bytes": len(tree()), "calls": sizes})
 
 
 if __name__ == "__main__":
+    protect_output()
     main()

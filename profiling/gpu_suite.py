@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 
 from measure.results import print_table
+from pipeline.streams import print_result, protect_output
 from suite.checks import OutOfTime, StageFailed, Suite
 from suite.extras import EXTRAS
 from suite.stages import STAGES, Stage
@@ -169,10 +170,11 @@ def main() -> None:
     print_stages(result.pop("stages"))
     for name, why in waiting.items():
         print(f"{name} waits: {why}", file=sys.stderr)
-    print(json.dumps({"out": str(out), **result, "waiting": waiting}))
+    print_result({"out": str(out), **result, "waiting": waiting}, kept=out)
     if result["missed"] or result["failed"]:
         raise SystemExit(1)
 
 
 if __name__ == "__main__":
+    protect_output()
     main()

@@ -24,6 +24,7 @@ from measure.results import ROOT, errors_in_one_line, save_and_print
 from measure.turns import take_turns
 from pipeline.sources.folder import ImageFolder, list_images
 from pipeline.sources.reader import ImageReader
+from pipeline.streams import protect_output
 from train import distributed
 from train.config import Config
 from train.distributed import World
@@ -160,4 +161,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    protect_output()
     main()

@@ -30,6 +30,7 @@ from kernels.gpu.launch import INTERPRETED
 from measure.kernel_checks import check_each
 from measure.kernel_times import apex_batch_norm, measure, resnet50_sites
 from measure.results import print_table
+from pipeline.streams import print_result, protect_output
 from train.config import MethodConfig, ModelConfig
 from train.methods.simsiam import SimSiam
 from train.run.folder import environment
@@ -215,7 +216,7 @@ def check(size: str, dtype: torch.dtype) -> None:
     result = check_each(size, dtype, device)
     for failure in result["failed"]:
         print(failure, file=sys.stderr)
-    print(json.dumps(result))
+    print_result(result)
     if result["failed"]:
         raise SystemExit(1)
 
@@ -252,10 +253,11 @@ def main() -> None:
         if INTERPRETED:
             refuse("--compile-only compiles nothing with TRITON_INTERPRET=1: unset it", code=1)
         rows = compile_table(flags.images, dtype)
-        print(json.dumps({"images": flags.images, "dtype": flags.dtype, "kernels": rows}))
+        print_result({"images": flags.images, "dtype": flags.dtype, "kernels": rows})
     else:
-        print(json.dumps(time_sites(flags.images, flags.n, flags.save)))
+        print_result(time_sites(flags.images, flags.n, flags.save), kept=flags.save)
 
 
 if __name__ == "__main__":
+    protect_output()
     main()

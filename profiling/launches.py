@@ -13,7 +13,6 @@ feeds a constructed trace.
 
 import root_first  # isort: skip # noqa: F401
 
-import json
 import re
 from collections import defaultdict
 
@@ -22,6 +21,7 @@ from measure.kernel_checks import jit_functions
 from measure.results import errors_in_one_line, newest, print_table
 from measure.step_times import open_step, random_batch
 from measure.step_trace import device_work, trace_of
+from pipeline.streams import print_result, protect_output
 from train import distributed
 from train.config import Config
 from train.run.folder import environment
@@ -130,8 +130,9 @@ def main() -> None:
         result["environment"] = environment(world.size, world.device)
     if world.is_main:
         print_counts(result)
-        print(json.dumps(result | {"n": STEPS}))
+        print_result(result | {"n": STEPS})
 
 
 if __name__ == "__main__":
+    protect_output()
     main()

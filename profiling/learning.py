@@ -36,6 +36,7 @@ from measure.peer_training import check_peer
 from measure.results import ROOT, check_save, print_table, save_and_print
 from pipeline.sources.folder import list_images
 from pipeline.sources.splits import split_root
+from pipeline.streams import protect_output
 from train.config import Config, at_least, flat
 from train.config.parser import build_parser, explain, flags, parse_config, with_brackets
 from train.distributed import StopSignal, resolve_device
@@ -290,4 +291,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    protect_output()
     main()

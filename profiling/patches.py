@@ -10,7 +10,6 @@ deviation (of 0 .. 1): textures of low contrast.
 import root_first  # isort: skip # noqa: F401
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ from PIL import Image
 
 from measure.results import errors_in_one_line
 from pipeline.sources.folder import list_images
+from pipeline.streams import print_result, protect_output
 
 SIDE, GRID = 32, 3  # pixels of a patch; patches along a side of the square
 
@@ -53,8 +53,9 @@ def main() -> None:
             with Image.open(Path(photos.root) / photos.name(index)) as photo:
                 for number, patch in enumerate(cut(photo, arguments.contrast)):
                     Image.fromarray(patch).save(folder / f"{number}.png")
-    print(json.dumps({"photos": len(photos), "images": GRID * GRID * len(photos)}))
+    print_result({"photos": len(photos), "images": GRID * GRID * len(photos)}, kept=arguments.out)
 
 
 if __name__ == "__main__":
+    protect_output()
     main()

@@ -13,7 +13,6 @@ if not __package__:  # run as a script: the repo root, not this folder, heads sy
 sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # profiling/ is no package
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from pipeline.loader import view_loader
 from pipeline.order import SampleOrder
 from pipeline.sources.folder import list_images
 from pipeline.sources.reader import ImageReader
+from pipeline.streams import print_result, protect_output
 from train.config.parser import parse_config
 from train.studies.report import LABELS
 
@@ -123,8 +123,9 @@ def main() -> None:
         photos = write_photos(Path(name))
         draw_collapse(Path(name), photos, files[0])
         draw_recipes(Path(name), files[1])
-    print(json.dumps({"files": [str(file) for file in files]}))
+    print_result({"files": [str(file) for file in files]}, kept=out)
 
 
 if __name__ == "__main__":
+    protect_output()
     main()

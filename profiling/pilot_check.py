@@ -24,6 +24,7 @@ import torch
 from scipy.stats import spearmanr
 
 from measure.results import check_save, print_table, save_and_print
+from pipeline.streams import protect_output
 from train.config import Config
 from train.distributed import World, resolve_device, take_device
 from train.evaluation.embed import embed, nearest, vote
@@ -181,4 +182,5 @@ def figures(row: dict) -> list[str]:
 
 
 if __name__ == "__main__":
+    protect_output()
     main()

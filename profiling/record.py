@@ -17,6 +17,7 @@ from pathlib import Path
 import yaml
 
 from measure.results import ROOT, errors_in_one_line, result_path
+from pipeline.streams import print_result, protect_output
 from train.run.folder import read_metrics
 
 KINDS = "result.json", "evaluation.json", "features.json"  # of a training first
@@ -69,8 +70,9 @@ def main() -> None:
     arguments = parser.parse_args()
     with errors_in_one_line():
         path = record(arguments.name, arguments.runs)
-    print(json.dumps({"file": str(path)}))
+    print_result({"file": str(path)}, kept=path)
 
 
 if __name__ == "__main__":
+    protect_output()
     main()

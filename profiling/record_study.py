@@ -18,6 +18,7 @@ import shutil
 from pathlib import Path
 
 from measure.results import result_path
+from pipeline.streams import print_result, protect_output
 from train.run.program import exit_on_error
 from train.studies.report import markdown
 
@@ -68,8 +69,10 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="--out of train/study.py")
     folder = parser.parse_args().folder
     with exit_on_error():
-        print(json.dumps({"files": [str(file) for file in record_study(folder)]}))
+        files = [str(file) for file in record_study(folder)]
+        print_result({"files": files}, kept=folder)
 
 
 if __name__ == "__main__":
+    protect_output()
     main()

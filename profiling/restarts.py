@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 
 from measure.results import check_save, save_json
+from pipeline.streams import print_result, protect_output
 from stand_ins.cluster import Cluster, Job, why_not
 from train.run.folder import environment
 from train.run.program import refuse
@@ -115,9 +116,10 @@ def main() -> None:
     result["environment"] = environment(2, torch.device("cpu"))
     if arguments.save:
         result["files"] = [save_json(arguments.save, result)]
-    print(json.dumps(result))
+    print_result(result, kept=result.get("files"))
     sys.exit(not (result["same_bits"] and result["named"] == arguments.kills))
 
 
 if __name__ == "__main__":
+    protect_output()
     main()

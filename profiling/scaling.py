@@ -20,6 +20,7 @@ import torch
 
 from measure.charts import draw_scaling
 from measure.results import check_save, errors_in_one_line, newest, print_table, save_and_print
+from pipeline.streams import protect_output
 from predict.fabric import Fabric
 from predict.forecast import REACHED
 from predict.limit import GPUS, count
@@ -184,4 +185,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    protect_output()
     main()

@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 
 from measure.results import check_save, save_json
+from pipeline.streams import print_result, protect_output
 from stand_ins.cluster import Cluster, Job, why_not
 from train import distributed
 from train.run.folder import environment
@@ -130,7 +131,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     if arguments.ping:
-        print(json.dumps(ping()))
+        print_result(ping())
         return
     if (reason := why_not()) is not None:
         refuse(f"no hosts can be made: {reason}", code=1)
@@ -145,8 +146,9 @@ def main() -> None:
     result |= {"n": arguments.repeats, "environment": environment(1, torch.device("cpu"))}
     if arguments.save:
         result["file"] = save_json(arguments.save, result)
-    print(json.dumps(result))
+    print_result(result, kept=result.get("file"))
 
 
 if __name__ == "__main__":
+    protect_output()
     main()

@@ -11,7 +11,6 @@ rates of two runs cannot be compared.
 
 import root_first  # isort: skip # noqa: F401
 
-import json
 import sys
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -26,6 +25,7 @@ from measure.step_trace import collectives, timeline, trace_of
 from measure.turns import Timing, ratios
 from pipeline.machine import usable_cores
 from pipeline.sources.reader import ImageReader
+from pipeline.streams import print_result, protect_output
 from predict.forecast import forecast
 from predict.limit import measure_limit, most_times
 from train import distributed
@@ -208,7 +208,7 @@ def main() -> None:
     with errors_in_one_line():
         check_method(config, m)
         if m.dry_run:
-            print(json.dumps(forecast(config, gpu=m.gpu, gpus=m.gpus)))
+            print_result(forecast(config, gpu=m.gpu, gpus=m.gpus))
             return
         with distributed.start(config.device, config) as world:
             check_machine(config, world)
@@ -222,4 +222,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    protect_output()
     main()

@@ -20,6 +20,7 @@ from measure.loader_times import OurLoader
 from measure.results import errors_in_one_line
 from measure.step_times import open_step
 from measure.step_trace import timeline, trace_of
+from pipeline.streams import print_result, protect_output
 from train import distributed
 from train.run.program import refuse
 
@@ -45,8 +46,9 @@ def main() -> None:
             with gzip.open(out, "wt") as file:
                 json.dump(trace, file)
     if world.is_main:
-        print(json.dumps({"file": str(out), "ranges": timeline(trace)}))
+        print_result({"file": str(out), "ranges": timeline(trace)}, kept=out)
 
 
 if __name__ == "__main__":
+    protect_output()
     main()

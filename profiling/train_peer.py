@@ -33,6 +33,7 @@ from measure.peer_training import (
 )
 from pipeline.machine import usable_cores
 from pipeline.order import SampleOrder
+from pipeline.streams import print_result, protect_output
 from train.config import Config
 from train.config.parser import build_parser, explain
 from train.distributed import World, resolve_device, stop_at_once
@@ -44,7 +45,7 @@ from train.run import checkpoint, state
 from train.run.data import RunData, open_data
 from train.run.folder import Log, RunFolder, RunWriter, environment
 from train.run.optim import Schedule
-from train.run.program import exit_on_error, print_result, refuse
+from train.run.program import exit_on_error, refuse
 from train.run.state import TrainState
 
 
@@ -192,4 +193,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    protect_output()
     main()

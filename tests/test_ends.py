@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import socket
-import sys
 import types
 from datetime import timedelta
 from pathlib import Path
@@ -21,21 +20,11 @@ from train.distributed.world import STOP_SIGNALS
 from train.run import state
 from train.run.data import open_data
 from train.run.folder import Log, Metrics, RunFolder, revision
-from train.run.program import exit_on_error, is_disk_full, is_out_of_memory, print_result
+from train.run.program import exit_on_error, is_disk_full, is_out_of_memory
 from train.run.report import finite
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"), None)
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def test_a_result_that_stdout_does_not_take_is_said_to_be_in_the_run_folder(monkeypatch, capsys):
-    with open("/dev/full", "w") as full:
-        monkeypatch.setattr(sys, "stdout", full)
-        with pytest.raises(SystemExit) as ended:
-            print_result({"loss": -1.0}, kept=Path("RUN/result.json"))
-    assert ended.value.code == 1
-    assert "stdout cannot be written (No space left" in (said := capsys.readouterr().err)
-    assert "RUN/result.json" in said
 
 
 def test_a_full_disk_ends_the_run_only_where_the_last_checkpoint_is_lost(monkeypatch):

@@ -241,18 +241,20 @@ def test_a_host_that_cannot_reach_the_endpoint_any_more_ends_in_time(port, monke
     assert f"lost the rendezvous at localhost:{port}, it exited" in capfd.readouterr().err
 
 
-def test_the_launcher_starts_ranks_with_the_settings_that_restarts_need(port, tmp_path):
+@pytest.mark.parametrize("nohup", [False, True])
+def test_the_launcher_starts_ranks_with_the_settings_that_restarts_need(port, tmp_path, nohup):
     show = tmp_path / "show.py"
     names = ("TORCHELASTIC_MAX_RESTARTS", "TORCHELASTIC_USE_AGENT_STORE",
              "TORCHELASTIC_SIGNALS_TO_HANDLE", "WORLD_SIZE")  # fmt: skip
     show.write_text(f"import os\nprint([os.environ[name] for name in {names}])")
     done = subprocess.run(
-        [sys.executable, "train/launch.py", "--nnodes", "1:2", "--rdzv-conf", "last_call_timeout=1",
-         "--rdzv-endpoint", f"localhost:{port}", str(show)],
+        [*["nohup"] * nohup, sys.executable, "train/launch.py", "--nnodes", "1:2",
+         "--rdzv-conf", "last_call_timeout=1", "--rdzv-endpoint", f"localhost:{port}", str(show)],
         cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "['3', 'False', 'SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1', '1']"
+    signals = "SIGTERM,SIGINT,SIGQUIT,SIGUSR1" if nohup else "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+    assert done.stdout.strip() == f"['3', 'False', '{signals}', '1']"
 
 
 @pytest.mark.parametrize(

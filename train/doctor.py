@@ -23,6 +23,7 @@ from rich.text import Text
 from torch.cuda import nccl
 
 from kernels.choose import HAS_TRITON
+from pipeline.streams import protect_output
 from train import distributed
 from train.distributed import World, gather
 from train.distributed.agreement import SHARED_MEMORY
@@ -215,4 +216,5 @@ def check_ranks(world: World, seconds: float) -> bool:
 
 
 if __name__ == "__main__":
+    protect_output()
     main()

@@ -15,7 +15,6 @@ if not __package__:  # run as a script: the repo root, not this folder, heads sy
 
 import dataclasses
 import json
-import signal
 import time
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn import functional as F
 
 from pipeline.sources.splits import split_root
+from pipeline.streams import print_result, protect_output
 from train import distributed
 from train.config import Config
 from train.distributed import World, from_main
@@ -42,7 +42,7 @@ from train.run import folder as run_folder
 from train.run.checkpoint import Checkpoint
 from train.run.data import EvalSet, check_apart, open_data
 from train.run.folder import Log, RunFolder
-from train.run.program import exit_on_error, print_result
+from train.run.program import exit_on_error
 from train.run.report import print_evaluation, thumbnails
 
 QUERIES, NEIGHBOURS, SIDE = 10, 8, 96  # test images shown, neighbours of each, pixels
@@ -241,7 +241,7 @@ def main() -> None:
     run, options = read_flags("train/evaluate.py", DESCRIPTION, EvaluateConfig)
     out, folder = Path(options.out or run / "evaluation"), None
     sizes = "lower --eval.batch_size, --eval.size or --fast.batch_size"
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    distributed.stop_at_once()
     with exit_on_error(out, memory_remedy=sizes, stopped=STOPPED), ExitStack() as opened:
         warn = partial(print, "warning:", file=sys.stderr)
         saved = run_folder.newest_checkpoint(run, log=warn)
@@ -265,4 +265,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    protect_output()
     main()

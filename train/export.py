@@ -25,6 +25,7 @@ from safetensors.torch import save  # save_file makes files that only their owne
 from torch import Tensor
 
 from pipeline.sources.folder import named_path
+from pipeline.streams import print_result, protect_output
 from train.network.resnet import LAYERS, ResNet
 from train.run.folder import CONFIG, newest_checkpoint
 from train.run.program import exit_on_error, first_line
@@ -180,8 +181,9 @@ def main() -> None:
         about = export(arguments.run, target, arguments.to)
         if "note" in about:
             print(f"note: {about['note']}", file=sys.stderr)
-        print(json.dumps(about))
+        print_result(about, kept=target)
 
 
 if __name__ == "__main__":
+    protect_output()
     main()

@@ -22,6 +22,7 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from pipeline.sources.shards import ImageSource, open_source
+from pipeline.streams import print_result, protect_output
 from train import distributed
 from train.config import Config
 from train.distributed import StopSignal, World, from_main
@@ -36,7 +37,7 @@ from train.run import folder as run_folder
 from train.run.checkpoint import Checkpoint
 from train.run.data import check_apart, list_on_main
 from train.run.folder import Log, RunFolder
-from train.run.program import exit_on_error, print_result
+from train.run.program import exit_on_error
 from train.run.report import print_on_stderr
 
 DESCRIPTION = "Features of the images of a folder or of shards, a map, neighbours and duplicates."
@@ -209,4 +210,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    protect_output()
     main()

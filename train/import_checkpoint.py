@@ -23,7 +23,6 @@ if not __package__:  # run as a script: the repo root, not this folder, heads sy
 import argparse
 import dataclasses
 import hashlib
-import json
 import pickle
 import re
 import zipfile
@@ -38,6 +37,7 @@ import torch
 from jsonargparse import ArgumentError
 from safetensors import SafetensorError
 
+from pipeline.streams import print_result, protect_output
 from train.config import Config
 from train.config.parser import build_parser, explain
 from train.methods.simsiam import SimSiam
@@ -364,8 +364,9 @@ def main() -> None:
     with exit_on_error(Path(config.out)):
         report = import_file(path, config)
     print_report(report)
-    print(json.dumps(report))
+    print_result(report, kept=Path(config.out))
 
 
 if __name__ == "__main__":
+    protect_output()
     main()

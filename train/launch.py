@@ -51,6 +51,7 @@ from torch.distributed.run import (
     run,
 )
 
+from pipeline.streams import protect_output
 from train.config.parser import explain
 from train.distributed.registration import AGAIN, lost_endpoint, registered
 from train.run.program import refuse
@@ -68,6 +69,8 @@ SETTINGS = {
 def main() -> None:
     """Run torchrun's code. Exits with 0, with 1 after one line, or with 128 + a signal's number."""
     for name, value in SETTINGS.items():
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup: torchrun would handle it
+            value = value.replace(",SIGHUP", "")
         os.environ.setdefault(name, value)
     parser, host = get_args_parser(), socket.gethostname()
     parser.allow_abbrev = False  # torchrun takes a program's --n 3 for an abbreviation of its flag
@@ -145,4 +148,5 @@ def endpoint(arguments: argparse.Namespace) -> tuple[str, int]:
 
 
 if __name__ == "__main__":
+    protect_output()
     main()

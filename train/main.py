@@ -24,6 +24,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from kernels.choose import use_triton
 from pipeline.order import SampleOrder
+from pipeline.streams import print_result, protect_output
 from train import distributed
 from train.config import Config
 from train.distributed import World, from_main
@@ -41,7 +42,7 @@ from train.run.folder import (
     is_slow_precision,
 )
 from train.run.optim import GuardedStep, Schedule, build_optimizer
-from train.run.program import exit_on_error, print_result, read_config
+from train.run.program import exit_on_error, read_config
 from train.run.report import finish
 from train.run.state import TrainState
 
@@ -152,4 +153,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    protect_output()
     main()

@@ -35,7 +35,8 @@ from pipeline.order import SampleOrder
 from pipeline.sources.reader import ImageReader
 from pipeline.sources.splits import split_root
 from train.config import Config, DataConfig
-from train.distributed import World, resolve_device, take_device
+from pipeline.streams import print_result, protect_output
+from train.distributed import World, resolve_device, stop_at_once, take_device
 from train.loop import train_step
 from train.main import build_state
 from train.network.model import Precision
@@ -49,7 +50,7 @@ from train.pilots.workers import Workers
 from train.run import checkpoint, state
 from train.run.data import RunData, check_apart, open_data
 from train.run.folder import CONFIG, Log, RunFolder, environment
-from train.run.program import exit_on_error, print_result, refuse
+from train.run.program import exit_on_error, refuse
 from train.run.state import TrainState, comparable
 from train.studies.runs import plan_places
 
@@ -338,7 +339,8 @@ def run_pilot(own: PilotConfig, words: Sequence[str], folder: RunFolder, log: Lo
             try:
                 pilot.run(own, pool, until=until, log=log)
             except (KeyboardInterrupt, OSError, ValueError, RuntimeError):
-                signal.signal(signal.SIGINT, signal.SIG_IGN)  # until what is known was written
+                for number in signal.SIGINT, signal.SIGHUP:  # until what is known was written
+                    signal.signal(number, signal.SIG_IGN)
                 pool.stop()
                 conclude(pilot, images, folder, log)
                 raise
@@ -353,7 +355,7 @@ def main() -> None:
     own, config = read_flags(words)
     out = Path(config.out or "runs/pilot")
     remedy = "lower --data.batch_size or --jobs"
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    stop_at_once()
     with exit_on_error(out, memory_remedy=remedy, stopped="stopped; the same command continues"):
         if any((out / "checkpoints").glob("*")) or (
             (out / CONFIG).exists() and not (out / "trials").exists()
@@ -370,4 +372,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    protect_output()
     main()

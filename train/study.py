@@ -30,12 +30,13 @@ from jsonargparse import ArgumentError
 
 from pipeline.sources.folder import list_images
 from pipeline.sources.splits import split_root
+from pipeline.streams import print_result, protect_output
 from train.config import Config, MethodConfig, at_least
 from train.config.parser import build_parser, explain, flags
 from train.distributed import resolve_device
 from train.run.data import DIGITS, check_apart, image_root
 from train.run.folder import Log, environment
-from train.run.program import exit_on_error, print_result, refuse
+from train.run.program import exit_on_error, refuse
 from train.studies.report import draw, markdown, summarize, unlike_paper
 from train.studies.runs import plan_places, plan_runs, run_all
 from train.studies.variants import Study, studies
@@ -166,4 +167,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    protect_output()
     main()

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from pipeline.streams import print_result
 from train.run.program import refuse
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -55,7 +56,7 @@ def save_and_print(
             pictures = [result_path(name, result["environment"]["device"], ".png")]
             draw(result, pictures[0])
         result["files"] = [save_json(name, result), *map(str, pictures)]
-    print(json.dumps(result))
+    print_result(result, kept=result.get("files"))
 
 
 def newest(name: str) -> dict | None:

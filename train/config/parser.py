@@ -3,10 +3,13 @@
 import dataclasses
 import difflib
 import re
+import sys
 from collections.abc import Collection, Sequence
+from typing import NoReturn
 
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
+from pipeline.streams import write_error
 from train.config.schema import Config
 from train.methods import MethodSpec
 
@@ -41,13 +44,33 @@ def with_brackets(words: Sequence[str], lists: Collection[str]) -> list[str]:
     return done
 
 
+class FlagParser(ArgumentParser):
+    """The parser of all programs that take a configuration."""
+
+    def __init__(self, program: str, description: str, usage: str | None = None):
+        super().__init__(
+            prog=program,
+            description=description,
+            usage=usage,
+            exit_on_error=False,
+            allow_abbrev=False,  # --epoch for --epochs would break once --epoch_s is added
+        )
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """With 1 where stdout, the only place of what --print_config prints, cannot be written."""
+        sys.stdout.flush()
+        if status == 0 and (error := write_error(sys.stdout)) is not None:
+            status, message = 1, f"error: stdout cannot be written ({error.strerror})\n"
+        super().exit(status, message)
+
+
 def build_parser(
     program: str = "train/main.py",
     description: str = "Train a SimSiam encoder on a folder of images.",
     *,
     usage: str = "[flags]",
     root: str | None = None,
-) -> ArgumentParser:
+) -> FlagParser:
     """The parser of a program: --config FILE, a flag for each field, --print_config.
 
     root: default of --data.root; None: it is required.
@@ -58,13 +81,7 @@ def build_parser(
         subclasses_disabled=[lambda kind: issubclass(kind, MethodSpec)],
     )
     needed = "--data.root DIR " if root is None else ""
-    parser = ArgumentParser(
-        prog=program,
-        description=description,
-        usage=f"{program} {needed}[--config FILE] {usage}",
-        exit_on_error=False,
-        allow_abbrev=False,  # --epoch for --epochs would break once --epoch_s is added
-    )
+    parser = FlagParser(program, description, f"{program} {needed}[--config FILE] {usage}")
     parser.add_argument("--config", action="config", help="YAML file with any of the flags below.")
     parser.add_class_arguments(Config, as_group=True)
     if root is not None:

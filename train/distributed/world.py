@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from train.distributed.watch import Watch, report
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 ALLOWED_S = 600.0
 """For what may take minutes: the first step, which compiles, kNN, a checkpoint."""
 LAST_S = 10.0  # to write stacks and NCCL's trace at the end; then the process exits in any case
@@ -97,15 +97,27 @@ def own_buffers() -> dict[str, Any]:
     return {new if new in names else old: False}
 
 
-def stop_at_once(world: World) -> None:
-    """Outside of training a signal is a KeyboardInterrupt on rank 0, which owns the run folder."""
-    for number in STOP_SIGNALS:
-        is_ours = world.is_main or number == signal.SIGINT
+def stop_signals() -> list[signal.Signals]:
+    """STOP_SIGNALS, without a SIGHUP that is ignored: nohup keeps a program from its terminal's.
+
+    Under torchrun it comes from torchrun, which kills a rank that ignores it.
+    """
+    is_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN and "WORLD_SIZE" not in os.environ
+    return [number for number in STOP_SIGNALS if not (is_nohup and number == signal.SIGHUP)]
+
+
+def stop_at_once(world: World | None = None) -> None:
+    """Outside of training a signal is a KeyboardInterrupt on rank 0, which owns the run folder.
+
+    world: None: on every rank.
+    """
+    for number in stop_signals():
+        is_ours = world is None or world.is_main or number == signal.SIGINT
         signal.signal(number, signal.default_int_handler if is_ours else signal.SIG_DFL)
 
 
 class StopSignal:
-    """SIGTERM or Ctrl-C on any rank stops all ranks at the same step.
+    """SIGTERM, Ctrl-C or the terminal's end on any rank stops all ranks at the same step.
 
     The ranks' flags are all-reduced asynchronously: a signal in one step is known to all ranks in
     the next. A second Ctrl-C exits at once.
@@ -116,7 +128,7 @@ class StopSignal:
         self.received: signal.Signals | None = None
         self._parent = os.getppid()
         self._pending: tuple[Any, Tensor] | None = None
-        self._previous = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
+        self._previous = {number: signal.signal(number, self._receive) for number in stop_signals()}
 
     def _receive(self, number: int, _frame: object) -> None:
         if self.received is not None and number == signal.SIGINT:
@@ -124,7 +136,8 @@ class StopSignal:
         self.received = signal.Signals(number)
         if self.world.is_main:  # not print: a signal may arrive within one
             text = f"{self.received.name}: stopping and saving; a second Ctrl-C exits unsaved\n"
-            os.write(sys.stderr.fileno(), text.encode())
+            with suppress(OSError):  # the terminal, or tee, may be gone before us
+                os.write(sys.stderr.fileno(), text.encode())
 
     def agreed(self) -> bool:
         """Whether to stop after this step; called once a step by every rank."""

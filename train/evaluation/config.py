@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentError, set_parsing_settings
 
 from train.config import Config, at_least
-from train.config.parser import explain, flags, parse_config, with_brackets
+from train.config.parser import FlagParser, explain, flags, parse_config, with_brackets
 from train.network.model import Precision
 from train.run.folder import CONFIG
 from train.run.program import refuse
@@ -205,9 +205,7 @@ def read_flags(
 ) -> tuple[Path, Options]:
     """The run folder and the options. Exits with 2 and one line for a mistake in them."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(
-        prog=program, description=description, exit_on_error=False, allow_abbrev=False
-    )
+    parser = FlagParser(program, description)
     parser.add_argument("run", type=str, help="the --out folder of a training")
     parser.add_class_arguments(options, as_group=True)
     lists = LISTS if options is EvaluateConfig else ()

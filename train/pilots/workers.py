@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from pipeline.streams import protect_output
 from train.distributed.startup import follow_launcher
 from train.pilots.trial import Trial
 from train.studies.runs import Place
@@ -37,6 +38,7 @@ def start_worker(places: Any, event: Any) -> None:
 
     signal.signal(signal.SIGTERM, note)
     follow_launcher()
+    protect_output()
     stopping = event
 
 
@@ -71,11 +73,14 @@ class Workers:
 
         Raises: what `work` raises; OSError where a process was killed.
         """
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited by those that start now
+        of_terminal = signal.SIGINT, signal.SIGHUP  # reach all processes; we stop the trials
+        # inherited by those that start now
+        before = {number: signal.signal(number, signal.SIG_IGN) for number in of_terminal}
         try:
             jobs = {self.pool.submit(call, work, trial, *arguments): trial for trial in trials}
         finally:
-            signal.signal(signal.SIGINT, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
         for job in as_completed(jobs):
             try:
                 yield jobs[job], job.result()

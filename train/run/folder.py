@@ -20,7 +20,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from pipeline.streams import write_error
 from train.distributed.agreement import PACKAGES as COMPUTING
 from train.run import checkpoint
 
@@ -63,17 +64,22 @@ class Log:
         self.console = Console(file=sys.stderr)
         self.bar: Progress | None = None
         self._task = None
+        self._is_alone = False
 
     def __call__(self, line: str) -> None:
         """Write one line."""
         if self.path is None:
             return
-        append(self.path, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        append(self.path, f"{now} {line}\n")
         if self.bar is not None:
             self.bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
         else:
-            with contextlib.suppress(OSError):  # the terminal was closed; log.txt has the line
-                print(line, file=sys.stderr, flush=True)
+            print(line, file=sys.stderr, flush=True)
+        if not self._is_alone and (error := write_error(sys.stderr)) is not None:
+            self._is_alone = True
+            lost = f"stderr cannot be written ({error.strerror}), the terminal may be gone"
+            append(self.path, f"{now} warning: {lost}: messages are in this file alone\n")
 
     def warn(self, line: str) -> None:
         """Write one line that asks for attention."""
@@ -124,7 +130,8 @@ class Metrics:
         from torch.utils.tensorboard import SummaryWriter  # imports slowly; only rank 0 needs it
 
         purge_step = step + 1 if step else None
-        self.writer = SummaryWriter(str(folder / "tb"), purge_step=purge_step)
+        with self._told_once():
+            self.writer = SummaryWriter(str(folder / "tb"), purge_step=purge_step)
 
     def scalars(self, step: int, values: dict[str, float], **other: Any) -> None:
         """Append one row and the TensorBoard scalars of `values`; `other` is in the row only."""
@@ -163,12 +170,17 @@ class Metrics:
     def _board(self, write) -> None:
         if self.writer is None:
             return
+        with self._told_once(), warnings.catch_warnings():
+            # deprecations inside tensorboard
+            warnings.simplefilter("ignore", DeprecationWarning)
+            write(self.writer)
+            self.writer.flush()
+
+    @contextlib.contextmanager
+    def _told_once(self) -> Iterator[None]:
+        """TensorBoard ends with its first error, of a full disk for one."""
         try:
-            with warnings.catch_warnings():
-                # deprecations inside tensorboard
-                warnings.simplefilter("ignore", DeprecationWarning)
-                write(self.writer)
-                self.writer.flush()
+            yield
         except (OSError, RuntimeError) as error:
             self.writer = None
             self.log.warn(
@@ -219,8 +231,11 @@ class RunFolder:
 
     def write(self, name: str, value: Any) -> None:
         """Write a JSON file atomically."""
+        self._write(name, json.dumps(value, indent=1) + "\n")
+
+    def _write(self, name: str, text: str) -> None:
         temporary = self.path / f".{name}.tmp"
-        temporary.write_text(json.dumps(value, indent=1) + "\n")
+        temporary.write_text(text)
         temporary.replace(self.path / name)
 
     def _read(self, name: str) -> dict:
@@ -230,9 +245,10 @@ class RunFolder:
             return {}
 
     def describe(self, config: dict, environment: dict) -> None:
-        """Keep what is needed to run this again."""
-        (self.path / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False))
-        (self.path / "command.txt").write_text(self.command() + "\n")
+        """Keep what is needed to run this again; not `out`: a folder may be moved or copied."""
+        settings = {name: value for name, value in config.items() if name != "out"}
+        self._write(CONFIG, yaml.safe_dump(settings, sort_keys=False))
+        self._write("command.txt", self.command() + "\n")
         self.write("env.json", environment)
 
     def command(self) -> str:

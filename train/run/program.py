@@ -1,7 +1,6 @@
-"""What the programs share: read the flags, print the result, report an error in one line."""
+"""What the programs share: read the flags, report an error in one line."""
 
 import errno
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -74,15 +73,6 @@ def exit_on_error(
         if not stopped:
             raise
         refuse(stopped, code=130)
-
-
-def print_result(result: dict, *, kept: Path) -> None:
-    """The last line of stdout; where that is closed or full, one line names `kept`, its file."""
-    try:
-        print(json.dumps(result), flush=True)
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries again
-        refuse(f"stdout cannot be written ({error.strerror}): the result is in {kept}", code=1)
 
 
 def refuse(message: str, *, code: int = USAGE_ERROR) -> NoReturn:

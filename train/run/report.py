@@ -71,7 +71,10 @@ def finish(
         folder, method = run.folder, config.method.spec
         run.metrics.hyper_parameters(comparable(config), result)
         run.metrics.close()
-        draw_curves(folder.path, threshold=threshold, method=method)
+        try:
+            draw_curves(folder.path, threshold=threshold, method=method)
+        except OSError as error:
+            run.log.warn(f"curves.png was not drawn: {error}. metrics.jsonl has the values")
         folder.write("result.json", result)
         folder.status(ended, current.step)
         if ended == "preempted":
@@ -174,7 +177,8 @@ def spectra_figure(row: dict) -> Any:
 
 def print_on_stderr(content: Table | str) -> None:
     """A table as wide as the terminal where there is one, or a line."""
-    console = Console(file=sys.stderr, width=None if sys.stderr.isatty() else 100)
+    width = None if sys.stderr.isatty() else 100
+    console = Console(file=sys.stderr, width=width, markup=False)  # a path may have brackets
     console.print(content, soft_wrap=isinstance(content, str))
 
 
