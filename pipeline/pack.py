@@ -37,9 +37,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from pipeline.machine import usable_cores
 from pipeline.sources import index as shard_index
-from pipeline.sources.folder import ImageFolder, list_images, named_path, printable
+from pipeline.sources.folder import ImageFolder, list_images, printable
 from pipeline.sources.header import BadImage, image_size
 from pipeline.sources.index import Packed, ShardIndex
+from pipeline.sources.paths import named_path
 from pipeline.sources.scan import TAR, Contents, Entry
 from pipeline.sources.splits import split_root, tell_unused
 from pipeline.streams import print_result, protect_output
@@ -315,7 +316,9 @@ def pack_root(src: str, dest: Path, *, shard_bytes: int) -> dict:
 def main() -> None:
     """Read the flags, pack, print the totals as one JSON line."""
     parser = argparse.ArgumentParser(description="Pack a folder of images into tar shards.")
-    parser.add_argument("src", help="folder of images, or one with train/ and val/")
+    parser.add_argument(
+        "src", type=named_path, help="folder of images, or one with train/ and val/"
+    )
     parser.add_argument("dest", type=named_path, help="folder for the shards")
     parser.add_argument("--shard-mib", type=float, default=1024, help="size of a shard in MiB")
     arguments = parser.parse_args()
@@ -325,7 +328,7 @@ def main() -> None:
         size = arguments.shard_mib * 2**20
         if not 0 < size < float("inf"):
             raise ValueError(f"--shard-mib must be > 0, got {arguments.shard_mib}")
-        totals = pack_root(arguments.src, arguments.dest, shard_bytes=round(size))
+        totals = pack_root(str(arguments.src), arguments.dest, shard_bytes=round(size))
         print_result(totals, kept=arguments.dest)
     except KeyboardInterrupt:
         print("error: stopped; the same command continues after the last shard", file=sys.stderr)

@@ -17,6 +17,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from measure.results import errors_in_one_line, print_table
+from pipeline.sources.paths import named_path
 from pipeline.streams import print_result, protect_output
 from train.run.program import refuse
 
@@ -121,8 +122,8 @@ def print_rows(rows: list[Row], total: int) -> None:
 def main() -> None:
     """Read the flags, compare, print; exit 1 if a number is worse or missing."""
     parser = argparse.ArgumentParser(description="Compare two results.")
-    parser.add_argument("before", type=Path)
-    parser.add_argument("after", type=Path)
+    parser.add_argument("before", type=named_path)
+    parser.add_argument("after", type=named_path)
     parser.add_argument("--tolerance", type=float, default=0.05, help="share that may be lost")
     parser.add_argument("--only", nargs="+", help="patterns of names, e.g. 'ours.*'")
     arguments = parser.parse_args()

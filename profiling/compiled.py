@@ -22,7 +22,6 @@ import json
 import logging
 import sys
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +31,7 @@ from torch._inductor import config as inductor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from measure.results import print_table
+from pipeline.sources.paths import named_path
 from pipeline.streams import print_result, protect_output
 from stand_ins.fake_h200 import pretend_h200, trace, triton_for_h200
 from train.config import MethodConfig, ModelConfig
@@ -232,7 +232,7 @@ def main() -> None:
     parser.add_argument("--arch", choices=tuple(LAYERS), default="resnet50")
     parser.add_argument("--steps", nargs="+", choices=tuple(STEPS), default=list(STEPS))
     parser.add_argument("--saved-only", action="store_true", help="what is kept for backward")
-    parser.add_argument("--save", type=Path, help="also write the JSON to this file")
+    parser.add_argument("--save", type=named_path, help="also write the JSON to this file")
     flags = parser.parse_args()
     result: dict = {}
     for which in flags.steps:

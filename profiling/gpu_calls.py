@@ -25,6 +25,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from pipeline.sources.paths import named_path
 from pipeline.streams import print_result, protect_output
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -226,16 +227,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Bring the GPU suite to a machine, in parts.")
     parts = parser.add_subparsers(dest="part", required=True)
     packing = parts.add_parser("pack", help="here: make the folders that the calls carry")
-    packing.add_argument("dest", type=Path)
-    packing.add_argument("--images", type=Path, help="folder with imagenet/ and cifar10/")
+    packing.add_argument("dest", type=named_path)
+    packing.add_argument("--images", type=named_path, help="folder with imagenet/ and cifar10/")
     packing.add_argument("--photos", type=int, default=400, help="of imagenet/, about 110 kB each")
     packing.add_argument("--python", default="3.12", help="version on the other machine")
     packing.add_argument("--mb", type=int, default=64, help="that a call may carry, with the tree")
     running = parts.add_parser("run", help="on the other machine: unpack what came, run the suite")
     for folder in ("carried", "home", "results"):
-        running.add_argument(folder, type=Path)
+        running.add_argument(folder, type=named_path)
     rehearsing = parts.add_parser("rehearse", help="here: all calls, tiny")
-    rehearsing.add_argument("dest", type=Path)
+    rehearsing.add_argument("dest", type=named_path)
     rehearsing.add_argument("--python", default=sys.executable, help="interpreter with torch")
     given, flags = parser.parse_known_args()
     if given.part == "run":

@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 
 from measure.results import print_table
+from pipeline.sources.paths import named_path
 from pipeline.streams import print_result, protect_output
 from suite.checks import OutOfTime, StageFailed, Suite
 from suite.extras import EXTRAS
@@ -145,13 +146,15 @@ def print_stages(stages: list[dict]) -> None:
 def main() -> None:
     """Read the flags, run the stages, print the table and one JSON line."""
     parser = argparse.ArgumentParser(description="What only a GPU can show, in stages.")
-    parser.add_argument("out", type=Path, help="folder of the results; kept from call to call")
+    parser.add_argument(
+        "out", type=named_path, help="folder of the results; kept from call to call"
+    )
     parser.add_argument("--minutes", type=float, default=math.inf, help="what fits is taken")
-    parser.add_argument("--images", type=Path, help="folder with imagenet/ and cifar10/")
+    parser.add_argument("--images", type=named_path, help="folder with imagenet/ and cifar10/")
     named = f"names between commas; also {', '.join(EXTRAS)}"
     parser.add_argument("--stages", default=",".join(STAGES), help=named)
     parser.add_argument("--rehearse", action="store_true", help="tiny, on any machine, no goals")
-    parser.add_argument("--apex", type=Path, help="checkout of NVIDIA/apex to build")
+    parser.add_argument("--apex", type=named_path, help="checkout of NVIDIA/apex to build")
     arguments = parser.parse_args()
     names, images = arguments.stages.split(","), arguments.images
     if unknown := [name for name in names if name not in ALL]:

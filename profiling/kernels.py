@@ -30,6 +30,7 @@ from kernels.gpu.launch import INTERPRETED
 from measure.kernel_checks import check_each
 from measure.kernel_times import apex_batch_norm, measure, resnet50_sites
 from measure.results import print_table
+from pipeline.sources.paths import named_path
 from pipeline.streams import print_result, protect_output
 from train.config import MethodConfig, ModelConfig
 from train.methods.simsiam import SimSiam
@@ -242,7 +243,7 @@ def main() -> None:
     parser.add_argument("--compile-only", action="store_true", help="no GPU: resources and bytes")
     parser.add_argument("--each-once", choices=("real", "small"), help="shapes of the check")
     parser.add_argument("--n", type=int, default=30, help="timed turns of each site")
-    parser.add_argument("--save", type=Path, help="also write the measured JSON to this file")
+    parser.add_argument("--save", type=named_path, help="also write the measured JSON to this file")
     parser.add_argument("--images", type=int, default=256, help="images of a step")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     flags = parser.parse_args()

@@ -17,6 +17,7 @@ from PIL import Image
 
 from measure.results import errors_in_one_line
 from pipeline.sources.folder import list_images
+from pipeline.sources.paths import named_path
 from pipeline.streams import print_result, protect_output
 
 SIDE, GRID = 32, 3  # pixels of a patch; patches along a side of the square
@@ -40,12 +41,12 @@ def cut(photo: Image.Image, contrast: float | None) -> list[np.ndarray]:
 def main() -> None:
     """Read the flags, write the patches, print how many as one JSON line."""
     parser = argparse.ArgumentParser(description="Labelled small images from photos.")
-    parser.add_argument("photos", help="a folder of photos")
-    parser.add_argument("--out", type=Path, required=True, help="a new folder")
+    parser.add_argument("photos", type=named_path, help="a folder of photos")
+    parser.add_argument("--out", type=named_path, required=True, help="a new folder")
     parser.add_argument("--contrast", type=float, help="make gray textures of that contrast")
     arguments = parser.parse_args()
     with errors_in_one_line():
-        photos = list_images(arguments.photos)
+        photos = list_images(str(arguments.photos))
         arguments.out.mkdir(parents=True)
         for index in range(len(photos)):
             folder = arguments.out / f"{index:04d}"

@@ -26,6 +26,7 @@ from measure.results import newest
 from pipeline.loader import view_loader
 from pipeline.order import SampleOrder
 from pipeline.sources.folder import list_images
+from pipeline.sources.paths import named_path
 from pipeline.sources.reader import ImageReader
 from pipeline.streams import print_result, protect_output
 from train.config.parser import parse_config
@@ -115,7 +116,7 @@ def draw_recipes(folder: Path, picture: Path) -> None:
 def main() -> None:
     """Read the flags, draw, print the files' names as one JSON line."""
     parser = argparse.ArgumentParser(description="Draw the pictures of README and docs/.")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "images", help="folder")
+    parser.add_argument("--out", type=named_path, default=ROOT / "docs" / "images", help="folder")
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
     files = [out / "collapse.png", out / "views.jpg"]

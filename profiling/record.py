@@ -17,6 +17,7 @@ from pathlib import Path
 import yaml
 
 from measure.results import ROOT, errors_in_one_line, result_path
+from pipeline.sources.paths import named_path
 from pipeline.streams import print_result, protect_output
 from train.run.folder import read_metrics
 
@@ -66,7 +67,7 @@ def main() -> None:
     """Read the flags, record, print the file's name as one JSON line."""
     parser = argparse.ArgumentParser(description="Keep the results of finished runs.")
     parser.add_argument("name", help="what was measured, e.g. cifar10-3-epochs")
-    parser.add_argument("runs", type=Path, nargs="+", help="run folders")
+    parser.add_argument("runs", type=named_path, nargs="+", help="run folders")
     arguments = parser.parse_args()
     with errors_in_one_line():
         path = record(arguments.name, arguments.runs)

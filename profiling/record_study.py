@@ -18,6 +18,7 @@ import shutil
 from pathlib import Path
 
 from measure.results import result_path
+from pipeline.sources.paths import named_path
 from pipeline.streams import print_result, protect_output
 from train.run.program import exit_on_error
 from train.studies.report import markdown
@@ -66,7 +67,7 @@ def put_into(text: str, name: str, content: str) -> str:
 def main() -> None:
     """Read the flags, record, print the files' names as one JSON line."""
     parser = argparse.ArgumentParser(description="Keep the studies of a folder.")
-    parser.add_argument("folder", type=Path, help="--out of train/study.py")
+    parser.add_argument("folder", type=named_path, help="--out of train/study.py")
     folder = parser.parse_args().folder
     with exit_on_error():
         files = [str(file) for file in record_study(folder)]

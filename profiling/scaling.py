@@ -20,6 +20,7 @@ import torch
 
 from measure.charts import draw_scaling
 from measure.results import check_save, errors_in_one_line, newest, print_table, save_and_print
+from pipeline.sources.paths import named_path
 from pipeline.streams import protect_output
 from predict.fabric import Fabric
 from predict.forecast import REACHED
@@ -157,7 +158,7 @@ def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Predict images/s of 1 to 1,024 GPUs.")
     add, fabric = parser.add_argument, Fabric()
     results = "results of profiling/throughput.py on one GPU, one a batch size"
-    add("--measured", type=Path, nargs="*", default=[], help=results)
+    add("--measured", type=named_path, nargs="*", default=[], help=results)
     add("--gpu", choices=tuple(GPUS), default="h200", help="of the roofline")
     add("--gpus-per-node", type=int, default=fabric.gpus_per_node)
     add("--node-gb-per-s", type=float, default=fabric.node_gb_per_s)

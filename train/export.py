@@ -24,7 +24,7 @@ import yaml
 from safetensors.torch import save  # save_file makes files that only their owner can read
 from torch import Tensor
 
-from pipeline.sources.folder import named_path
+from pipeline.sources.paths import named_path
 from pipeline.streams import print_result, protect_output
 from train.network.resnet import LAYERS, ResNet
 from train.run.folder import CONFIG, newest_checkpoint
@@ -170,7 +170,7 @@ def export(run: Path, target: Path, tool: str) -> dict:
 def main() -> None:
     """Read the flags, export, print what was written as one JSON line."""
     parser = argparse.ArgumentParser(description="Export the backbone of a run.")
-    parser.add_argument("run", type=Path, help="the --out folder of a training")
+    parser.add_argument("run", type=named_path, help="the --out folder of a training")
     parser.add_argument("--to", choices=tuple(TOOLS), required=True)
     parser.add_argument(
         "--out", type=named_path, help="folder to write into; default RUN/export-<to>"

@@ -34,8 +34,8 @@ from pipeline.machine import usable_cores
 from pipeline.order import SampleOrder
 from pipeline.sources.reader import ImageReader
 from pipeline.sources.splits import split_root
-from train.config import Config, DataConfig
 from pipeline.streams import print_result, protect_output
+from train.config import Config, DataConfig
 from train.distributed import World, resolve_device, stop_at_once, take_device
 from train.loop import train_step
 from train.main import build_state

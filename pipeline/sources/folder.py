@@ -5,7 +5,6 @@ storage is slow when 16 ranks each stat a million files. File names are bytes on
 UTF-8, and stay bytes; name() makes text of them for people to read.
 """
 
-import argparse
 import hashlib
 import heapq
 import os
@@ -16,7 +15,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -170,13 +168,6 @@ def printable(path: bytes) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def named_path(word: str) -> Path:
-    """A path of a command line; "", which would be the current folder, is refused."""
-    if not word:
-        raise argparse.ArgumentTypeError("an empty name: is a shell variable unset?")
-    return Path(word)
 
 
 def list_images(root: str) -> ImageFolder:

@@ -6,7 +6,6 @@ pipeline/pack.py has the folder's order and, if no image was left out, its finge
 on the folder continues on the shards bit for bit, and the reverse.
 """
 
-import glob
 import hashlib
 import os
 import re
@@ -35,6 +34,7 @@ from pipeline.sources.folder import (
 )
 from pipeline.sources.header import BadImage
 from pipeline.sources.index import SUFFIX, ShardIndex, index_path, open_index, sorted_classes
+from pipeline.sources.paths import matches
 from pipeline.sources.scan import TAR
 
 # Compressed ones too, which scan_shard refuses by name.
@@ -196,9 +196,10 @@ def find_shards(root: str) -> list[str]:
     """
     if os.path.isdir(root):
         return _shards_of_folder(os.path.abspath(root))
-    names = (name for name in glob.glob(root) if os.path.isfile(name))
-    shards = sorted(os.path.abspath(name) for name in names if not name.endswith(SUFFIX))
-    if not shards and glob.has_magic(root):
+    found = matches(root)
+    names = (name for name in found or () if not name.endswith(SUFFIX))
+    shards = sorted(os.path.abspath(name) for name in names)
+    if not shards and found not in (None, [root]):
         raise ValueError(f"No shards match {root}. Is the glob quoted, and its folder right?")
     return shards
 

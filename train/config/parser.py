@@ -1,18 +1,24 @@
 """Reads flags and YAML files into a Config; for an unknown name the error suggests the nearest."""
 
+import argparse
 import dataclasses
 import difflib
 import re
 import sys
 from collections.abc import Collection, Sequence
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
-from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
+from pipeline.sources.paths import expanded
 from pipeline.streams import write_error
 from train.config.schema import Config
 from train.methods import MethodSpec
 
+PATHS = ("data.root", "data.val", "out", "init", "run", "file")
+"""Flags and positional arguments that are paths, of all programs."""
 EXPECTED = {
     "<class 'int'>": "a whole number",
     "<class 'float'>": "a number",
@@ -47,6 +53,9 @@ def with_brackets(words: Sequence[str], lists: Collection[str]) -> list[str]:
 class FlagParser(ArgumentParser):
     """The parser of all programs that take a configuration."""
 
+    continues_runs = False
+    """Whether the config.yaml of a run, without --out, is for continuing that run."""
+
     def __init__(self, program: str, description: str, usage: str | None = None):
         super().__init__(
             prog=program,
@@ -62,6 +71,59 @@ class FlagParser(ArgumentParser):
         if status == 0 and (error := write_error(sys.stdout)) is not None:
             status, message = 1, f"error: stdout cannot be written ({error.strerror})\n"
         super().exit(status, message)
+
+    def parse_args(
+        self, args: Sequence[str] | None = None, *more: Any, **options: Any
+    ) -> Namespace:
+        """As jsonargparse, with ~ expanded in paths and `out` as `chosen_out` has it.
+
+        Raises: ValueError for a path or an `out` that cannot be meant.
+        """
+        words = list(sys.argv[1:] if args is None else args)
+        values = super().parse_args(words, *more, **options)
+        if values.get("config"):
+            values["out"] = self.chosen_out(words, values)
+        for flag in PATHS:
+            if isinstance(given := values.get(flag), str):
+                values[flag] = expanded(given)
+        return values
+
+    def chosen_out(self, words: Sequence[str], values: Namespace) -> str:
+        """--out of the command line, else that of the files.
+
+        The config.yaml of a run belongs to the folder it lies in, which may have been moved or
+        copied: the program that continues runs writes there, and no other one does.
+        Raises: ValueError where that file itself names another folder.
+        """
+        alone = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        alone.add_argument("--out")
+        if (given := alone.parse_known_args(words)[0].out) is not None:
+            return given
+        out = values["out"]
+        for file in values["config"]:
+            run = file and run_of(Path(expanded(str(file))))  # None: YAML in the flag itself
+            if run is None:
+                continue
+            said = yaml.safe_load((run / "config.yaml").read_text()).get("out") or ""
+            if out != said:  # another file names one
+                continue
+            if not self.continues_runs:
+                out = ""
+            elif not said or Path(expanded(said)).resolve() == run.resolve():
+                out = str(run)
+            else:
+                raise ValueError(
+                    f"--config {file} is of the run in {run}, but its `out` is {said}: give "
+                    f"--out {run} to continue that run, or --out DIR for a new one"
+                )
+        return out
+
+
+def run_of(config: Path) -> Path | None:
+    """The run folder whose own settings a file has; None for any other file."""
+    written_with_it = (config.parent / name for name in ("command.txt", "checkpoints"))
+    is_own = config.name == "config.yaml" and any(path.exists() for path in written_with_it)
+    return config.parent if is_own else None
 
 
 def build_parser(
@@ -94,9 +156,13 @@ def build_parser(
 def parse_config(arguments: Sequence[str] | None = None) -> Config:
     """The Config of a command line. Raises: ValueError with one line for a mistake in it."""
     parser = build_parser()
+    parser.continues_runs = True
     try:
         values = vars(parser.instantiate(parser.parse_args(arguments)))
-        return Config(**{key: value for key, value in values.items() if key != "config"})
+        config = Config(**{key: value for key, value in values.items() if key != "config"})
+        if config.init and config.out and Path(config.init).resolve() == Path(config.out).resolve():
+            raise ValueError(f"--init {config.init} is this run's own folder: give another --out")
+        return config
     except (ArgumentError, ValueError, TypeError, OSError) as error:
         raise ValueError(explain(str(error))) from error
 

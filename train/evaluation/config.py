@@ -220,7 +220,7 @@ def read_flags(
 def run_config(run: Path, options: EvaluateConfig | FeaturesConfig) -> Config:
     """The run's configuration with the images, device and crops of the options."""
     try:
-        saved = parse_config(["--config", str(run / CONFIG)])
+        saved = parse_config(["--config", str(run / CONFIG), f"--out={run}"])
     except ValueError as error:
         raise ValueError(f"{run / CONFIG} is not a training's: {error}") from error
     data = saved.data

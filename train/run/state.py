@@ -200,7 +200,7 @@ def start_from(model: Method, run: Path, *, log: Callable[[str], None]) -> None:
         theirs = saved.facts.get("config", {}).get("method.name", "another tool")
         raise ValueError(
             f"--init {run} (of {theirs}) has another network: {error}. Use its settings: "
-            f"--config {run / 'config.yaml'}"
+            f"--config {run / 'config.yaml'}, with another --out"
         ) from error
     model.load_state_dict(weights, strict=False)
     model.start_target()
