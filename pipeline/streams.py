@@ -11,7 +11,7 @@ import json
 import os
 import select
 import sys
-from typing import TextIO
+from typing import Any, TextIO
 
 CLOSED = OSError(errno.EBADF, os.strerror(errno.EBADF))
 
@@ -47,9 +47,12 @@ def protect_output() -> None:
     sys.stdout, sys.stderr = _protected(sys.stdout, 1), _protected(sys.stderr, 2)
 
 
-def _protected(stream: TextIO | None, number: int) -> TextIO:
+def _protected(stream: Any, number: int) -> Any:
     """A stream on the same descriptor; on `number` where there is none: it was closed."""
-    raw = Output(number, CLOSED) if stream is None else Output(stream.fileno())
+    try:
+        raw = Output(number, CLOSED) if stream is None else Output(stream.fileno())
+    except io.UnsupportedOperation:  # in memory
+        return stream
     options: dict = {"encoding": "utf-8", "line_buffering": True}
     if isinstance(stream, io.TextIOWrapper):
         names = "encoding", "line_buffering", "write_through"

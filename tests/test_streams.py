@@ -191,12 +191,12 @@ def test_packing_into_a_pipe_that_nobody_reads_makes_all_shards(tiny_images, tmp
     assert done.returncode == 0 and (tmp_path / "packed" / "images-000000.tar").exists()
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # its thread's
 @pytest.mark.parametrize("num_bytes", [0, 200])
 def test_tensorboard_on_a_full_disk_ends_with_one_line_of_the_log(tmp_path, num_bytes, monkeypatch):
     lines: list[str] = []
-    log = Log(None)
+    log, before = Log(None), threading.enumerate()
     monkeypatch.setattr(log, "warn", lines.append)
+    monkeypatch.setattr(threading, "excepthook", lambda arguments: None)  # of its writing thread
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))  # writing fails: EFBIG
     try:
@@ -205,6 +205,9 @@ def test_tensorboard_on_a_full_disk_ends_with_one_line_of_the_log(tmp_path, num_
         for step in range(20):
             metrics.scalars(step, {"train/loss": -0.5})
         metrics.close()
+        for thread in threading.enumerate():
+            if thread not in before:
+                thread.join(60)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     (line,) = lines
