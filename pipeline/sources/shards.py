@@ -6,6 +6,7 @@ pipeline/pack.py has the folder's order and, if no image was left out, its finge
 on the folder continues on the shards bit for bit, and the reverse.
 """
 
+import glob
 import hashlib
 import os
 import re
