@@ -35,7 +35,7 @@ from kernels.gpu.launch import (
     tiles,
     wrap_triton,
 )
-from kernels.gpu.norm_forward import affine, standardise
+from kernels.gpu.norm_forward import STAGES, affine, standardise
 
 
 @triton.jit
@@ -60,6 +60,17 @@ def pooled_gradient(dy_ptr, tap_ptr, out_row, in_rows, channel, num_channels, he
             dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
             total += tl.where(tap == (3 * tap_line + tap_column)[:, None], dy, 0.0)
     return total
+
+
+@triton.jit
+def load_bits(bits_ptr, start, row, in_rows, octet, num_octets):
+    """The mask's bytes of the rows `start` + `row`."""
+    inside = in_rows[:, None] & (octet < num_octets)[None, :]
+    return tl.load(
+        bits_ptr + start * num_octets + row[:, None] * num_octets + octet[None, :],
+        mask=inside,
+        other=0,
+    )
 
 
 @triton.jit
@@ -101,12 +112,20 @@ def _reduce(
     first = split * rows_per_program
     count = tl.minimum(rows_per_program, num_rows - first)
     offset = row[:, None] * num_channels + channel[None, :]
-    mean_ptr += view * num_channels
-    rstd_ptr += view * num_channels
+    at_channel = view * num_channels + channel
+    mean = tl.load(mean_ptr + at_channel, mask=in_channels, other=0.0)
+    rstd = tl.load(rstd_ptr + at_channel, mask=in_channels, other=0.0)
+    if SECOND:
+        mean2 = tl.load(mean2_ptr + at_channel, mask=in_channels, other=0.0)
+        rstd2 = tl.load(rstd2_ptr + at_channel, mask=in_channels, other=0.0)
     sum_g = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     sum_gx = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     sum_gx2 = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
-    for done in range(0, count, BLOCK_R):
+    if MASK == 1:
+        start = (view * num_rows + first).to(tl.int64)
+        next_bits = load_bits(bits_ptr, start, row, row < count, octet, num_octets)
+    # of max-pool's gradient a tile's loads are enough: with STAGES 89 registers, not 57
+    for done in tl.range(0, count, BLOCK_R, num_stages=1 if POOLED else STAGES):
         in_rows = done + row < count
         inside = in_rows[:, None] & in_channels[None, :]
         start = (view * num_rows + first + done).to(tl.int64)
@@ -120,35 +139,32 @@ def _reduce(
             g = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
         if FORKED:
             g += tl.load(dy2_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        centred = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) - mean[None, :]
         if MASK == 1:
-            bits_at = start * num_octets + row[:, None] * num_octets + octet[None, :]
-            bits_in = in_rows[:, None] & (octet < num_octets)[None, :]
-            bits = tl.load(bits_ptr + bits_at, mask=bits_in, other=0).to(tl.int32)
+            bits = next_bits.to(tl.int32)  # single bytes are not copied ahead: loaded a tile early
+            in_rows = done + BLOCK_R + row < count
+            next_bits = load_bits(bits_ptr, start + BLOCK_R, row, in_rows, octet, num_octets)
             passed = (bits[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
             g = tl.where(tl.reshape(passed, [BLOCK_R, BLOCK_C]) != 0, g, 0.0)
         if MASK == 2:
-            xhat = standardise(x, mean_ptr, rstd_ptr, channel, num_channels)
+            xhat = centred * rstd[None, :]
             y = affine(xhat, weight_ptr, bias_ptr, channel, num_channels, AFFINE)
             g = tl.where(y > 0, g, 0.0)
         if WRITE_G:
             stored = g.to(g_ptr.dtype.element_ty)
             tl.store(g_ptr + at, stored, mask=inside)
             g = stored.to(tl.float32)
-        # not before the mask, where xhat would be live longer (116 registers, not 97)
-        xhat = standardise(x, mean_ptr, rstd_ptr, channel, num_channels)
         sum_g += g
-        sum_gx += g * xhat
+        sum_gx += g * centred
         if SECOND:
             x2 = tl.load(x2_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            at2 = view * num_channels
-            sum_gx2 += g * standardise(x2, mean2_ptr + at2, rstd2_ptr + at2, channel, num_channels)
+            sum_gx2 += g * (x2 - mean2[None, :])
     num_sums: tl.constexpr = 3 if SECOND else 2
     out = part_ptr + (view * tl.num_programs(0) + split) * num_sums * num_channels + channel
     tl.store(out, tl.sum(sum_g, 0), mask=in_channels)
-    tl.store(out + num_channels, tl.sum(sum_gx, 0), mask=in_channels)
+    tl.store(out + num_channels, tl.sum(sum_gx, 0) * rstd, mask=in_channels)
     if SECOND:
-        tl.store(out + 2 * num_channels, tl.sum(sum_gx2, 0), mask=in_channels)
+        tl.store(out + 2 * num_channels, tl.sum(sum_gx2, 0) * rstd2, mask=in_channels)
 
 
 @triton.jit

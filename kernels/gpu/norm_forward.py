@@ -26,6 +26,9 @@ from torch import Tensor
 
 from kernels.gpu.launch import POOL_TILE, cdiv, operator, reduction, tiles, wrap_triton
 
+STAGES = tl.constexpr(3)
+"""Of a loop over rows: it copies two tiles ahead into shared memory (profiling/kernels.py)."""
+
 
 @triton.jit
 def _statistics(
@@ -51,7 +54,7 @@ def _statistics(
     pivot = tl.sum(x, 0) / tl.minimum(count, BLOCK_R)
     delta = tl.where(inside, x - pivot[None, :], 0.0)
     total, square = delta, delta * delta
-    for done in range(BLOCK_R, count, BLOCK_R):
+    for done in tl.range(BLOCK_R, count, BLOCK_R, num_stages=STAGES):
         inside = (done + row < count)[:, None] & in_channels[None, :]
         x = tl.load(start_ptr + done * num_channels + offset, mask=inside, other=0.0).to(tl.float32)
         delta = tl.where(inside, x - pivot[None, :], 0.0)
