@@ -68,8 +68,9 @@ def test_no_graph_break_and_fewer_than_half_the_collectives_of_sync_batch_norm()
     assert found["collectives"] == 106  # 57 layers, of which a block end with downsample shares one
 
 
-def test_every_kernel_compiles_for_three_architectures_without_spills():
-    kernels = told_by("profiling/kernels.py", "--compile-only")["kernels"]
+def test_every_kernel_compiles_without_spills_and_keeps_memory_busy():
+    found = told_by("profiling/kernels.py", "--compile-only")
+    kernels = found["kernels"]
     names = {row["kernel"].split()[0] for row in kernels}
     assert names == {
         "statistics", "merge_statistics", "apply", "apply_pool", "reduce", "merge_sums", "backward",
@@ -79,6 +80,13 @@ def test_every_kernel_compiles_for_three_architectures_without_spills():
         for arch in ("sm_80", "sm_90", "sm_100"):
             assert row[arch]["spills"] == 0, (row["kernel"], arch)
             assert row[arch]["registers"] <= 128, (row["kernel"], arch)  # two programs at a time
+    assert len(found["heavy_shapes"]) > 30
+    for row in found["heavy_shapes"]:
+        assert row["of_little_h100"] >= row["of_little_h200"] >= 1, row
+        assert row["sectors"][0] == row["sectors"][1], row  # none is touched in part
+        assert max(row["load_bytes"]) == (8 if "pool" in row["kernel"] else 16), row
+        is_loop = row["kernel"].startswith(("statistics", "reduce")) and "pool" not in row["kernel"]
+        assert row["copies_ahead"] == is_loop, row
 
 
 def saved_bytes(model: nn.Module, images: int, *, two_pass: bool) -> int:
