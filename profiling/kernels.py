@@ -29,7 +29,7 @@ from measure.kernel_times import apex_batch_norm, measure, resnet50_sites
 from measure.results import print_table
 from pipeline.sources.paths import named_path
 from pipeline.streams import print_result, protect_output
-from predict.in_flight import BANDWIDTHS, in_flight
+from predict.in_flight import BANDWIDTHS, in_flight, num_loops
 from predict.kernel_code import Launch, compile_for, launches_of_a_step
 from train.run.folder import environment
 from train.run.program import refuse
@@ -57,6 +57,7 @@ def compile_table(images: int, dtype: torch.dtype) -> dict[str, list[dict]]:
                 "kernel": group[0].label,
                 "launches": sum(launch.count for launch in group),
                 "warps": group[0].options.get("num_warps", 4),
+                "loops": num_loops(made[key][90].sass),
                 "bytes_per_element": round(heaviest.bytes / math.prod(heaviest.shape), 3),
             }
             | {f"sm_{arch}": compiled.resources for arch, compiled in made[key].items()}
@@ -73,7 +74,14 @@ def compile_table(images: int, dtype: torch.dtype) -> dict[str, list[dict]]:
 
 def print_compiled(kernels: list[dict], heavy: list[dict]) -> None:
     """The tables of --compile-only, on stderr."""
-    columns = ("kernel", "launches", "warps", "bytes an element", *(f"sm_{a}" for a in ARCHS))
+    columns = (
+        "kernel",
+        "launches",
+        "warps",
+        "loops",
+        "bytes an element",
+        *(f"sm_{a}" for a in ARCHS),
+    )
     cells: list = [
         [
             f"{v['registers']} / {v['shared']} / {v['spills']}" if isinstance(v, dict) else v

@@ -77,6 +77,8 @@ def test_every_kernel_compiles_without_spills_and_keeps_memory_busy():
         "losses", "merge_losses", "normalize",
     }  # fmt: skip
     for row in kernels:
+        # a merge waits for one load after another of each view alone
+        assert row["loops"] == 0 or not row["kernel"].startswith("merge"), row["kernel"]
         for arch in ("sm_80", "sm_90", "sm_100"):
             assert row[arch]["spills"] == 0, (row["kernel"], arch)
             assert row[arch]["registers"] <= 128, (row["kernel"], arch)  # two programs at a time

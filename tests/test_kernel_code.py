@@ -11,6 +11,7 @@ from predict.in_flight import (
     in_flight,
     large_tensors,
     loads_of,
+    num_loops,
     resident_programs,
     sectors,
 )
@@ -54,6 +55,12 @@ def test_groups_that_a_pipelined_loop_does_not_wait_for_are_in_flight():
     code = [*ADDRESSES, *(copy, copy, "LDGDEPBAR") * 3, "DEPBAR.LE SB0, 0x2", copy, "LDGDEPBAR"]
     found = loads_of(sass(*code, "DEPBAR.LE SB0, 0x0"), {X: "x"})
     assert (found.in_flight, found.copies_ahead, found.widths) == (64, True, {16: 7})
+
+
+def test_loops_are_conditional_branches_back():
+    code = "@!P0 BRA `(.L_x_1) ;\n.L_x_0:\n @P1 BRA `(.L_x_0) ;\n.L_x_1:\n.L_x_2:\n BRA `(.L_x_2);"
+    assert num_loops(code) == 1
+    assert num_loops(code.replace("@P1 BRA `(.L_x_0)", "@P1 BRA `(.L_x_1)")) == 0
 
 
 @pytest.mark.parametrize(

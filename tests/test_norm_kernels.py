@@ -169,6 +169,7 @@ def test_outputs_gradients_and_running_statistics_are_as_exact_as_plain_torch(
         ((6, 16, 1, 1), {"shortcut": "residual"}),  # maps of one pixel
         ((4, 2048, 1, 1), {"shortcut": "none"}),  # ResNet-50's widest
         ((4, 8, 40, 40), {"shortcut": "none"}),  # several programs a view: their parts are merged
+        ((2, 64, 65, 65), {"shortcut": "none"}),  # more than 64: a larger tile of parts
         ((6, 5, 3, 3), {"shortcut": "none", "offset": 1000.0}),
         ((4, 8, 40, 40), {"shortcut": "residual", "offset": 1000.0}),
     ],

@@ -23,7 +23,7 @@ from torch import Tensor
 from kernels.gpu.launch import cdiv, operator, wrap_triton
 
 PROGRAMS = 128  # assumption: about one for each multiprocessor; each holds a row of both views
-BLOCK_D = 64
+BLOCK_D = 16
 EPS = 1e-12  # F.normalize's
 
 
@@ -95,7 +95,7 @@ def _merge_losses(
     dim,  # D
     num_parts,
     rows_per_program,  # of _losses
-    BLOCK_S: tl.constexpr,  # of parts
+    BLOCK_S: tl.constexpr,  # all parts
     BLOCK_D: tl.constexpr,  # of columns
     BLOCK_P: tl.constexpr,  # parts or programs, or more
 ):
@@ -103,22 +103,14 @@ def _merge_losses(
     columns = 2 * dim  # of both views
     column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     part = tl.arange(0, BLOCK_S)
-    shift = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
-    for done in range(0, num_parts, BLOCK_S):
-        inside = (done + part < num_parts)[:, None] & (column < columns)[None, :]
-        at = (done + part)[:, None] * 2 * columns + column[None, :]
-        count = tl.minimum(num_rows - (done + part) * rows_per_program, rows_per_program)
-        mean = tl.load(part_ptr + at, mask=inside, other=0.0)
-        shift += tl.where(inside, mean * count[:, None], 0.0)
-    whole = tl.sum(shift, 0) / num_rows
-    square = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
-    for done in range(0, num_parts, BLOCK_S):
-        inside = (done + part < num_parts)[:, None] & (column < columns)[None, :]
-        at = (done + part)[:, None] * 2 * columns + column[None, :]
-        count = tl.minimum(num_rows - (done + part) * rows_per_program, rows_per_program)
-        delta = tl.load(part_ptr + at, mask=inside, other=0.0) - whole[None, :]
-        m2 = tl.load(part_ptr + at + columns, mask=inside, other=0.0)
-        square += tl.where(inside, m2 + delta * delta * count[:, None], 0.0)
+    inside = (part < num_parts)[:, None] & (column < columns)[None, :]
+    at = part[:, None] * 2 * columns + column[None, :]
+    count = tl.minimum(num_rows - part * rows_per_program, rows_per_program)
+    mean = tl.load(part_ptr + at, mask=inside, other=0.0)
+    m2 = tl.load(part_ptr + at + columns, mask=inside, other=0.0)
+    whole = tl.sum(tl.where(inside, mean * count[:, None], 0.0), 0) / num_rows
+    delta = mean - whole[None, :]
+    square = tl.where(inside, m2 + delta * delta * count[:, None], 0.0)
     std = tl.where(column < columns, tl.sqrt(tl.sum(square, 0) / num_rows), 0.0)
     tl.store(std_ptr + tl.program_id(0), tl.sum(std))
     tl.debug_barrier()
@@ -150,6 +142,7 @@ def loss_and_gradient(p: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     block = max(16, 1 << (dim - 1).bit_length())
     wrap_triton(_losses)[(num_parts,)](*tensors, *sizes, -0.5 / num_rows, BLOCK=block, num_warps=16)
     tensors, sizes = (losses, part, done, stds, loss, z_std), (num_rows, dim, num_parts)
-    block = {"BLOCK_S": 16, "BLOCK_D": BLOCK_D, "BLOCK_P": max(128, 1 << (merges - 1).bit_length())}
+    block = {"BLOCK_S": PROGRAMS, "BLOCK_D": BLOCK_D}
+    block["BLOCK_P"] = max(PROGRAMS, 1 << (merges - 1).bit_length())
     wrap_triton(_merge_losses)[(merges,)](*tensors, *sizes, rows_per_program, **block, num_warps=4)
     return loss, z_std, dp

@@ -91,3 +91,13 @@ def reduction(
     programs = min(max(1, PROGRAMS // (blocks * num_views)), num_tiles)
     per_program = cdiv(num_tiles, programs) * options["BLOCK_R"]
     return per_program, (cdiv(num_rows, per_program), blocks, num_views), options
+
+
+def merge(num_parts: int, num_columns: int) -> tuple[tuple[int], dict[str, int]]:
+    """The grid of a kernel that merges a reduction's parts, and its launch options.
+
+    A program has all parts of 8 columns, a sector of fp32. Two sizes of tile up to PROGRAMS / 2
+    parts, so that a step has few kernels to compile.
+    """
+    block_s = 64 if num_parts <= 64 else max(512, 1 << (num_parts - 1).bit_length())
+    return (cdiv(num_columns, 8),), {"BLOCK_S": block_s, "BLOCK_C": 8, "num_warps": NUM_WARPS}

@@ -29,7 +29,7 @@ from kernels.gpu.launch import (
     POOL_TILE,
     SECOND_TILE,
     TILE,
-    cdiv,
+    merge,
     operator,
     reduction,
     tiles,
@@ -177,20 +177,17 @@ def _merge_sums(
     num_channels,  # C
     VIEWS: tl.constexpr,  # V
     SECOND: tl.constexpr,
-    BLOCK_S: tl.constexpr,  # of parts
+    BLOCK_S: tl.constexpr,  # all parts of a view: nothing waits for an earlier load
     BLOCK_C: tl.constexpr,
 ):
     """sums[view] = sum over programs; dparam = sum over views."""
     column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     part = tl.arange(0, BLOCK_S)
+    inside = (part < num_parts)[:, None] & (column < width)[None, :]
     both = tl.zeros([BLOCK_C], tl.float32)
     for view in tl.static_range(VIEWS):
-        total = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
-        for done in range(0, num_parts, BLOCK_S):
-            inside = (done + part < num_parts)[:, None] & (column < width)[None, :]
-            at = (view * num_parts + done + part)[:, None] * width + column[None, :]
-            total += tl.load(part_ptr + at, mask=inside, other=0.0)
-        of_view = tl.sum(total, 0)
+        at = (view * num_parts + part)[:, None] * width + column[None, :]
+        of_view = tl.sum(tl.load(part_ptr + at, mask=inside, other=0.0), 0)
         tl.store(sums_ptr + view * width + column, of_view, mask=column < width)
         both += of_view
     tl.store(dparam_ptr + column, both, mask=column < width)
@@ -316,9 +313,8 @@ def reduce(
     wrap_triton(_reduce)[grid](*tensors, *sizes, **switches, **options)
     sizes = (grid[0], num_sums * num_channels, num_channels)
     switches = {"VIEWS": num_views, "SECOND": has_second}
-    wrap_triton(_merge_sums)[(cdiv(num_sums * num_channels, 32),)](
-        part, sums, dparam, *sizes, **switches, BLOCK_S=32, BLOCK_C=32, num_warps=4
-    )
+    merge_grid, options = merge(grid[0], num_sums * num_channels)
+    wrap_triton(_merge_sums)[merge_grid](part, sums, dparam, *sizes, **switches, **options)
     return g, sums, dparam
 
 

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu.launch import POOL_TILE, cdiv, operator, reduction, tiles, wrap_triton
+from kernels.gpu.launch import POOL_TILE, cdiv, merge, operator, reduction, tiles, wrap_triton
 
 STAGES = tl.constexpr(3)
 """Of a loop over rows: it copies two tiles ahead into shared memory (profiling/kernels.py)."""
@@ -83,36 +83,28 @@ def _merge_statistics(
     VIEWS: tl.constexpr,  # V
     HAS_RUNNING: tl.constexpr,
     WANT_VAR: tl.constexpr,
-    BLOCK_S: tl.constexpr,  # of parts
+    BLOCK_S: tl.constexpr,  # all parts of a view: nothing waits for an earlier load
     BLOCK_C: tl.constexpr,
 ):
     """mean and rstd (WANT_VAR: the biased variance) of each view; running statistics in order."""
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_channels = channel < num_channels
     part = tl.arange(0, BLOCK_S)
+    inside = (part < num_parts)[:, None] & in_channels[None, :]
+    offset = part[:, None] * 2 * num_channels + channel[None, :]
+    count = tl.minimum(num_rows - part * rows_per_program, rows_per_program)
     if HAS_RUNNING:
         running_mean = tl.load(running_mean_ptr + channel, mask=in_channels).to(tl.float32)
         running_var = tl.load(running_var_ptr + channel, mask=in_channels).to(tl.float32)
     for view in tl.static_range(VIEWS):
         view_ptr = part_ptr + view * num_parts * 2 * num_channels
         pivot = tl.load(view_ptr + channel, mask=in_channels, other=0.0)
-        shift = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
-        for done in range(0, num_parts, BLOCK_S):
-            inside = (done + part < num_parts)[:, None] & in_channels[None, :]
-            offset = (done + part)[:, None] * 2 * num_channels + channel[None, :]
-            mean = tl.load(view_ptr + offset, mask=inside, other=0.0)
-            count = tl.minimum(num_rows - (done + part) * rows_per_program, rows_per_program)
-            shift += tl.where(inside, (mean - pivot[None, :]) * count[:, None], 0.0)
+        mean = tl.load(view_ptr + offset, mask=inside, other=0.0)
+        m2 = tl.load(view_ptr + offset + num_channels, mask=inside, other=0.0)
+        shift = tl.where(inside, (mean - pivot[None, :]) * count[:, None], 0.0)
         view_mean = pivot + tl.sum(shift, 0) / num_rows
-        square = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
-        for done in range(0, num_parts, BLOCK_S):
-            inside = (done + part < num_parts)[:, None] & in_channels[None, :]
-            offset = (done + part)[:, None] * 2 * num_channels + channel[None, :]
-            mean = tl.load(view_ptr + offset, mask=inside, other=0.0)
-            m2 = tl.load(view_ptr + offset + num_channels, mask=inside, other=0.0)
-            count = tl.minimum(num_rows - (done + part) * rows_per_program, rows_per_program)
-            delta = mean - view_mean[None, :]
-            square += tl.where(inside, m2 + delta * delta * count[:, None], 0.0)
+        delta = mean - view_mean[None, :]
+        square = tl.where(inside, m2 + delta * delta * count[:, None], 0.0)
         var = tl.sum(square, 0) / num_rows  # squares: not below 0; NaN stays NaN
         scale = var if WANT_VAR else tl.rsqrt(var + eps)
         tl.store(mean_ptr + view * num_channels + channel, view_mean, mask=in_channels)
@@ -276,8 +268,8 @@ def statistics(
     has_running = running_mean is not None and running_var is not None
     running = (running_mean, running_var) if has_running else (part, part)
     switches = {"VIEWS": num_views, "HAS_RUNNING": has_running, "WANT_VAR": want_var}
-    options = {"BLOCK_S": 32, "BLOCK_C": 32, "num_warps": 4}
-    wrap_triton(_merge_statistics)[(cdiv(num_channels, 32),)](
+    merge_grid, options = merge(grid[0], num_channels)
+    wrap_triton(_merge_statistics)[merge_grid](
         part, mean, scale, *running, *sizes, grid[0], momentum, eps, **switches, **options
     )
     return mean, scale

@@ -94,6 +94,15 @@ def loads_of(sass: str, large: dict[int, str]) -> Loads:
     return found
 
 
+def num_loops(sass: str) -> int:
+    """Conditional branches back. A kernel's code ends in an endless loop, which is not counted."""
+    seen, loops = set(), 0
+    for label, target in re.findall(r"^(\.L_\w+):|@!?U?P\w+ BRA[^;]*`\((\.L_\w+)\)", sass, re.M):
+        loops += target in seen
+        seen.add(label or None)
+    return loops
+
+
 def _written(result: re.Match | None, opcode: str) -> list[str]:
     """The registers that an instruction writes."""
     if result is None:
