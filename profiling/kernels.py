@@ -1,6 +1,7 @@
 """The Triton kernels by themselves: what they compile to anywhere, how fast they are on a GPU.
 
     python profiling/kernels.py --compile-only   registers, spills, bytes in flight (no GPU)
+    python profiling/kernels.py --compile-only --replay-cache    and bytes that the L2 cache saves
     python profiling/kernels.py                  time of each of ResNet-50's sites, beside the peers
     python profiling/kernels.py --each-once real     each against its plain twin, at real shapes
     TRITON_INTERPRET=1 python profiling/kernels.py --each-once small      without a GPU, odd shapes
@@ -9,12 +10,14 @@
 kernel that would be launched, and compiles each for sm_80, sm_90 and sm_100. Its bytes are counted,
 not measured: each tensor that a kernel gets is moved once, as in profiling/compiled.py. For the
 heaviest shapes it prints what an H100 or H200 has in flight to memory beside what Little's law asks
-(predict/in_flight.py says how each figure is had). Not yet run on a GPU.
+(predict/in_flight.py says how each figure is had); with --replay-cache also the bytes that reach
+memory where a pass follows another (predict/cache_model.py). Not yet run on a GPU.
 """
 
 import root_first  # isort: skip # noqa: F401
 
 import argparse
+import itertools
 import json
 import math
 import sys
@@ -29,8 +32,15 @@ from measure.kernel_times import apex_batch_norm, measure, resnet50_sites
 from measure.results import print_table
 from pipeline.sources.paths import named_path
 from pipeline.streams import print_result, protect_output
-from predict.in_flight import BANDWIDTHS, in_flight, num_loops
-from predict.kernel_code import Launch, compile_for, launches_of_a_step
+from predict.cache_model import CACHES, TILED, replayed
+from predict.in_flight import (
+    BANDWIDTHS,
+    MULTIPROCESSORS,
+    in_flight,
+    num_loops,
+    resident_programs,
+)
+from predict.kernel_code import Compiled, Launch, compile_for, launches_of_a_step
 from train.run.folder import environment
 from train.run.program import refuse
 
@@ -39,7 +49,7 @@ HEAVY = 0.9
 """Of the bytes of a step's kernels: the share of the heavy shapes."""
 
 
-def compile_table(images: int, dtype: torch.dtype) -> dict[str, list[dict]]:
+def compile_table(images: int, dtype: torch.dtype, *, replay_cache: bool) -> dict[str, list[dict]]:
     """What each kernel compiles to, and what keeps memory busy on an H100 or H200. Printed too."""
     launches = sorted(launches_of_a_step(images, dtype), key=lambda launch: launch.label)
     same_code: dict[str, list[Launch]] = {}
@@ -62,14 +72,54 @@ def compile_table(images: int, dtype: torch.dtype) -> dict[str, list[dict]]:
             }
             | {f"sm_{arch}": compiled.resources for arch, compiled in made[key].items()}
         )
-    launches.sort(key=lambda launch: -launch.count * launch.bytes)
-    total, heavy, num_bytes = sum(launch.count * launch.bytes for launch in launches), [], 0
-    for launch in launches:
-        if num_bytes < HEAVY * total:
-            heavy.append(in_flight(launch, made[launch.code_key][90]))
-        num_bytes += launch.count * launch.bytes
-    print_compiled(kernels, heavy)
-    return {"kernels": kernels, "heavy_shapes": heavy}
+    heavy = heaviest_of(launches)
+    in_flights = [in_flight(launch, made[launch.code_key][90]) for launch in heavy]
+    print_compiled(kernels, in_flights)
+    found = {"kernels": kernels, "heavy_shapes": in_flights}
+    if replay_cache:
+        found["replayed"] = replay_table(heavy, launches, made)
+    return found
+
+
+def heaviest_of(launches: list[Launch]) -> list[Launch]:
+    """Those that move the share HEAVY of all bytes, the heaviest first."""
+    ordered = sorted(launches, key=lambda launch: -launch.count * launch.bytes)
+    moved = list(itertools.accumulate(launch.count * launch.bytes for launch in ordered))
+    return ordered[: 1 + sum(num_bytes < HEAVY * moved[-1] for num_bytes in moved)]
+
+
+def replay_table(
+    heavy: list[Launch], launches: list[Launch], made: dict[str, dict[int, Compiled]]
+) -> list[dict]:
+    """A row for each heavy pass that follows the one that sums for it. Printed too."""
+    resident = {
+        launch.code_key: MULTIPROCESSORS
+        * resident_programs(made[launch.code_key][90].resources, launch.options["num_warps"])
+        for launch in launches
+        if launch.kernel.__name__ in TILED
+    }
+    rows = [
+        replayed(launch, launches, resident)
+        for launch in heavy
+        if launch.kernel.__name__ in ("_apply", "_backward") and not launch.arguments.get("POOLED")
+    ]
+    names = ("formula", *CACHES)
+    cells = [
+        (
+            row["kernel"],
+            "x".join(map(str, row["shape"])),
+            row["launches"],
+            *(" / ".join(f"{row['mb'][name][i]:.1f}" for name in names) for i in (0, 1)),
+            " / ".join(f"{row['mb'][name][1] / row['mb']['formula'][1]:.3f}" for name in CACHES),
+        )
+        for row in rows
+    ]
+    sizes = " / ".join(names)
+    columns = ("second pass", "shape", "launches", f"first pass, MB: {sizes}")
+    columns += (f"second pass, MB: {sizes}", "second of formula")
+    title = "bytes that reach memory by a model of the L2 cache; no GPU ran it"
+    print_table(title, columns, cells, align="ll", width=180)
+    return rows
 
 
 def print_compiled(kernels: list[dict], heavy: list[dict]) -> None:
@@ -164,6 +214,7 @@ def main() -> None:
     """Read the flags; check, compile or measure; print the table and one JSON line."""
     parser = argparse.ArgumentParser(description="Compile or measure the Triton kernels.")
     parser.add_argument("--compile-only", action="store_true", help="no GPU: resources and bytes")
+    parser.add_argument("--replay-cache", action="store_true", help="with --compile-only: the L2")
     parser.add_argument("--each-once", choices=("real", "small"), help="shapes of the check")
     parser.add_argument("--n", type=int, default=30, help="timed turns of each site")
     parser.add_argument("--save", type=named_path, help="also write the JSON to this file")
@@ -171,13 +222,15 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     flags = parser.parse_args()
     dtype = getattr(torch, flags.dtype)
+    if flags.replay_cache and not flags.compile_only:
+        refuse("--replay-cache replays what --compile-only compiles: give both", code=1)
     if flags.each_once is not None:
         check(flags.each_once, dtype)
     elif flags.compile_only:
         if INTERPRETED:
             refuse("--compile-only compiles nothing with TRITON_INTERPRET=1: unset it", code=1)
         result = {"images": flags.images, "dtype": flags.dtype, "triton": version("triton"), "n": 1}
-        result |= compile_table(flags.images, dtype)
+        result |= compile_table(flags.images, dtype, replay_cache=flags.replay_cache)
         if flags.save is not None:
             flags.save.write_text(json.dumps(result) + "\n")
         print_result(result, kept=flags.save)

@@ -41,7 +41,7 @@ def test_a_kernel_that_no_case_launches_fails_the_check(monkeypatch):
 
 
 def test_what_a_launched_kernel_calls_counts_as_launched():
-    assert reached({"_reduce"}) == {"_reduce", "load_bits", "affine", "pooled_gradient"}
+    assert reached({"_reduce"}) == {"_reduce", "place", "load_bits", "affine", "pooled_gradient"}
 
 
 def test_a_wrong_result_is_told_with_its_error(monkeypatch):

@@ -1,7 +1,9 @@
 """Triton kernels as torch operators, and their grids over a matrix of rows.
 
 Every kernel of batch norm sees its tensor as (rows, channels), channels dense: NHWC memory and
-(N, C) alike. A grid has three axes: chunks of rows, blocks of channels, views.
+(N, C) alike. Programs are launched by blocks of channels first, then by tiles of rows, then by
+views: so whole rows are read at once, and a pass ends with the last rows of the last view. The pass
+after it, in the opposite order, finds them in the L2 cache (profiling/predict/cache_model.py).
 Launch kernels inside an operator only: torch.compile would trace into the launcher, but through
 `operator` and `wrap_triton` Inductor sees the kernel itself, without a graph break.
 """
@@ -21,8 +23,9 @@ POOL_TILE = 1024  # with max-pool a thread holds four windows' addresses: 2048 t
 SECOND_TILE = 2048  # two batch norms, 4096: 126 (Triton 3.9) to 136 (3.6) registers, or spills
 NUM_WARPS = 8
 MAX_BLOCK_C = 64
-PROGRAMS = 1024  # of a reduction: about 8 for each multiprocessor of an H200.
-# assumption: these five; profiling/kernels.py on a GPU settles them. They do not depend on the
+PROGRAMS = 1024  # of the statistics: two views of as many as an H200 holds, 4 a multiprocessor
+REDUCE_PROGRAMS = 512  # of the backward reduction: 2 a multiprocessor
+# assumption: these six; profiling/kernels.py on a GPU settles them. They do not depend on the
 # device, so that sums are formed in one order everywhere.
 
 
@@ -69,28 +72,29 @@ def cdiv(a: int, b: int) -> int:
 
 def tiles(
     num_rows: int, num_channels: int, num_views: int, *, tile: int = TILE
-) -> tuple[tuple[int, int, int], dict[str, int]]:
+) -> tuple[tuple[int, int], dict[str, int]]:
     """The grid of a kernel with a program for each tile of (V, R, C), and its launch options.
 
-    Blocks are powers of two, channels at least 8 for a byte of mask bits.
+    Blocks are powers of two, channels at least 8 for a byte of mask bits. Axes: tiles, views.
     """
     block_c = min(MAX_BLOCK_C, max(8, 1 << (num_channels - 1).bit_length()))
     block_r = tile // block_c
-    grid = cdiv(num_rows, block_r), cdiv(num_channels, block_c), num_views
+    grid = cdiv(num_rows, block_r) * cdiv(num_channels, block_c), num_views
     return grid, {"BLOCK_R": block_r, "BLOCK_C": block_c, "num_warps": NUM_WARPS}
 
 
 def reduction(
-    num_rows: int, num_channels: int, num_views: int, *, tile: int = TILE
-) -> tuple[int, tuple[int, int, int], dict[str, int]]:
-    """(rows of a program, grid, launch options) of a reduction over each view's rows.
+    num_rows: int, num_channels: int, num_views: int, *, programs: int, tile: int = TILE
+) -> tuple[int, tuple[int, int], dict[str, int]]:
+    """(parts of a view, grid, launch options) of a reduction over each view's rows.
 
-    Programs write partial results, which a second kernel merges in a fixed order.
+    Part p has the tiles p, p + parts, p + 2 parts, ...: all programs go through the rows together.
+    They write partial results, which a second kernel merges in a fixed order.
     """
-    (num_tiles, blocks, _), options = tiles(num_rows, num_channels, num_views, tile=tile)
-    programs = min(max(1, PROGRAMS // (blocks * num_views)), num_tiles)
-    per_program = cdiv(num_tiles, programs) * options["BLOCK_R"]
-    return per_program, (cdiv(num_rows, per_program), blocks, num_views), options
+    grid, options = tiles(num_rows, num_channels, num_views, tile=tile)
+    blocks = cdiv(num_channels, options["BLOCK_C"])
+    parts = min(max(1, programs // (blocks * num_views)), grid[0] // blocks)
+    return parts, (parts * blocks, num_views), options
 
 
 def merge(num_parts: int, num_columns: int) -> tuple[tuple[int], dict[str, int]]:

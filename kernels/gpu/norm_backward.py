@@ -27,6 +27,7 @@ from torch import Tensor
 
 from kernels.gpu.launch import (
     POOL_TILE,
+    REDUCE_PROGRAMS,
     SECOND_TILE,
     TILE,
     merge,
@@ -35,7 +36,7 @@ from kernels.gpu.launch import (
     tiles,
     wrap_triton,
 )
-from kernels.gpu.norm_forward import STAGES, affine, standardise
+from kernels.gpu.norm_forward import STAGES, affine, place, standardise
 
 
 @triton.jit
@@ -87,10 +88,10 @@ def _reduce(
     rstd2_ptr,  # (V, C) fp32
     bits_ptr,  # (V, R, C / 8 rounded up) uint8, or the taps of the pooled map
     g_ptr,  # (V, R, C)
-    part_ptr,  # (V, programs, K, C) fp32
+    part_ptr,  # (V, parts, K, C) fp32
     num_rows,  # R
     num_channels,  # C
-    rows_per_program,
+    num_parts,
     height,  # of the map before it was pooled, as width
     width,
     AFFINE: tl.constexpr,
@@ -102,15 +103,13 @@ def _reduce(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """part[view, program] = sums of g, g xhat (and g xhat2)."""
-    split, view = tl.program_id(0), tl.program_id(2)
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    octet = tl.program_id(1) * (BLOCK_C // 8) + tl.arange(0, BLOCK_C // 8)
+    """part[view, part] = sums of g, g xhat (and g xhat2)."""
+    part, block, view = place(num_channels, BLOCK_C, REVERSED=False)
+    channel = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    octet = block * (BLOCK_C // 8) + tl.arange(0, BLOCK_C // 8)
     num_octets = tl.cdiv(num_channels, 8)
     row = tl.arange(0, BLOCK_R)
     in_channels = channel < num_channels
-    first = split * rows_per_program
-    count = tl.minimum(rows_per_program, num_rows - first)
     offset = row[:, None] * num_channels + channel[None, :]
     at_channel = view * num_channels + channel
     mean = tl.load(mean_ptr + at_channel, mask=in_channels, other=0.0)
@@ -122,16 +121,19 @@ def _reduce(
     sum_gx = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     sum_gx2 = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     if MASK == 1:
-        start = (view * num_rows + first).to(tl.int64)
-        next_bits = load_bits(bits_ptr, start, row, row < count, octet, num_octets)
+        start = (view * num_rows + part * BLOCK_R).to(tl.int64)
+        in_rows = part * BLOCK_R + row < num_rows
+        next_bits = load_bits(bits_ptr, start, row, in_rows, octet, num_octets)
     # of max-pool's gradient a tile's loads are enough: with STAGES 89 registers, not 57
-    for done in tl.range(0, count, BLOCK_R, num_stages=1 if POOLED else STAGES):
-        in_rows = done + row < count
+    for tile in tl.range(
+        part, tl.cdiv(num_rows, BLOCK_R), num_parts, num_stages=1 if POOLED else STAGES
+    ):
+        in_rows = tile * BLOCK_R + row < num_rows
         inside = in_rows[:, None] & in_channels[None, :]
-        start = (view * num_rows + first + done).to(tl.int64)
+        start = (view * num_rows + tile * BLOCK_R).to(tl.int64)
         at = start * num_channels + offset
         if POOLED:
-            out_row = view * num_rows + first + done + row
+            out_row = view * num_rows + tile * BLOCK_R + row
             g = pooled_gradient(
                 dy_ptr, bits_ptr, out_row, in_rows, channel, num_channels, height, width
             )
@@ -142,8 +144,9 @@ def _reduce(
         centred = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) - mean[None, :]
         if MASK == 1:
             bits = next_bits.to(tl.int32)  # single bytes are not copied ahead: loaded a tile early
-            in_rows = done + BLOCK_R + row < count
-            next_bits = load_bits(bits_ptr, start + BLOCK_R, row, in_rows, octet, num_octets)
+            in_rows = (tile + num_parts) * BLOCK_R + row < num_rows
+            start += num_parts * BLOCK_R
+            next_bits = load_bits(bits_ptr, start, row, in_rows, octet, num_octets)
             passed = (bits[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
             g = tl.where(tl.reshape(passed, [BLOCK_R, BLOCK_C]) != 0, g, 0.0)
         if MASK == 2:
@@ -160,7 +163,7 @@ def _reduce(
             x2 = tl.load(x2_ptr + at, mask=inside, other=0.0).to(tl.float32)
             sum_gx2 += g * (x2 - mean2[None, :])
     num_sums: tl.constexpr = 3 if SECOND else 2
-    out = part_ptr + (view * tl.num_programs(0) + split) * num_sums * num_channels + channel
+    out = part_ptr + (view * num_parts + part) * num_sums * num_channels + channel
     tl.store(out, tl.sum(sum_g, 0), mask=in_channels)
     tl.store(out + num_channels, tl.sum(sum_gx, 0) * rstd, mask=in_channels)
     if SECOND:
@@ -169,10 +172,10 @@ def _reduce(
 
 @triton.jit
 def _merge_sums(
-    part_ptr,  # (V, programs, K, C) fp32
+    part_ptr,  # (V, parts, K, C) fp32
     sums_ptr,  # (V, K, C) fp32
     dparam_ptr,  # (K, C) fp32, with SECOND (K + 1, C)
-    num_parts,  # programs of a view
+    num_parts,
     width,  # K C
     num_channels,  # C
     VIEWS: tl.constexpr,  # V
@@ -180,7 +183,7 @@ def _merge_sums(
     BLOCK_S: tl.constexpr,  # all parts of a view: nothing waits for an earlier load
     BLOCK_C: tl.constexpr,
 ):
-    """sums[view] = sum over programs; dparam = sum over views."""
+    """sums[view] = sum over parts; dparam = sum over views."""
     column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     part = tl.arange(0, BLOCK_S)
     inside = (part < num_parts)[:, None] & (column < width)[None, :]
@@ -234,10 +237,9 @@ def _backward(
     BLOCK_C: tl.constexpr,
 ):
     """dx (and dx2) of one tile from g."""
-    view = tl.program_id(2)
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    # last rows first: the summing pass has left them in the L2 cache (assumption)
-    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_R
+    tile, block, view = place(num_channels, BLOCK_C, REVERSED=True)  # the sums' end first
+    channel = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    first = tile * BLOCK_R
     row = tl.arange(0, BLOCK_R)
     in_rows = first + row < num_rows
     in_channels = channel < num_channels
@@ -297,9 +299,11 @@ def reduce(
     num_rows, has_second = x.shape[0] // num_views, len(inputs) > 3
     num_sums = 3 if has_second else 2
     tile = POOL_TILE if size else SECOND_TILE if has_second else TILE
-    per_program, grid, options = reduction(num_rows, num_channels, num_views, tile=tile)
+    parts, grid, options = reduction(
+        num_rows, num_channels, num_views, programs=REDUCE_PROGRAMS, tile=tile
+    )
     fp32 = {"dtype": torch.float32, "device": x.device}
-    part = torch.empty(num_views, grid[0], num_sums, num_channels, **fp32)
+    part = torch.empty(num_views, parts, num_sums, num_channels, **fp32)
     sums = torch.empty(num_views, num_sums, num_channels, **fp32)
     dparam = torch.empty(num_sums + has_second, num_channels, **fp32)
     g = torch.empty_like(x) if write_g else torch.empty(0, device=x.device, dtype=x.dtype)
@@ -307,14 +311,14 @@ def reduce(
     weight, bias = params[:2] or (mean, mean)
     tensors = (dys[0], dys[-1], x, mean, rstd, weight, bias, *(inputs[3:] or inputs))
     tensors += (bits if mask == 1 or size else x, g if write_g else x, part)
-    sizes = (num_rows, num_channels, per_program, *(size or (0, 0)))
+    sizes = (num_rows, num_channels, parts, *(size or (0, 0)))
     switches = {"AFFINE": bool(params), "FORKED": len(dys) == 2, "MASK": mask}
     switches |= {"SECOND": has_second, "POOLED": bool(size), "WRITE_G": write_g}
     wrap_triton(_reduce)[grid](*tensors, *sizes, **switches, **options)
-    sizes = (grid[0], num_sums * num_channels, num_channels)
+    sizes = (parts, num_sums * num_channels, num_channels)
     switches = {"VIEWS": num_views, "SECOND": has_second}
-    merge_grid, options = merge(grid[0], num_sums * num_channels)
-    wrap_triton(_merge_sums)[merge_grid](part, sums, dparam, *sizes, **switches, **options)
+    grid, options = merge(parts, num_sums * num_channels)
+    wrap_triton(_merge_sums)[grid](part, sums, dparam, *sizes, **switches, **options)
     return g, sums, dparam
 
 

@@ -24,44 +24,75 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu.launch import POOL_TILE, cdiv, merge, operator, reduction, tiles, wrap_triton
+from kernels.gpu.launch import (
+    POOL_TILE,
+    PROGRAMS,
+    cdiv,
+    merge,
+    operator,
+    reduction,
+    tiles,
+    wrap_triton,
+)
 
 STAGES = tl.constexpr(3)
 """Of a loop over rows: it copies two tiles ahead into shared memory (profiling/kernels.py)."""
 
 
 @triton.jit
+def place(num_channels, BLOCK_C: tl.constexpr, REVERSED: tl.constexpr):
+    """(tile or part, block of channels, view) of this program."""
+    program, view = tl.program_id(0), tl.program_id(1)
+    if REVERSED:
+        program, view = tl.num_programs(0) - 1 - program, tl.num_programs(1) - 1 - view
+    blocks = tl.cdiv(num_channels, BLOCK_C)
+    return program // blocks, program % blocks, view
+
+
+@triton.jit
+def rows_of_part(part, num_parts, num_rows, tile_rows):
+    """Rows of the tiles part, part + num_parts, ...; the view's last tile may be short."""
+    num_tiles = tl.cdiv(num_rows, tile_rows)
+    rows = tl.cdiv(num_tiles - part, num_parts) * tile_rows
+    has_last = (num_tiles - 1) % num_parts == part
+    return tl.where(has_last, rows - (num_tiles * tile_rows - num_rows), rows)
+
+
+@triton.jit
 def _statistics(
     x_ptr,  # (V, R, C)
-    part_ptr,  # (V, programs, 2, C) fp32
+    part_ptr,  # (V, parts, 2, C) fp32
     num_rows,  # R
     num_channels,  # C
-    rows_per_program,
+    num_parts,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """part[view, program] = (mean, M2 = sum (x - mean)^2) of the program's rows. Reads x once."""
-    split, view = tl.program_id(0), tl.program_id(2)
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    """part[view, part] = (mean, M2 = sum (x - mean)^2) of the part's rows. Reads x once."""
+    part, block, view = place(num_channels, BLOCK_C, REVERSED=False)
+    channel = block * BLOCK_C + tl.arange(0, BLOCK_C)
     row = tl.arange(0, BLOCK_R)
-    first = split * rows_per_program
-    count = tl.minimum(rows_per_program, num_rows - first)
-    start_ptr = x_ptr + (view * num_rows + first).to(tl.int64) * num_channels
     in_channels = channel < num_channels
     offset = row[:, None] * num_channels + channel[None, :]
-    inside = (row < count)[:, None] & in_channels[None, :]
-    x = tl.load(start_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-    pivot = tl.sum(x, 0) / tl.minimum(count, BLOCK_R)
+    first = part * BLOCK_R
+    inside = (first + row < num_rows)[:, None] & in_channels[None, :]
+    at = (view * num_rows + first).to(tl.int64) * num_channels + offset
+    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    pivot = tl.sum(x, 0) / tl.minimum(num_rows - first, BLOCK_R)
     delta = tl.where(inside, x - pivot[None, :], 0.0)
     total, square = delta, delta * delta
-    for done in tl.range(BLOCK_R, count, BLOCK_R, num_stages=STAGES):
-        inside = (done + row < count)[:, None] & in_channels[None, :]
-        x = tl.load(start_ptr + done * num_channels + offset, mask=inside, other=0.0).to(tl.float32)
+    for tile in tl.range(
+        part + num_parts, tl.cdiv(num_rows, BLOCK_R), num_parts, num_stages=STAGES
+    ):
+        inside = (tile * BLOCK_R + row < num_rows)[:, None] & in_channels[None, :]
+        at = (view * num_rows + tile * BLOCK_R).to(tl.int64) * num_channels + offset
+        x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
         delta = tl.where(inside, x - pivot[None, :], 0.0)
         total += delta
         square += delta * delta
+    count = rows_of_part(part, num_parts, num_rows, BLOCK_R)
     shift = tl.sum(total, 0) / count
-    out = ((view * tl.num_programs(0) + split) * 2) * num_channels + channel
+    out = ((view * num_parts + part) * 2) * num_channels + channel
     tl.store(part_ptr + out, pivot + shift, mask=in_channels)
     m2 = tl.sum(square, 0) - shift * shift * count
     tl.store(part_ptr + out + num_channels, tl.where(m2 < 0, 0.0, m2), mask=in_channels)
@@ -69,15 +100,15 @@ def _statistics(
 
 @triton.jit
 def _merge_statistics(
-    part_ptr,  # (V, programs, 2, C) fp32
+    part_ptr,  # (V, parts, 2, C) fp32
     mean_ptr,  # (V, C) fp32
     scale_ptr,  # (V, C) fp32: rstd or the variance
     running_mean_ptr,  # (C,)
     running_var_ptr,  # (C,)
     num_rows,  # R
     num_channels,  # C
-    rows_per_program,
-    num_parts,  # programs of a view
+    num_parts,
+    tile_rows,  # BLOCK_R of the statistics
     momentum,
     eps,
     VIEWS: tl.constexpr,  # V
@@ -92,7 +123,7 @@ def _merge_statistics(
     part = tl.arange(0, BLOCK_S)
     inside = (part < num_parts)[:, None] & in_channels[None, :]
     offset = part[:, None] * 2 * num_channels + channel[None, :]
-    count = tl.minimum(num_rows - part * rows_per_program, rows_per_program)
+    count = rows_of_part(part, num_parts, num_rows, tile_rows)
     if HAS_RUNNING:
         running_mean = tl.load(running_mean_ptr + channel, mask=in_channels).to(tl.float32)
         running_var = tl.load(running_var_ptr + channel, mask=in_channels).to(tl.float32)
@@ -161,10 +192,9 @@ def _apply(
     BLOCK_C: tl.constexpr,
 ):
     """y of one tile, and with SHORTCUT and RELU the bits of the mask."""
-    view = tl.program_id(2)
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    # last rows first: the statistics pass has left them in the L2 cache (assumption)
-    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_R
+    tile, block, view = place(num_channels, BLOCK_C, REVERSED=True)  # the statistics' end first
+    channel = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    first = tile * BLOCK_R
     row = first + tl.arange(0, BLOCK_R)
     inside = (row < num_rows)[:, None] & (channel < num_channels)[None, :]
     start = (view * num_rows + first).to(tl.int64)  # beyond 2^31 elements at 2,674 views
@@ -185,7 +215,7 @@ def _apply(
         y += skip
     if RELU:
         if SHORTCUT > 0:
-            octet = tl.program_id(1) * (BLOCK_C // 8) + tl.arange(0, BLOCK_C // 8)
+            octet = block * (BLOCK_C // 8) + tl.arange(0, BLOCK_C // 8)
             num_octets = tl.cdiv(num_channels, 8)
             passed = tl.reshape((y > 0).to(tl.int32), [BLOCK_R, BLOCK_C // 8, 8])
             bits = tl.sum(passed << tl.arange(0, 8)[None, None, :], axis=2).to(tl.uint8)
@@ -214,10 +244,10 @@ def _apply_pool(
     BLOCK_C: tl.constexpr,
 ):
     """y and the taps of one tile of the pooled map."""
-    view = tl.program_id(2)
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    tile, block, view = place(num_channels, BLOCK_C, REVERSED=True)  # the statistics' end first
+    channel = block * BLOCK_C + tl.arange(0, BLOCK_C)
     in_channels = channel < num_channels
-    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    row = tile * BLOCK_R + tl.arange(0, BLOCK_R)
     in_rows = row < num_rows
     out_width, out_height = (width + 1) // 2, (height + 1) // 2
     out_row = view * num_rows + row
@@ -258,20 +288,19 @@ def statistics(
 ) -> tuple[Tensor, Tensor]:
     """Mean and rstd (want_var: biased variance) of each view, (V, C) fp32 each; x (rows, C)."""
     num_rows, num_channels = x.shape[0] // num_views, x.shape[1]
-    per_program, grid, options = reduction(num_rows, num_channels, num_views)
+    parts, grid, options = reduction(num_rows, num_channels, num_views, programs=PROGRAMS)
     fp32 = {"dtype": torch.float32, "device": x.device}
-    part = torch.empty(num_views, grid[0], 2, num_channels, **fp32)
+    part = torch.empty(num_views, parts, 2, num_channels, **fp32)
     mean = torch.empty(num_views, num_channels, **fp32)
     scale = torch.empty_like(mean)
-    sizes = num_rows, num_channels, per_program
+    sizes = num_rows, num_channels, parts
     wrap_triton(_statistics)[grid](x, part, *sizes, **options)
     has_running = running_mean is not None and running_var is not None
     running = (running_mean, running_var) if has_running else (part, part)
     switches = {"VIEWS": num_views, "HAS_RUNNING": has_running, "WANT_VAR": want_var}
-    merge_grid, options = merge(grid[0], num_channels)
-    wrap_triton(_merge_statistics)[merge_grid](
-        part, mean, scale, *running, *sizes, grid[0], momentum, eps, **switches, **options
-    )
+    sizes += options["BLOCK_R"], momentum, eps
+    grid, options = merge(parts, num_channels)
+    wrap_triton(_merge_statistics)[grid](part, mean, scale, *running, *sizes, **switches, **options)
     return mean, scale
 
 

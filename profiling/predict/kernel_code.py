@@ -77,6 +77,11 @@ class Launch:
         return sum(t.nbytes for t in self.tensors)
 
     @property
+    def elements(self) -> int:
+        """Of its largest tensor."""
+        return max(t.numel() for t in self.tensors)
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Of its largest tensor."""
         return tuple(max(self.tensors, key=Tensor.numel).shape)
