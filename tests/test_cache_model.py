@@ -96,7 +96,7 @@ def test_a_pass_begins_where_the_pass_before_it_ends(run):
         end = list(tiles_in_order(launches[first], resident=1000))[-3:]
         begin = list(tiles_in_order(launches[second], resident=1000))[:3]
         assert {tile.view for tile in end} == {tile.view for tile in begin} == {VIEWS - 1}
-        assert begin == [Tile(VIEWS - 1, 4, block) for block in (2, 1, 0)]
+        assert begin == [Tile(VIEWS - 1, 4, block) for block in (0, 1, 2)]
         assert {tile.number for tile in end} == {4}
 
 

@@ -13,6 +13,7 @@ from kernels.batch_norm import (
     batch_norm_act_pool,
     block_end,
 )
+from kernels.gpu import launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -176,6 +177,22 @@ def test_outputs_gradients_and_running_statistics_are_as_exact_as_plain_torch(
 )
 def test_every_combination_is_as_exact_as_plain_torch(shape, options):
     assert_as_exact_as_plain(Case(shape, torch.float32, **options))
+
+
+def test_more_tiles_than_an_axis_of_a_grid_takes_change_no_bit(monkeypatch):
+    x = torch.randn(4, 8, 40, 40, generator=torch.Generator().manual_seed(0))  # 7 tiles a view
+    x = channels_last(x).to(DEVICE)
+    found = []
+    for axis in (65535, 3):  # 3 x 3: two programs beyond the last row
+        monkeypatch.setattr(launch, "MAX_TILES", axis)
+        for call in (batch_norm_act, batch_norm_act_pool):
+            leaf = x.clone().requires_grad_()
+            y = call(leaf, Norm(), TWO_VIEWS)
+            y.square().sum().backward()
+            found.append([y, leaf.grad])
+    assert launch.tiles(3200, 8, 2)[:2] == (3, (1, 3, 6))
+    for one, folded in zip(found[:2], found[2:], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, folded, strict=True))
 
 
 def test_mean_1000_and_std_1_keep_the_digits_of_the_variance():

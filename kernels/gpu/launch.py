@@ -23,6 +23,7 @@ POOL_TILE = 1024  # with max-pool a thread holds four windows' addresses: 2048 t
 SECOND_TILE = 2048  # two batch norms, 4096: 126 (Triton 3.9) to 136 (3.6) registers, or spills
 NUM_WARPS = 8
 MAX_BLOCK_C = 64
+MAX_TILES = 65535  # of CUDA's second and third axis
 PROGRAMS = 1024  # of the statistics: two views of as many as an H200 holds, 4 a multiprocessor
 REDUCE_PROGRAMS = 512  # of the backward reduction: 2 a multiprocessor
 # assumption: these six; profiling/kernels.py on a GPU settles them. They do not depend on the
@@ -72,29 +73,33 @@ def cdiv(a: int, b: int) -> int:
 
 def tiles(
     num_rows: int, num_channels: int, num_views: int, *, tile: int = TILE
-) -> tuple[tuple[int, int], dict[str, int]]:
-    """The grid of a kernel with a program for each tile of (V, R, C), and its launch options.
+) -> tuple[int, tuple[int, int, int], dict[str, int]]:
+    """(folds, grid, launch options) of a kernel with a program for each tile of (V, R, C).
 
-    Blocks are powers of two, channels at least 8 for a byte of mask bits. Axes: tiles, views.
+    Blocks are powers of two, channels at least 8 for a byte of mask bits. Axes: blocks of channels,
+    tiles of rows, views; an axis has at most 65,535 programs, so that more tiles are folded into
+    that of the views. Triton compiles folds of 1 in. Tiles beyond the last row do nothing.
     """
     block_c = min(MAX_BLOCK_C, max(8, 1 << (num_channels - 1).bit_length()))
     block_r = tile // block_c
-    grid = cdiv(num_rows, block_r) * cdiv(num_channels, block_c), num_views
-    return grid, {"BLOCK_R": block_r, "BLOCK_C": block_c, "num_warps": NUM_WARPS}
+    num_tiles = cdiv(num_rows, block_r)
+    folds = cdiv(num_tiles, MAX_TILES)
+    grid = cdiv(num_channels, block_c), cdiv(num_tiles, folds), num_views * folds
+    return folds, grid, {"BLOCK_R": block_r, "BLOCK_C": block_c, "num_warps": NUM_WARPS}
 
 
 def reduction(
     num_rows: int, num_channels: int, num_views: int, *, programs: int, tile: int = TILE
-) -> tuple[int, tuple[int, int], dict[str, int]]:
-    """(parts of a view, grid, launch options) of a reduction over each view's rows.
+) -> tuple[tuple[int, int, int], dict[str, int]]:
+    """The grid and launch options of a reduction over each view's rows; its second axis are parts.
 
     Part p has the tiles p, p + parts, p + 2 parts, ...: all programs go through the rows together.
     They write partial results, which a second kernel merges in a fixed order.
     """
-    grid, options = tiles(num_rows, num_channels, num_views, tile=tile)
-    blocks = cdiv(num_channels, options["BLOCK_C"])
-    parts = min(max(1, programs // (blocks * num_views)), grid[0] // blocks)
-    return parts, (parts * blocks, num_views), options
+    _, (blocks, *_), options = tiles(num_rows, num_channels, num_views, tile=tile)
+    num_tiles = cdiv(num_rows, options["BLOCK_R"])
+    parts = min(max(1, programs // (blocks * num_views)), num_tiles)
+    return (blocks, parts, num_views), options
 
 
 def merge(num_parts: int, num_columns: int) -> tuple[tuple[int], dict[str, int]]:

@@ -104,7 +104,7 @@ def _reduce(
     BLOCK_C: tl.constexpr,
 ):
     """part[view, part] = sums of g, g xhat (and g xhat2)."""
-    part, block, view = place(num_channels, BLOCK_C, REVERSED=False)
+    part, block, view = place(1, REVERSED=False)
     channel = block * BLOCK_C + tl.arange(0, BLOCK_C)
     octet = block * (BLOCK_C // 8) + tl.arange(0, BLOCK_C // 8)
     num_octets = tl.cdiv(num_channels, 8)
@@ -228,6 +228,7 @@ def _backward(
     num_channels,  # C
     height,  # of the map before it was pooled, as width
     width,
+    folds,  # of the grid
     inv_count,  # 1 / n, or 1 where sums are means already
     AFFINE: tl.constexpr,
     MASK: tl.constexpr,  # 2: g is dy, to be masked from x
@@ -237,7 +238,7 @@ def _backward(
     BLOCK_C: tl.constexpr,
 ):
     """dx (and dx2) of one tile from g."""
-    tile, block, view = place(num_channels, BLOCK_C, REVERSED=True)  # the sums' end first
+    tile, block, view = place(folds, REVERSED=True)  # the sums' end first
     channel = block * BLOCK_C + tl.arange(0, BLOCK_C)
     first = tile * BLOCK_R
     row = tl.arange(0, BLOCK_R)
@@ -299,9 +300,10 @@ def reduce(
     num_rows, has_second = x.shape[0] // num_views, len(inputs) > 3
     num_sums = 3 if has_second else 2
     tile = POOL_TILE if size else SECOND_TILE if has_second else TILE
-    parts, grid, options = reduction(
+    grid, options = reduction(
         num_rows, num_channels, num_views, programs=REDUCE_PROGRAMS, tile=tile
     )
+    parts = grid[1]
     fp32 = {"dtype": torch.float32, "device": x.device}
     part = torch.empty(num_views, parts, num_sums, num_channels, **fp32)
     sums = torch.empty(num_views, num_sums, num_channels, **fp32)
@@ -345,9 +347,9 @@ def backward(
     weight, bias, weight2, _ = (*params, *[mean] * 4)[:4]
     tensors = (g, x, mean, rstd, weight, bias, *(inputs[3:] or inputs), weight2, sums)
     tensors += (x if tap is None else tap, dx, dx2 if has_second else x)
-    sizes = (num_rows, num_channels, *(size or (0, 0)), inv_count)
     switches = {"AFFINE": bool(params), "MASK": 2 if mask_from_x else 0, "SECOND": has_second}
     tile = TILE if tap is None else POOL_TILE
-    grid, options = tiles(num_rows, num_channels, num_views, tile=tile)
+    folds, grid, options = tiles(num_rows, num_channels, num_views, tile=tile)
+    sizes = (num_rows, num_channels, *(size or (0, 0)), folds, inv_count)
     wrap_triton(_backward)[grid](*tensors, *sizes, **switches, POOLED=tap is not None, **options)
     return dx, dx2

@@ -40,13 +40,14 @@ STAGES = tl.constexpr(3)
 
 
 @triton.jit
-def place(num_channels, BLOCK_C: tl.constexpr, REVERSED: tl.constexpr):
-    """(tile or part, block of channels, view) of this program."""
-    program, view = tl.program_id(0), tl.program_id(1)
+def place(folds, REVERSED: tl.constexpr):
+    """(tile or part, block of channels, view) of this program; folds as of launch.tiles."""
+    block, tile, tiles = tl.program_id(0), tl.program_id(1), tl.num_programs(1) * folds
+    view, views = tl.program_id(2) // folds, tl.num_programs(2) // folds
+    tile += tl.program_id(2) % folds * tl.num_programs(1)
     if REVERSED:
-        program, view = tl.num_programs(0) - 1 - program, tl.num_programs(1) - 1 - view
-    blocks = tl.cdiv(num_channels, BLOCK_C)
-    return program // blocks, program % blocks, view
+        return tiles - 1 - tile, block, views - 1 - view
+    return tile, block, view
 
 
 @triton.jit
@@ -69,7 +70,7 @@ def _statistics(
     BLOCK_C: tl.constexpr,
 ):
     """part[view, part] = (mean, M2 = sum (x - mean)^2) of the part's rows. Reads x once."""
-    part, block, view = place(num_channels, BLOCK_C, REVERSED=False)
+    part, block, view = place(1, REVERSED=False)
     channel = block * BLOCK_C + tl.arange(0, BLOCK_C)
     row = tl.arange(0, BLOCK_R)
     in_channels = channel < num_channels
@@ -185,6 +186,7 @@ def _apply(
     bits_ptr,  # (V, R, C / 8 rounded up) uint8
     num_rows,  # R
     num_channels,  # C
+    folds,  # of the grid
     AFFINE: tl.constexpr,
     SHORTCUT: tl.constexpr,  # 0 none, 1 residual, 2 second batch norm
     RELU: tl.constexpr,
@@ -192,7 +194,7 @@ def _apply(
     BLOCK_C: tl.constexpr,
 ):
     """y of one tile, and with SHORTCUT and RELU the bits of the mask."""
-    tile, block, view = place(num_channels, BLOCK_C, REVERSED=True)  # the statistics' end first
+    tile, block, view = place(folds, REVERSED=True)  # the statistics' end first
     channel = block * BLOCK_C + tl.arange(0, BLOCK_C)
     first = tile * BLOCK_R
     row = first + tl.arange(0, BLOCK_R)
@@ -239,12 +241,13 @@ def _apply_pool(
     num_channels,  # C
     height,  # of x, as width
     width,
+    folds,  # of the grid
     AFFINE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """y and the taps of one tile of the pooled map."""
-    tile, block, view = place(num_channels, BLOCK_C, REVERSED=True)  # the statistics' end first
+    tile, block, view = place(folds, REVERSED=True)  # the statistics' end first
     channel = block * BLOCK_C + tl.arange(0, BLOCK_C)
     in_channels = channel < num_channels
     row = tile * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -288,7 +291,8 @@ def statistics(
 ) -> tuple[Tensor, Tensor]:
     """Mean and rstd (want_var: biased variance) of each view, (V, C) fp32 each; x (rows, C)."""
     num_rows, num_channels = x.shape[0] // num_views, x.shape[1]
-    parts, grid, options = reduction(num_rows, num_channels, num_views, programs=PROGRAMS)
+    grid, options = reduction(num_rows, num_channels, num_views, programs=PROGRAMS)
+    parts = grid[1]
     fp32 = {"dtype": torch.float32, "device": x.device}
     part = torch.empty(num_views, parts, 2, num_channels, **fp32)
     mean = torch.empty(num_views, num_channels, **fp32)
@@ -325,8 +329,8 @@ def apply(
     tensors = (x, mean, rstd, weight, bias, shortcut, *statistics2, weight2, bias2)
     tensors += (y, bits if width else x)
     switches = {"AFFINE": bool(params), "SHORTCUT": kind, "RELU": relu}
-    grid, options = tiles(num_rows, num_channels, num_views)
-    wrap_triton(_apply)[grid](*tensors, num_rows, num_channels, **switches, **options)
+    folds, grid, options = tiles(num_rows, num_channels, num_views)
+    wrap_triton(_apply)[grid](*tensors, num_rows, num_channels, folds, **switches, **options)
     return y, bits
 
 
@@ -348,9 +352,7 @@ def apply_pool(
     tap = torch.empty(shape, dtype=torch.uint8, device=x.device)
     num_rows = shape[0] // num_views
     weight, bias = params or (mean, mean)
-    grid, options = tiles(num_rows, num_channels, num_views, tile=POOL_TILE)
-    tensors = x, mean, rstd, weight, bias, y, tap
-    wrap_triton(_apply_pool)[grid](
-        *tensors, num_rows, num_channels, height, width, AFFINE=bool(params), **options
-    )
+    folds, grid, options = tiles(num_rows, num_channels, num_views, tile=POOL_TILE)
+    tensors, sizes = (x, mean, rstd, weight, bias, y, tap), (num_rows, num_channels, height, width)
+    wrap_triton(_apply_pool)[grid](*tensors, *sizes, folds, AFFINE=bool(params), **options)
     return y, tap

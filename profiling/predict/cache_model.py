@@ -59,16 +59,17 @@ class Cache:
 
 def tiles_in_order(launch: Launch, resident: int) -> Iterator[Tile]:
     """The tiles of a launch in the order in which `resident` programs at a time take them."""
-    values = launch.arguments
-    blocks = -(-values["num_channels"] // values["BLOCK_C"])
+    values, (blocks, axis, views) = launch.arguments, launch.grid
     num_tiles = -(-values["num_rows"] // values["BLOCK_R"])
-    programs, views = launch.grid
     if launch.kernel.__name__ not in ("_statistics", "_reduce"):  # a tile each, the last one first
-        for view in reversed(range(views)):
-            for program in reversed(range(programs)):
-                yield Tile(view, program // blocks, program % blocks)
+        folds = values["folds"]
+        for view in reversed(range(views // folds)):
+            for tile in reversed(range(axis * folds)):
+                if tile < num_tiles:
+                    yield from (Tile(view, tile, block) for block in range(blocks))
         return
-    parts, waiting = programs // blocks, programs * views
+    parts, programs = axis, axis * blocks
+    waiting = programs * views
     started, running = 0, []
     while running or started < waiting:
         while len(running) < resident and started < waiting:
