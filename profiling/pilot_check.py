@@ -154,7 +154,7 @@ def main() -> None:
             folder.checkpoints.rmdir()
             log = Log(out / "log.txt")
             found = run_pilot(own, words, folder, log)
-            pilot, _ = prepare(words, folder)
+            pilot, _ = prepare(words, folder, Log(None))
             if not pilot.trials() or not found["images"]["classes"]:
                 raise ValueError(f"{pilot.base.data.root}: no trials, or no class labels for kNN")
             rows = finish_all(pilot, out / "finished", own.jobs, log)

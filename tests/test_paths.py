@@ -39,7 +39,7 @@ def test_a_tilde_is_the_home_folder_in_every_path_of_flags_and_of_yaml(home):
         assert (run, options.data.root, options.out) == (
             home / "run", f"{home}/images", f"{home}/eval",
         )  # fmt: skip
-    assert pilot_flags(["--data.root=~/images", "--out=~/pilot"])[2] == f"{home}/pilot"
+    assert pilot_flags(["--data.root=~/images", "--out=~/pilot"])[1].out == f"{home}/pilot"
     assert named_path("~/file") == home / "file"
 
 

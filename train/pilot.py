@@ -295,7 +295,7 @@ def some_views(pilot: Pilot) -> np.ndarray:
     return batch.images.numpy()
 
 
-def prepare(words: Sequence[str], folder: RunFolder) -> tuple[Pilot, Images]:
+def prepare(words: Sequence[str], folder: RunFolder, log: Log) -> tuple[Pilot, Images]:
     """Look at the images, or recall what was seen; the pilot with the settings that follow.
 
     words: the command line. Raises: ValueError for images that cannot be used.
@@ -305,7 +305,10 @@ def prepare(words: Sequence[str], folder: RunFolder) -> tuple[Pilot, Images]:
     check_apart(folder.path, *split_root(first.data.root), first.data.val)
     trials = folder.path / "trials"
     trials.mkdir(exist_ok=True)
-    reader = open_data(first.data, out=trials / "run", seed=first.seed, world=alone).train
+    data = open_data(first.data, out=trials / "run", seed=first.seed, world=alone)
+    for line in data.notes:
+        log(line)
+    reader = data.train
     fingerprint = reader.source.fingerprint
     seen = trials / f"images-{fingerprint[:12]}-{own.minutes:g}.json"
     if seen.exists():
@@ -327,7 +330,7 @@ def run_pilot(own: PilotConfig, words: Sequence[str], folder: RunFolder, log: Lo
     KeyboardInterrupt once running trials were saved and what is known was written.
     """
     began = time.time()
-    pilot, images = prepare(words, folder)
+    pilot, images = prepare(words, folder, log)
     device = resolve_device(pilot.base.device)
     folder.write("env.json", environment(1, torch.device(device)))
     folder.status("running", 0)

@@ -12,12 +12,13 @@ import torch
 
 from pipeline.streams import protect_output
 from train.distributed.startup import follow_launcher
+from train.distributed.world import stop_signals
 from train.pilots.trial import Trial
 from train.studies.runs import Place
 
 Result = TypeVar("Result")
 stopping: Any = None  # in a worker: an event, set when the pilot stops
-terminated = False  # whether this worker got SIGTERM
+terminated = False  # whether this worker got SIGTERM or SIGHUP
 
 
 def start_worker(places: Any, event: Any) -> None:
@@ -36,7 +37,9 @@ def start_worker(places: Any, event: Any) -> None:
             os._exit(1)
         terminated = True
 
-    signal.signal(signal.SIGTERM, note)
+    for number in stop_signals():
+        if number != signal.SIGINT:  # which the pilot alone takes
+            signal.signal(number, note)
     follow_launcher()
     protect_output()
     stopping = event
@@ -48,10 +51,10 @@ def is_stopping() -> bool:
 
 
 def call(work: Callable[..., Result], *arguments: Any) -> Result:
-    """In a worker: work(*arguments). Raises: OSError after SIGTERM."""
+    """In a worker: work(*arguments). Raises: OSError after SIGTERM or SIGHUP."""
     result = work(*arguments)
     if terminated:
-        raise OSError("a trial's process got SIGTERM; the same command continues")
+        raise OSError("a trial's process was told to stop; the same command continues")
     return result
 
 
