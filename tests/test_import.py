@@ -178,6 +178,14 @@ def test_the_official_file_becomes_a_run_that_exports_and_starts_a_training(
     missing, unexpected = theirs.load_state_dict(load_file(written["file"]), strict=False)
     assert missing == ["fc.weight", "fc.bias"] and not unexpected
     assert torch.equal(theirs.layer4[1].bn2.running_var, resnet.layer4[1].bn2.running_var)
+    again = import_file(Path(written["file"]), config(tmp_path / "again"))  # our own export
+    assert (again["tool"], again["matched"]) == ("torchvision's names", {"backbone": 120})
+    first, second = (
+        checkpoint.load_newest(tmp_path / name / "checkpoints", log=pytest.fail)
+        for name in ("run", "again")
+    )
+    for name, tensor in second.tensors["model"].items():
+        assert torch.equal(tensor, first.tensors["model"][name]), name
 
     settings = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["model"]
     model, lines = SimSiam(ModelConfig(**settings), MethodConfig()), []
@@ -189,6 +197,28 @@ def test_the_official_file_becomes_a_run_that_exports_and_starts_a_training(
         state.check_same_run(found.facts, {}, tmp_path / "run")
     with pytest.raises(ValueError, match="holds checkpoints already"):
         import_file(path, config(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_weights_with_torchvisions_names_are_a_backbone_and_its_classifier_stays_behind(
+    torchvision, tmp_path, suffix
+):
+    torch.manual_seed(0)
+    resnet = torchvision.models.resnet18().eval()
+    # torchvision's first weights are older than num_batches_tracked
+    weights = {k: v for k, v in resnet.state_dict().items() if not k.endswith("_tracked")}
+    path = tmp_path / f"resnet18.{suffix}"
+    (save_file if suffix == "safetensors" else torch.save)(weights, path)
+    report = import_file(path, config(tmp_path / "run"))
+    assert report["left_out"] == {"fc.*": "classifier trained on labels"}
+    assert (report["matched"], report["unexpected"]) == ({"backbone": 120}, [])
+    found = convert(read_tensors(path))
+    ours = SimSiam(ModelConfig(**found.network), MethodConfig()).eval()
+    ours.load_state_dict(found.tensors, strict=False)
+    resnet.fc, x = nn.Identity(), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        got = ours.backbone(x.to(memory_format=torch.channels_last))
+        torch.testing.assert_close(got, resnet(x), rtol=1e-4, atol=1e-5)
 
 
 def test_moco_gives_its_backbone_and_the_reason_for_what_is_left_out(torchvision, tmp_path):
@@ -351,7 +381,7 @@ def test_files_that_are_no_checkpoint_are_refused_by_name(tmp_path):
     files["cut.safetensors"] = (tmp_path / "a.safetensors").read_bytes()[:-1]
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=f"{name} is no checkpoint of torch.save") as refusal:
+        with pytest.raises(ValueError, match=f"{name} is no file of torch.save") as refusal:
             read_tensors(tmp_path / name)
         assert "\n" not in str(refusal.value)
     for path in (tmp_path, tmp_path / "missing"):

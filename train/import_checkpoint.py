@@ -1,9 +1,10 @@
 """Take over another tool's weights: `python train/import_checkpoint.py FILE --out RUN`.
 
-FILE is a checkpoint of the official SimSiam or MoCo, of lightly or of solo-learn with a ResNet; the
-names in it tell which. Only tensors are read, never code. RUN becomes a run folder of step 0 for
-train/export.py and for `train/main.py --init RUN` with another --out; its other settings come from
-train/main.py's flags, e.g. --config.
+FILE is a checkpoint of the official SimSiam or MoCo, of lightly or of solo-learn with a ResNet, or
+a state dict with torchvision's names: of torchvision, of timm, or what train/export.py wrote. The
+names in it tell which. It may be of torch.save or of safetensors; only tensors are read, never
+code. RUN becomes a run folder of step 0 for train/export.py and for `train/main.py --init RUN` with
+another --out; its other settings come from train/main.py's flags, e.g. --config.
 
 Heads are imported if they compute what ours do. A bias before a batch norm, which cancels in
 training, goes into the running mean: norm(W x + b; mean) = norm(W x; mean - b). Equal names are not
@@ -30,12 +31,14 @@ import zlib
 from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from jsonargparse import ArgumentError
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from pipeline.streams import print_result, protect_output
 from train.config import Config
@@ -69,10 +72,12 @@ LAYOUTS = (
     Layout("solo-learn", "backbone.", "projector.", "predictor."),
     Layout("solo-learn", "encoder.", "projector.", "predictor."),  # up to 1.0.2
 )
+PLAIN = Layout("torchvision's names", "", "", "")
+"""A ResNet by itself."""
 NOT_NEEDED = (
     (r"encoder_k\.|momentum_|\w+_momentum\.", "momentum encoder"),
     (r"queue", "queue of negatives"),
-    (r"(online_)?classifier\.|\w+\.fc\.", "classifier trained on labels"),
+    (r"(online_)?classifier\.|(\w+\.)?fc\.", "classifier trained on labels"),
 )
 
 
@@ -91,7 +96,7 @@ class Imported:
 
 
 def read_tensors(path: Path) -> Tensors:
-    """The state dict in a file of torch.save, without "module.". Raises: ValueError."""
+    """The state dict in a file, without "module.". Raises: ValueError."""
     if not path.is_file():
         raise ValueError(f"{path} is not a file")
     if path.stat().st_size > MAX_GIB << 30:
@@ -102,11 +107,13 @@ def read_tensors(path: Path) -> Tensors:
                 if (damaged := archive.testzip()) is not None:
                     raise ValueError(f"the checksum of {damaged} in it differs, copy it again")
         with torch.serialization.safe_globals([argparse.Namespace]):  # plain attributes
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            is_safe = path.suffix == ".safetensors"
+            load = partial(torch.load, map_location="cpu", weights_only=True)
+            content = (load_file if is_safe else load)(path)
     except pickle.UnpicklingError as error:
         needed = re.search(r"GLOBAL (\S+) (was not an allowed|whose module)", str(error))
         if needed is None:
-            raise ValueError(f"{path} is no checkpoint of torch.save, or is damaged") from error
+            raise ValueError(f"{path} is no file of torch.save, or is damaged") from error
         if needed[2] == "whose module":  # torch has a list of modules such as os
             raise ValueError(f"{path} would call {needed[1]}: do not trust it") from error
         raise ValueError(
@@ -117,7 +124,7 @@ def read_tensors(path: Path) -> Tensors:
     except DAMAGED as error:
         reason = first_line(error)
         raise ValueError(
-            f"{path} is no checkpoint of torch.save, or is damaged: {reason}"
+            f"{path} is no file of torch.save or safetensors, or is damaged: {reason}"
         ) from error
     content = content.get("state_dict", content) if isinstance(content, dict) else {}
     if not isinstance(content, dict):
@@ -141,9 +148,11 @@ def detect(names: list[str]) -> Layout:
     def has(prefix: str) -> bool:
         return any(name.startswith(prefix) for name in names)
 
+    if "conv1.weight" in names:
+        return PLAIN
     fitting = [layout for layout in LAYOUTS if has(layout.backbone)]
     if not fitting:
-        known = sorted({f"{layout.backbone}*" for layout in LAYOUTS})
+        known = [*sorted({f"{layout.backbone}*" for layout in LAYOUTS}), "conv1.weight"]
         raise ValueError(
             f"it has no tensors named {', '.join(known)}, but {', '.join(names[:3]) or 'none'}"
         )
@@ -158,7 +167,8 @@ def convert(source: Tensors) -> Imported:
     rest = []
     for name, tensor in source.items():
         owner = next((part for part in parts if name.startswith(getattr(layout, part))), None)
-        if owner is None or re.match(r"(backbone|encoder)\.fc\.\w+$", name):
+        owner = "backbone" if layout is PLAIN else owner
+        if owner is None or re.match(r"((backbone|encoder)\.)?fc\.\w+$", name):
             rest.append(name)
         else:
             parts[owner][name.removeprefix(getattr(layout, owner))] = tensor
@@ -191,12 +201,14 @@ def torchvision_names(backbone: Tensors) -> Tensors:
         first = 4 if any(name.startswith("7.") for name in backbone) else 2
         children = {"0": "conv1", "1": "bn1"}
         children |= {str(first + index): f"layer{index + 1}" for index in range(4)}
-    renamed = {}
+    renamed: Tensors = {}
     for name, tensor in backbone.items():
         child, _, rest = name.partition(".")
         full = f"{children.get(child, child)}.{rest}"
         renamed[full.replace(".shortcut.", ".downsample.")] = tensor
-    return renamed
+    norms = [name.removesuffix("running_mean") for name in renamed if name.endswith("running_mean")]
+    # weights from before PyTorch 0.4.1 lack it, torchvision's first ones among them
+    return {f"{norm}num_batches_tracked": torch.tensor(0) for norm in norms} | renamed
 
 
 def describe_backbone(backbone: Tensors) -> dict[str, Any]:

@@ -70,7 +70,8 @@ def image_size(data: np.ndarray | bytes, *, max_pixels: int = 1 << 27) -> tuple[
     if height < 1 or width < 1:
         raise BadImage(f"corrupt {kind}: image of {width}x{height} pixels")
     if height * width > max_pixels:
-        raise BadImage(f"image of {width}x{height} pixels exceeds the limit of {max_pixels}")
+        size, limit = f"{width}x{height} pixels", f"{max_pixels} (--data.max_pixels)"
+        raise BadImage(f"image of {size} exceeds the limit of {limit}")
     return height, width
 
 
