@@ -68,6 +68,7 @@ def test_no_graph_break_and_fewer_than_half_the_collectives_of_sync_batch_norm()
     assert found["collectives"] == 106  # 57 layers, of which a block end with downsample shares one
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_without_spills_and_keeps_memory_busy():
     found = told_by("profiling/kernels.py", "--compile-only", "--replay-cache", "--images=64")
     kernels = found["kernels"]

@@ -32,7 +32,7 @@ from train.distributed.watch import may_restart
 from train.distributed.world import watched
 from train.loop import train, write_features
 from train.run import checkpoint, state, versions
-from train.run.data import open_data
+from train.run.data import content_hash, open_data
 from train.run.folder import (
     SLOW_PRECISION,
     Log,
@@ -89,11 +89,16 @@ def run(config: Config, world: World, out: Path, folder: RunFolder | None, log: 
     schedule = Schedule(order, config.epochs, config.max_steps)
     current = build_state(config, world, len(source), tell=log)
     facts = state.run_facts(config, source.fingerprint, world)
+    if config.data.verify:
+        facts["content"] = from_main(world, content_hash(source) if world.is_main else "")
     # rank 0 reads it and sends it: hosts need not see the same disk
     saved = checkpoint.load_newest(out / "checkpoints", log=log.warn) if world.is_main else None
     saved = from_main(world, saved)
     if saved is not None:
         state.check_same_run(saved.facts, facts, out)
+        if world.is_main:
+            state.tell_changes(saved, source, facts, log.warn)
+        facts = {name: saved.facts[name] for name in ("content",) if name in saved.facts} | facts
         state.restore(current, saved)
         log(f"continuing {out} at step {current.step}")
     elif config.init:

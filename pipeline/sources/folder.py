@@ -51,6 +51,7 @@ class ImageFolder:
     class_names: list[str]  # the first-level folders, sorted bytewise, if all images are in these
     fingerprint: str  # SHA-256 of the relative names and the file sizes: equal for a copy elsewhere
     skipped: dict[str, int]  # entries left out, by kind: "extension .txt", "fifo", "unreadable" ...
+    newest: tuple[float, bytes]  # when the image that was written to last was, and its path
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -102,7 +103,7 @@ class ImageFolder:
     def __reduce__(self) -> tuple:
         """Pickle the paths as one string; NUL is the one byte that no file name can hold."""
         joined = b"\0".join(self.paths)
-        facts = (self.labels, self.class_names, self.fingerprint, self.skipped)
+        facts = (self.labels, self.class_names, self.fingerprint, self.skipped, self.newest)
         return _unpickled, (self.root, joined, *facts)
 
 
@@ -182,10 +183,10 @@ def list_images(root: str) -> ImageFolder:
     if not root:  # abspath would make it the current folder
         raise ValueError("No images: the folder's name is empty. Is a shell variable unset?")
     root = os.path.abspath(root)
-    images, skipped, reason = [], Counter(), ""
+    images, skipped, newest, reason = [], Counter(), (0.0, b""), ""
     try:
         os.scandir(root).close()
-        images, skipped = _scan(os.fsencode(root))
+        images, skipped, newest = _scan(os.fsencode(root))
     except FileNotFoundError:
         reason = "no such folder"
     except NotADirectoryError:
@@ -200,7 +201,8 @@ def list_images(root: str) -> ImageFolder:
     digest = hashlib.sha256(b"\0".join([b"%b\0%d" % image for image in images]))
     paths = [path for path, _ in images]
     labels, class_names = _classes(paths)
-    return ImageFolder(root, paths, labels, class_names, digest.hexdigest(), dict(skipped))
+    fingerprint = digest.hexdigest()
+    return ImageFolder(root, paths, labels, class_names, fingerprint, dict(skipped), newest)
 
 
 def _contents(skipped: Counter[str]) -> str:
@@ -218,8 +220,9 @@ def _contents(skipped: Counter[str]) -> str:
     return f"found 0 of {' '.join(EXTENSIONS)}, {others}"
 
 
-def _scan(root: bytes) -> tuple[list[tuple[bytes, int]], Counter[str]]:
-    """Return (relative path, num_bytes) of each image, in no order, and counts of the rest."""
+def _scan(root: bytes) -> tuple[list[tuple[bytes, int]], Counter[str], tuple[float, bytes]]:
+    """Return (relative path, num_bytes) of each image, in no order, counts of the rest, newest."""
+    newest = 0.0, b""
     images: list[tuple[bytes, int]] = []
     skipped: Counter[str] = Counter()
     seen: set[tuple[int, int]] = set()
@@ -241,6 +244,7 @@ def _scan(root: bytes) -> tuple[list[tuple[bytes, int]], Counter[str]]:
                     kind, num_bytes = _kind_of(entry)
                     if kind == "image":
                         images.append((prefix + entry.name, num_bytes))
+                        newest = max(newest, (entry.stat().st_mtime, prefix + entry.name))
                     elif kind == "folder":
                         folders.append(prefix + entry.name)
                     elif kind == "linked folder":
@@ -249,7 +253,7 @@ def _scan(root: bytes) -> tuple[list[tuple[bytes, int]], Counter[str]]:
                         count_skipped(skipped, kind)
         except OSError:
             skipped["unreadable"] += 1
-    return images, skipped
+    return images, skipped, newest
 
 
 def count_skipped(skipped: Counter[str], kind: str) -> None:

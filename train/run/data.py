@@ -4,9 +4,11 @@ Rank 0 lists the files, the others receive the list: on network storage a millio
 each rank would take minutes.
 """
 
+import hashlib
 import os
 import socket
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +16,8 @@ import numpy as np
 
 from pipeline.order import Purpose, keyed_rng
 from pipeline.sources.digits import write_digits
+from pipeline.sources.folder import READERS
+from pipeline.sources.header import BadImage
 from pipeline.sources.reader import ImageReader
 from pipeline.sources.shards import ImageSource, ShardSet, open_source
 from pipeline.sources.splits import split_root, tell_unused, why_no_labels
@@ -21,6 +25,7 @@ from train.config import DataConfig
 from train.distributed import World, from_main, gather
 
 DIGITS = "digits"
+HASHED = 256  # images in memory at once
 
 
 @dataclass(frozen=True)
@@ -216,6 +221,17 @@ def _list(config: DataConfig, out: Path) -> tuple[ImageSource, ImageSource | Non
             f"--data.val {config.val} has no class labels, which kNN needs: {why_none(val)}"
         )
     return train, val
+
+
+def content_hash(source: ImageSource) -> str:
+    """SHA-256 of the bytes of all images; of one that cannot be read the reason."""
+    digest = hashlib.sha256()
+    with ThreadPoolExecutor(READERS) as pool:
+        for start in range(0, len(source), HASHED):
+            numbers = range(start, min(start + HASHED, len(source)))
+            for image in source.read_many(numbers, pool):
+                digest.update(str(image).encode() if isinstance(image, BadImage) else image[0].data)
+    return digest.hexdigest()
 
 
 def split_bank(labels: np.ndarray, *, seed: int, share: float = 0.1, most: int = 5000):

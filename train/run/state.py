@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from pipeline.sources.folder import ImageFolder, printable
+from pipeline.sources.shards import ImageSource
 from train.config import Config, DataConfig, MethodConfig, flat
 from train.distributed import World
 from train.methods import Method, Scale
@@ -21,7 +23,8 @@ from train.run.optim import GuardedStep
 # may differ between two starts of one run: they change neither the weights nor the batches; images
 # are compared by fingerprint, recomputing gives the same bits
 FREE = {"out", "max_steps", "log_every", "checkpoint_every", "timeout_s", "device", "compile"}
-FREE |= {"eval", "dali", "data.root", "data.val", "data.max_bad_fraction", "model.recompute"}
+FREE |= {"eval", "dali", "data.root", "data.val", "data.max_bad_fraction"}
+FREE |= {"data.verify", "model.recompute"}
 CLOCKS = ("train_s", "wait_s", "knn", "last", "health")  # fields that are saved as JSON
 NOT_INHERITED = {"target", "queue"}  # parts of a method that a new run does not start from
 
@@ -139,10 +142,27 @@ def check_same_run(saved: dict, facts: dict, run: Path) -> None:
             f"{run} holds a run with other settings: {'; '.join(changed)}. "
             "Use the same settings to continue it, or another --out for a new run"
         )
-    if saved["data"] != facts["data"]:
+    is_known = "content" in saved and "content" in facts
+    if saved["data"] != facts["data"] or (is_known and saved["content"] != facts["content"]):
         raise ValueError(
             f"{run} was trained on other images (files were added, removed or changed under "
             "--data.root). Restore them to continue, or use another --out for a new run"
+        )
+
+
+def tell_changes(
+    saved: checkpoint.Checkpoint, source: ImageSource, facts: dict, warn: Callable[[str], None]
+) -> None:
+    """Warn of images that may be others than the run's, of the same names and sizes. On rank 0."""
+    if "content" in facts and "content" not in saved.facts:
+        warn("the run was begun without --data.verify: the images' content is not compared")
+    if not isinstance(source, ImageFolder) or "content" in facts:
+        return
+    written, path = source.newest
+    if written > saved.path.stat().st_mtime:
+        warn(
+            f"images of {source.root} were written to after the checkpoint, such as "
+            f"{printable(path)}: the run continues with them as they are now"
         )
 
 
