@@ -11,6 +11,7 @@ import json
 import os
 import select
 import sys
+from contextlib import suppress
 from typing import Any, TextIO
 
 CLOSED = OSError(errno.EBADF, os.strerror(errno.EBADF))
@@ -53,10 +54,14 @@ def _protected(stream: Any, number: int) -> Any:
         raw = Output(number, CLOSED) if stream is None else Output(stream.fileno())
     except io.UnsupportedOperation:  # in memory
         return stream
+    with suppress(OSError):
+        if stream is not None:
+            stream.flush()  # what imports have printed
     options: dict = {"encoding": "utf-8", "line_buffering": True}
     if isinstance(stream, io.TextIOWrapper):
-        names = "encoding", "line_buffering", "write_through"
-        options = {name: getattr(stream, name) for name in names}
+        # python -u, with which torchrun starts ranks, writes through: our buffer needs the lines
+        lines = stream.line_buffering or stream.write_through
+        options = {"encoding": stream.encoding, "line_buffering": lines}
     # not strict: a name that the encoding lacks would raise
     return io.TextIOWrapper(io.BufferedWriter(raw), errors="backslashreplace", **options)
 

@@ -78,9 +78,10 @@ def test_a_path_with_brackets_is_printed_as_it_is(capsys):
     assert capsys.readouterr().err == "pictures and evaluation.json: runs/[red]a[/b]\n"
 
 
-def written_run(folder: Path, **settings: str) -> Path:
+def written_run(folder: Path, **settings: object) -> Path:
     """The files by which a run folder is known."""
     (folder / "checkpoints").mkdir(parents=True)
+    (folder / "command.txt").touch()
     config = folder / "config.yaml"
     config.write_text(yaml.safe_dump({"data": {"root": "x"}, **settings}))
     return config
@@ -94,6 +95,18 @@ def test_a_config_that_names_another_folder_than_its_runs_is_refused(tmp_path, m
     assert run_config(config.parent, EvaluateConfig()).data.root == "x"  # reads, and may be a copy
     config = written_run(tmp_path / "runs" / "a", out="runs/a")
     assert parse_config([f"--config={config}"]).out == str(config.parent)
+
+
+def test_a_config_beside_a_folder_of_checkpoints_alone_is_no_runs(tmp_path):
+    config = written_run(tmp_path / "project", out="runs/x")
+    (tmp_path / "project" / "command.txt").unlink()
+    assert parse_config([f"--config={config}"]).out == "runs/x"
+
+
+def test_of_two_runs_settings_the_last_ones_and_their_folder_hold(tmp_path):
+    configs = [written_run(tmp_path / name, seed=number) for number, name in enumerate("ab")]
+    found = parse_config([f"--config={config}" for config in configs])
+    assert (found.seed, found.out) == (1, str(tmp_path / "b"))
 
 
 def test_an_out_on_the_command_line_wins_wherever_it_stands(tmp_path):

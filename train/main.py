@@ -144,7 +144,8 @@ def main() -> None:
     ):
         distributed.stop_at_once(world)
         versions.refuse_misfits(config.device)
-        if not config.out and may_restart():
+        # rank 0's: a config.yaml that was copied alone names no folder on another host
+        if not from_main(world, config.out) and may_restart():
             raise ValueError("--max-restarts needs --out DIR: a restart would begin a new run")
         out = Path(from_main(world, str(out)))
         if world.is_main:

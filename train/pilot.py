@@ -37,6 +37,7 @@ from pipeline.sources.splits import split_root
 from pipeline.streams import print_result, protect_output
 from train.config import Config, DataConfig
 from train.distributed import World, resolve_device, stop_at_once, take_device
+from train.distributed.world import stop_signals
 from train.loop import train_step
 from train.main import build_state
 from train.network.model import Precision
@@ -275,6 +276,7 @@ def conclude(pilot: Pilot, images: Images, folder: RunFolder, log: Log) -> dict:
         "evidence": found.evidence,
         "command": command,
         "setting": None if chosen is None else asdict(chosen),
+        "complete": bool(ranked) and ranked[0].judgement["step"] == ranked[0].trial.total,
         "images": asdict(images) | {"exact": len(images.exact), "near": len(images.near)},
         "untrained": untrained,
         "ranking": [{**asdict(each.trial.setting), **each.judgement} for each in ranked],
@@ -342,7 +344,7 @@ def run_pilot(own: PilotConfig, words: Sequence[str], folder: RunFolder, log: Lo
             try:
                 pilot.run(own, pool, until=until, log=log)
             except (KeyboardInterrupt, OSError, ValueError, RuntimeError):
-                for number in signal.SIGINT, signal.SIGHUP:  # until what is known was written
+                for number in stop_signals():  # until what is known was written
                     signal.signal(number, signal.SIG_IGN)
                 pool.stop()
                 conclude(pilot, images, folder, log)
@@ -367,8 +369,9 @@ def main() -> None:
         with RunFolder(str(out)) as folder:
             folder.checkpoints.rmdir()
             result = run_pilot(own, words, folder, Log(out / "log.txt"))
-            for weights in out.glob("trials/*/checkpoints"):
-                shutil.rmtree(weights)  # nothing continues from them
+            if result["complete"]:
+                for weights in out.glob("trials/*/checkpoints"):
+                    shutil.rmtree(weights)  # nothing continues from them
     print_result(result, kept=out / "result.json")
     if result["verdict"] != "learns":
         refuse(f"{result['verdict']}: {result['evidence']} ({result['report']})", code=1)

@@ -100,7 +100,7 @@ class FlagParser(ArgumentParser):
         if (given := alone.parse_known_args(words)[0].out) is not None:
             return given
         out = values["out"]
-        for file in values["config"]:
+        for file in reversed(values["config"]):
             run = file and run_of(Path(expanded(str(file))))  # None: YAML in the flag itself
             if run is None:
                 continue
@@ -108,21 +108,20 @@ class FlagParser(ArgumentParser):
             if out != said:  # another file names one
                 continue
             if not self.continues_runs:
-                out = ""
-            elif not said or Path(expanded(said)).resolve() == run.resolve():
-                out = str(run)
-            else:
-                raise ValueError(
-                    f"--config {file} is of the run in {run}, but its `out` is {said}: give "
-                    f"--out {run} to continue that run, or --out DIR for a new one"
-                )
+                return ""
+            if not said or Path(expanded(said)).resolve() == run.resolve():
+                return str(run)
+            raise ValueError(
+                f"--config {file} is of the run in {run}, but its `out` is {said}: give "
+                f"--out {run} to continue that run, or --out DIR for a new one"
+            )
         return out
 
 
 def run_of(config: Path) -> Path | None:
     """The run folder whose own settings a file has; None for any other file."""
     written_with_it = (config.parent / name for name in ("command.txt", "checkpoints"))
-    is_own = config.name == "config.yaml" and any(path.exists() for path in written_with_it)
+    is_own = config.name == "config.yaml" and all(path.exists() for path in written_with_it)
     return config.parent if is_own else None
 
 

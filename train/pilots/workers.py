@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -58,12 +59,25 @@ def call(work: Callable[..., Result], *arguments: Any) -> Result:
     return result
 
 
+@contextmanager
+def terminal_ignored() -> Iterator[None]:
+    """Have processes that start now ignore what a terminal sends to all: we stop the trials."""
+    of_terminal = signal.SIGINT, signal.SIGHUP
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in of_terminal}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 class Workers:
     """Processes that train trials, one in each place; `with` ends them."""
 
     def __init__(self, places: Sequence[Place]):
         context = multiprocessing.get_context("spawn")  # CUDA cannot be used after a fork
-        self.count, self.event, queue = len(places), context.Event(), context.Queue()
+        with terminal_ignored():  # by the process that keeps track of the event's semaphores
+            self.count, self.event, queue = len(places), context.Event(), context.Queue()
         for place in places:
             queue.put(place)
         options: dict = {"initializer": start_worker, "initargs": (queue, self.event)}
@@ -76,14 +90,8 @@ class Workers:
 
         Raises: what `work` raises; OSError where a process was killed.
         """
-        of_terminal = signal.SIGINT, signal.SIGHUP  # reach all processes; we stop the trials
-        # inherited by those that start now
-        before = {number: signal.signal(number, signal.SIG_IGN) for number in of_terminal}
-        try:
+        with terminal_ignored():
             jobs = {self.pool.submit(call, work, trial, *arguments): trial for trial in trials}
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
         for job in as_completed(jobs):
             try:
                 yield jobs[job], job.result()
