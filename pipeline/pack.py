@@ -102,6 +102,12 @@ def pack(
     if left_out:
         lines = [json.dumps({"file": name, "reason": why}) + "\n" for name, why in left_out]
         (dest / "left_out.jsonl").write_text("".join(lines))
+    else:
+        (dest / "left_out.jsonl").unlink(missing_ok=True)
+    for surplus in sorted(dest.glob("images-*.tar"))[len(indices) :]:  # more images are bad now
+        if _finished(surplus, folder, -1, shard_bytes, classes) is None:
+            surplus.unlink()
+            Path(shard_index.index_path(str(surplus))).unlink(missing_ok=True)
     return indices
 
 

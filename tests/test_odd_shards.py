@@ -51,6 +51,30 @@ def test_archives_joined_by_cat_are_read_to_the_last_and_other_bytes_refused(tmp
     assert "is truncated or damaged" in refusal(tmp_path / "cut.tar")
 
 
+def test_a_key_that_comes_again_is_of_another_sample(tmp_path):
+    one, two = [("0.jpg", b"a"), ("0.cls", b"1")], [("0.jpg", b"b"), ("0.cls", b"2")]
+    write_tar(tmp_path / "apart.tar", [*one, ("1.jpg", b"c"), ("1.cls", b"1"), *two])
+    write_tar(tmp_path / "1.tar", one)
+    write_tar(tmp_path / "2.tar", two)
+    joined = (tmp_path / "1.tar").read_bytes() + (tmp_path / "2.tar").read_bytes()
+    (tmp_path / "joined.tar").write_bytes(joined)
+    for name, expected in ("apart", [0, 0, 1]), ("joined", [0, 1]):
+        found = opened(tmp_path / f"{name}.tar")
+        assert found.labels is not None and found.labels.tolist() == expected, name
+        assert found.read(len(found) - 1).tobytes() == b"b" and not found.skipped
+
+
+def test_shards_numbered_apart_have_the_classes_of_their_folders(tmp_path):
+    for number, names in enumerate(("10 9", "9 fox")):
+        members = []
+        for label, name in enumerate(names.split()):
+            members += [(f"{name}/{number}.jpg", b"x"), (f"{name}/{number}.cls", b"%d" % label)]
+        write_tar(tmp_path / f"part-{number}.tar", members)
+    found = opened(tmp_path)
+    assert found.class_names == ["10", "9", "fox"] and found.labels is not None  # bytewise
+    assert found.labels.tolist() == [0, 1, 1, 2]
+
+
 def test_of_several_images_of_a_key_the_first_is_taken_and_the_others_counted(tmp_path):
     members = [("1.jpg", b"image"), ("1.png", b"mask"), ("2.png", b"second"), ("2.webp", b"no")]
     write_tar(tmp_path / "x.tar", members)

@@ -39,6 +39,7 @@ def open_root(root: Path | str, out: Path, val: str | None = None) -> RunData:
         (["train"], ("train", None)),
         (["train", "unlabeled"], ("train", None)),
         (["train", "empty"], ("train", None)),
+        (["train", "train_224", "val"], ("train", "val")),
         (["val", "test"], ("", None)),
         (["cat", "dog"], ("", None)),
         (["bus", "car", "train"], ("", None)),  # classes
@@ -60,6 +61,7 @@ def test_a_split_may_be_a_link_and_is_no_file(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "train").symlink_to("elsewhere")
     (tmp_path / "val").touch()
+    (tmp_path / "loop").symlink_to("loop")
     assert split_root(str(tmp_path)) == (str(tmp_path / "train"), None)
     (tmp_path / "test").mkdir()
     assert split_root(str(tmp_path)) == (str(tmp_path / "train"), str(tmp_path / "test"))
@@ -110,8 +112,10 @@ def test_where_there_are_no_labels_it_is_said_what_would_make_them(tmp_path, nam
 def test_a_held_out_folder_without_labels_is_told_and_training_images_are_the_queries(tmp_path):
     root = tmp_path / "root"
     write(root, *[f"train/{name}/{i}.png" for name in "ab" for i in range(10)], "val/1.png")
+    write(root, "unlabeled/1.png")
     data = open_root(root, tmp_path / "out")
-    told, knn = data.notes
+    unused, told, knn = data.notes
+    assert unused.startswith(f"{root}/unlabeled (1 images) is not used")
     assert told.startswith(f"{root}/val (1 images) has no class labels and is not used: {root}/val")
     assert knn == "kNN: 18 training images vote on 2 others of them"
     assert data.queries is not None and len(data.train.source) == 20

@@ -121,11 +121,19 @@ def _cut(path: str, num_bytes: int, detail: str) -> ValueError:
 
 @dataclass
 class _TarContents:
-    """What was found of a tar file so far."""
+    """What was found of a tar file so far; images and labels of the samples that are not closed."""
 
+    done: list[Entry] = field(default_factory=list)
     images: dict[bytes, Entry] = field(default_factory=dict)  # by key
     labels: dict[bytes, str] = field(default_factory=dict)
     skipped: Counter[str] = field(default_factory=Counter)
+    last_key: bytes = b""
+
+    def close(self) -> None:
+        """Give the images so far their labels: a key that comes again is of another sample."""
+        entries = self.images.items()
+        self.done += [entry._replace(label=self.labels.get(key)) for key, entry in entries]
+        self.images, self.labels = {}, {}
 
     def add(self, member: tarfile.TarInfo, file: BinaryIO) -> None:
         """Take an image or a label; count what is neither."""
@@ -133,14 +141,24 @@ class _TarContents:
         folder, slash, base = name.rpartition(b"/")
         stem, dot, extension = base.partition(b".")
         key, size, offset = folder + slash + stem, member.size, member.offset_data
+        is_image = b"." + extension.lower() in IMAGE_EXTENSIONS
+        is_label = extension in (b"cls", b"json")
         if not member.isreg() or member.issparse():
             self.skipped["no regular file"] += 1
-        elif not stem:
+            return
+        if not stem:
             self.skipped["hidden"] += 1
-        elif b"." + extension.lower() in IMAGE_EXTENSIONS:
-            if self.images.setdefault(key, entry := Entry(name, None, size, offset, size)) != entry:
+            return
+        known = self.images if is_image else self.labels if is_label else ()
+        if key != self.last_key and key in known:
+            self.close()
+        self.last_key = key
+        if is_image:
+            if key in self.images:
                 self.skipped["further image of a key"] += 1
-        elif extension in (b"cls", b"json"):
+            else:
+                self.images[key] = Entry(name, None, size, offset, size)
+        elif is_label:
             content = os.pread(file.fileno(), min(size, _MAX_LABEL_BYTES), offset)
             label = content.decode(errors="backslashreplace").strip()
             label = label if extension == b"cls" else _json_label(label)
@@ -167,9 +185,9 @@ def _scan_tar(path: str, file: BinaryIO, num_bytes: int) -> Contents:
         if (closing := os.pread(file.fileno(), 1024, end)) != bytes(1024):
             what = "a damaged header" if len(closing) == 1024 else "no end-of-archive mark"
             raise _cut(path, num_bytes, f"{what} at byte {end}")
+        found.close()
         start = _next_archive(path, file, end, num_bytes)
-    images = [entry._replace(label=found.labels.get(key)) for key, entry in found.images.items()]
-    return Contents(TAR, images, found.skipped)
+    return Contents(TAR, found.done, found.skipped)
 
 
 def _next_archive(path: str, file: BinaryIO, end: int, num_bytes: int) -> int:

@@ -182,6 +182,8 @@ def open_source(root: str) -> ImageSource:
     try:
         return list_images(root)
     except ValueError as error:
+        if not root:
+            raise
         inside = glob.iglob(os.path.join(glob.escape(root), "**", "*"), recursive=True)
         if (shard := next((name for name in inside if _SHARD.fullmatch(name)), None)) is None:
             raise
@@ -338,7 +340,7 @@ def _labels(
     if (by_folder := _by_folder(indices)) is not None:
         classes = by_folder
     kinds = {all(map(str.isdecimal, names)): n for n, (names, _) in enumerate(classes) if names}
-    if len(kinds) == 2:
+    if len(kinds) == 2 and by_folder is None:
         named, numbered = shards[kinds[False]], shards[kinds[True]]
         raise ValueError(
             f"{named} has names of classes such as {classes[kinds[False]][0][0]}, and {numbered} "
@@ -347,7 +349,8 @@ def _labels(
         )
     names = classes[0][0]
     if any(other != names for other, _ in classes):
-        names = sorted_classes(name for others, _ in classes for name in others)
+        union = {name for others, _ in classes for name in others}
+        names = sorted_classes(union) if by_folder is None else sorted(union, key=os.fsencode)
     numbers = {name: number for number, name in enumerate(names)}
     tables = [np.array([*(numbers[name] for name in others), -1]) for others, _ in classes]
     parts = [table[labels] for table, (_, labels) in zip(tables, classes, strict=True)]
@@ -373,25 +376,28 @@ def _by_folder(indices: list[ShardIndex]) -> list[tuple[list[str], np.ndarray]] 
 
     Those that pipeline/pack.py has written have such names already.
     """
-    classes, pairs = [], set()
+    classes, known, folders, is_told = [], set(), set(), True
     for index in indices:
         if index.packed is not None:
             classes.append((index.class_names, index.labels))
             continue
         if index.kind != TAR or b"/" not in index.listing[: index.ends[0]].tobytes():
             return None
-        folders = [name.partition(b"/") for name in names_of(index)]
-        if not all(slash for _, slash, _ in folders):
+        parts = [name.partition(b"/") for name in names_of(index)]
+        if not all(slash for _, slash, _ in parts):
             return None
-        texts = [printable(folder) for folder, _, _ in folders]
-        names = sorted_classes(texts)
+        texts = [printable(folder) for folder, _, _ in parts]
+        names = sorted(set(texts), key=os.fsencode)  # as a folder's
         numbers = {name: number for number, name in enumerate(names)}
-        labels = np.array([numbers[text] for text in texts])
-        known = [*index.class_names, ""]
-        pairs |= {(known[label], text) for label, text in zip(index.labels, texts, strict=True)}
-        classes.append((names, labels))
-    known, folders = ({pair[side] for pair in pairs} for side in (0, 1))
-    is_told = "" not in known and len(pairs) == len(known) == len(folders)
+        told = [*index.class_names, ""]
+        pairs = {(told[label], text) for label, text in zip(index.labels, texts, strict=True)}
+        here = {label for label, _ in pairs}
+        is_told &= "" not in here and len(pairs) == len(here) == len(names)
+        known |= here
+        folders |= set(names)
+        classes.append((names, np.array([numbers[text] for text in texts])))
+    # shards numbered apart have more folders than numbers; shards in one folder have fewer
+    is_told &= len(folders) >= len(known)
     return classes if is_told or (known == {""} and len(folders) > 1) else None
 
 

@@ -30,6 +30,8 @@ def split_root(root: str) -> tuple[str, str | None]:
     others = (name for name in folders if _split_of(name) not in (*TRAIN, *UNLABELLED))
     if not train or not (held_out or not any(map(_has_images, _paths(root, others)))):
         return root, None
+    exact = [name for name in train if name.lower() in TRAIN]
+    train = exact if len(exact) == 1 else train  # beside train_224
     if len(train) > 1:
         raise ValueError(
             f"{root} has {' and '.join(map(_shown, sorted(train)))}, all named as the split to "
@@ -98,7 +100,14 @@ def _entries(root: str) -> Iterator[os.DirEntry[str]]:
 
 
 def _folders(root: str) -> list[str]:
-    return [entry.name for entry in _entries(root) if entry.is_dir()]
+    return [entry.name for entry in _entries(root) if _is_folder(entry)]
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a loop of links
+        return False
 
 
 def _paths(root: str, names: Iterable[str]) -> Iterator[str]:
@@ -106,7 +115,8 @@ def _paths(root: str, names: Iterable[str]) -> Iterator[str]:
 
 
 def _is_image(name: str) -> bool:
-    return os.fsencode(os.path.splitext(name)[1].lower()) in IMAGE_EXTENSIONS
+    is_hidden = name.startswith(".")  # macOS writes ._x.jpg
+    return not is_hidden and os.fsencode(os.path.splitext(name)[1].lower()) in IMAGE_EXTENSIONS
 
 
 def _has_images(folder: str) -> bool:

@@ -159,7 +159,10 @@ def parse_config(arguments: Sequence[str] | None = None) -> Config:
     try:
         values = vars(parser.instantiate(parser.parse_args(arguments)))
         config = Config(**{key: value for key, value in values.items() if key != "config"})
-        if config.init and config.out and Path(config.init).resolve() == Path(config.out).resolve():
+        words = sys.argv[1:] if arguments is None else arguments
+        is_typed = any(word.partition("=")[0] == "--init" for word in words)  # not a moved run's
+        is_same = Path(config.init).resolve() == Path(config.out).resolve()
+        if is_typed and config.init and config.out and is_same:
             raise ValueError(f"--init {config.init} is this run's own folder: give another --out")
         return config
     except (ArgumentError, ValueError, TypeError, OSError) as error:

@@ -107,11 +107,15 @@ def why_none(source: ImageSource) -> str:
 
 def unused(config: DataConfig) -> list[str]:
     """A line for each part of --data.root that is not used, or not as its name says."""
+    notes = []
     if config.root == DIGITS:
-        note = "the images are those of the folder digits; to train on the embedded ones rename it"
-        return [note] * os.path.isdir(DIGITS)
+        if not os.path.isdir(DIGITS):
+            return []
+        notes = [
+            "the images are those of the folder digits; to train on the embedded ones rename it"
+        ]
     train, val = split_root(config.root)
-    return tell_unused(config.root, train, config.val or val)
+    return notes + tell_unused(config.root, train, config.val or val)
 
 
 def list_on_main(
