@@ -116,3 +116,13 @@ def test_shards_that_name_their_classes_and_shards_that_number_them_are_refused(
     assert (
         f"{tmp_path}/a-0.tar has names of classes such as cat, and {tmp_path}/a-1.tar num" in told
     )
+
+
+def test_the_index_of_an_earlier_version_is_made_again(tmp_path):
+    write_tar(tmp_path / "x.tar", [("1.jpg", b"x"), ("1.cls", b"1"), ("2.jpg", b"x")])
+    opened(tmp_path)
+    path = tmp_path / "x.tar.index"
+    anew = path.read_bytes()
+    path.write_bytes(anew.replace(b'\\"version\\": 2', b'\\"version\\": 1'))
+    assert path.read_bytes() != anew and len(opened(tmp_path)) == 2
+    assert path.read_bytes() == anew

@@ -77,13 +77,16 @@ def test_folders_and_images_that_are_not_used_are_named_with_their_number(tmp_pa
     write(tmp_path, "train/a/1.png", "val/a/1.png", "test/a/1.png", "test/b/2.png")
     write(tmp_path, "Unlabeled/1.png", "sample.png")
     (tmp_path / "annotations").mkdir()
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev" / "set-0000.tar").touch()
     lines = tell_unused(str(tmp_path), *split_root(str(tmp_path)))
     assert [line.split(":")[0] for line in lines] == [
         f"{tmp_path}/Unlabeled (1 images) is not used",
+        f"{tmp_path}/dev (1 shards) is not used",
         f"{tmp_path}/test (2 images) is not used",
         f"1 images in {tmp_path} itself are not used",
     ]
-    assert "--data.val" in lines[1]
+    assert "--data.val" in lines[1] and "--data.val" not in lines[0]
     assert tell_unused(str(tmp_path / "train"), str(tmp_path / "train"), None) == []
 
 

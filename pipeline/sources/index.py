@@ -10,7 +10,9 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from json import JSONDecodeError
 
@@ -20,11 +22,19 @@ from safetensors.numpy import save
 
 from pipeline.sources.scan import RECORDIO, TAR, TFRECORD, Contents, scan_shard
 
+# Compressed ones too, which scan_shard refuses by name.
+_SHARD = re.compile(
+    r".*(\.(tar|tgz|tfrec(ords?)?|rec)|-\d{5}-of-\d{5})(\.(gz|zst|xz|bz2))?", re.IGNORECASE
+)
 SUFFIX = ".index"
 # 1 had the place of a TFRecord's image, and all images of a key of a tar file
 _VERSION = {TAR: 2, TFRECORD: 2, RECORDIO: 1}
 _PROBE_BYTES = 1 << 16
 _ARRAYS = ("listing", "ends", "offsets", "spans", "labels")
+
+
+class Outdated(ValueError):
+    """An index of an earlier version, of a shard that pipeline/pack.py did not make."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +67,11 @@ class ShardIndex:
     packed: Packed | None = None  # None for a shard made by another tool
 
 
+def is_shard(name: str) -> bool:
+    """Whether a file has the name of a shard."""
+    return not name.startswith(".") and _SHARD.fullmatch(name) is not None
+
+
 def index_path(shard: str) -> str:
     """Return the path of a shard's index."""
     return shard + SUFFIX
@@ -70,7 +85,8 @@ def open_index(shard: str) -> tuple[ShardIndex, str | None]:
     """
     try:
         if os.path.exists(index_path(shard)):
-            return load_index(shard), None
+            with suppress(Outdated):  # made anew
+                return load_index(shard), None
         index = build_index(shard, scan_shard(shard))
     except OSError as error:
         raise ValueError(f"{shard} cannot be read ({error.strerror})") from None
@@ -157,13 +173,18 @@ def load_index(shard: str) -> ShardIndex:
 
 
 def read_index(shard: str) -> ShardIndex:
-    """Return the contents of the index beside a shard, stale or not."""
+    """Return the contents of the index beside a shard, stale or not.
+
+    Raises   ValueError for one that is damaged or of another version.
+    """
     path = index_path(shard)
     try:
         with safe_open(path, framework="numpy") as file:
             fields = json.loads(file.metadata()["index"])
             if fields.pop("version") != _VERSION.get(fields["kind"]):
-                raise ValueError(f"{path} is of another version: remove it to have it made again")
+                if fields["packed"]:
+                    raise ValueError(f"{path} is of another version: pack the folder again")
+                raise Outdated(f"{path} is of another version: remove it to have it made again")
             fields["packed"] = Packed(**fields["packed"]) if fields["packed"] else None
             index = ShardIndex(**fields, **{name: file.get_tensor(name) for name in _ARRAYS})
             if _agrees(index):

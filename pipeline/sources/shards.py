@@ -34,14 +34,11 @@ from pipeline.sources.folder import (
     stamp_of,
 )
 from pipeline.sources.header import BadImage
-from pipeline.sources.index import SUFFIX, ShardIndex, index_path, open_index, sorted_classes
+from pipeline.sources.index import SUFFIX, ShardIndex, index_path, is_shard, open_index
+from pipeline.sources.labels import labels_of
 from pipeline.sources.paths import matches
 from pipeline.sources.scan import TAR
 
-# Compressed ones too, which scan_shard refuses by name.
-_SHARD = re.compile(
-    r".*(\.(tar|tgz|tfrec(ords?)?|rec)|-\d{5}-of-\d{5})(\.(gz|zst|xz|bz2))?", re.IGNORECASE
-)
 Place = tuple[int, int, int]
 """The number of a shard, an offset in it, and how many bytes to read there."""
 _MAX_DESCRIPTORS = 1 << 16
@@ -185,7 +182,8 @@ def open_source(root: str) -> ImageSource:
         if not root:
             raise
         inside = glob.iglob(os.path.join(glob.escape(root), "**", "*"), recursive=True)
-        if (shard := next((name for name in inside if _SHARD.fullmatch(name)), None)) is None:
+        shard = next((name for name in inside if is_shard(os.path.basename(name))), None)
+        if shard is None:
             raise
         folder, extension = os.path.dirname(shard), os.path.splitext(shard)[1]
         raise ValueError(f"{error} It has shards: '{folder}/*{extension}' names them") from None
@@ -221,7 +219,7 @@ def _shards_of_folder(folder: str) -> list[str]:
                     image = entry.name
                 elif extension == SUFFIX:
                     indexed.add(entry.path.removesuffix(SUFFIX))
-                elif _SHARD.fullmatch(entry.name):
+                elif is_shard(entry.name):
                     shards.add(entry.path)
     except OSError:  # list_images says what is wrong with the folder
         return []
@@ -308,7 +306,7 @@ def _joined(root: str, shards: list[str], indices: tuple[ShardIndex, ...]) -> Sh
     positions = np.cumsum([0, *(index.listing.size + 1 for index in filled)])
     ends = [index.ends + at for index, at in zip(filled, positions[:-1], strict=True)]
     named = [shard for shard, index in zip(shards, indices, strict=True) if len(index.ends)]
-    labels, class_names, why_none = _labels(named, filled)
+    labels, class_names, why_none = labels_of(named, filled)
     return ShardSet(
         root=root,
         shards=shards,
@@ -324,83 +322,3 @@ def _joined(root: str, shards: list[str], indices: tuple[ShardIndex, ...]) -> Sh
         fingerprint=hashlib.sha256(listing.data).hexdigest(),
         skipped=dict(skipped),
     )
-
-
-def _labels(
-    shards: list[str], indices: list[ShardIndex]
-) -> tuple[np.ndarray | None, list[str], str]:
-    """The labels of a set, the names of its classes, and why there are no labels.
-
-    Classes are the first folders of tar files' members if these tell no others apart than their
-    labels: so shards of folders that were packed each for itself have the same names.
-
-    Raises   ValueError where some shards name their classes and others number them.
-    """
-    classes = [(index.class_names, index.labels) for index in indices]
-    if (by_folder := _by_folder(indices)) is not None:
-        classes = by_folder
-    kinds = {all(map(str.isdecimal, names)): n for n, (names, _) in enumerate(classes) if names}
-    if len(kinds) == 2 and by_folder is None:
-        named, numbered = shards[kinds[False]], shards[kinds[True]]
-        raise ValueError(
-            f"{named} has names of classes such as {classes[kinds[False]][0][0]}, and {numbered} "
-            "numbers: they are of two sets, or an index was lost. Name one set with a glob, or "
-            "pack the folder again"
-        )
-    names = classes[0][0]
-    if any(other != names for other, _ in classes):
-        union = {name for others, _ in classes for name in others}
-        names = sorted_classes(union) if by_folder is None else sorted(union, key=os.fsencode)
-    numbers = {name: number for number, name in enumerate(names)}
-    tables = [np.array([*(numbers[name] for name in others), -1]) for others, _ in classes]
-    parts = [table[labels] for table, (_, labels) in zip(tables, classes, strict=True)]
-    labels = np.concatenate(parts)  # -1 took a table's last
-    if (missing := labels < 0).any():
-        number = next(n for n, part in enumerate(parts) if part.min() < 0)
-        first = names_of(indices[number])[int(parts[number].argmin())]
-        return (
-            None,
-            [],
-            (
-                f"{missing.sum()} of {len(labels)} images have none, such as "
-                f"{os.path.basename(shards[number])}: {printable(first)}"
-            ),
-        )
-    if labels.min() == labels.max():
-        return None, [], f"all {len(labels)} images are of class {names[labels[0]]}"
-    return labels, names, ""
-
-
-def _by_folder(indices: list[ShardIndex]) -> list[tuple[list[str], np.ndarray]] | None:
-    """Names and labels by the members' first folders; None where these are not the classes.
-
-    Those that pipeline/pack.py has written have such names already.
-    """
-    classes, known, folders, is_told = [], set(), set(), True
-    for index in indices:
-        if index.packed is not None:
-            classes.append((index.class_names, index.labels))
-            continue
-        if index.kind != TAR or b"/" not in index.listing[: index.ends[0]].tobytes():
-            return None
-        parts = [name.partition(b"/") for name in names_of(index)]
-        if not all(slash for _, slash, _ in parts):
-            return None
-        texts = [printable(folder) for folder, _, _ in parts]
-        names = sorted(set(texts), key=os.fsencode)  # as a folder's
-        numbers = {name: number for number, name in enumerate(names)}
-        told = [*index.class_names, ""]
-        pairs = {(told[label], text) for label, text in zip(index.labels, texts, strict=True)}
-        here = {label for label, _ in pairs}
-        is_told &= "" not in here and len(pairs) == len(here) == len(names)
-        known |= here
-        folders |= set(names)
-        classes.append((names, np.array([numbers[text] for text in texts])))
-    # shards numbered apart have more folders than numbers; shards in one folder have fewer
-    is_told &= len(folders) >= len(known)
-    return classes if is_told or (known == {""} and len(folders) > 1) else None
-
-
-def names_of(index: ShardIndex) -> list[bytes]:
-    """The names of a shard's images."""
-    return index.listing.tobytes().split(b"\0")[::2]

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 from pipeline.sources.folder import IMAGE_EXTENSIONS, ImageFolder, printable
+from pipeline.sources.index import is_shard
 
 TRAIN = ("train", "training")
 HELD_OUT = ("val", "valid", "validation", "dev", "eval", "test", "testing")
@@ -49,18 +50,18 @@ def tell_unused(root: str, train: str, val: str | None) -> list[str]:
     lines = []
     if train == root:
         for path in _paths(root, _folders(root)):
-            if _split_of(os.path.basename(path)) in HELD_OUT and (count := _count_images(path)):
+            if _split_of(os.path.basename(path)) in HELD_OUT and (count := _count(path)):
                 lines.append(
-                    f"{_shown(path)} ({count} images) is trained on: if it is held out, move it "
+                    f"{_shown(path)} ({count}) is trained on: if it is held out, move it "
                     f"out of {_shown(root)} and give it as --data.val"
                 )
         return lines
     used = {os.path.realpath(path) for path in (train, val) if path is not None}
     for path in _paths(root, sorted(_folders(root))):
-        if os.path.realpath(path) not in used and (count := _count_images(path)):
+        if os.path.realpath(path) not in used and (count := _count(path)):
             is_held_out = _split_of(os.path.basename(path)) in HELD_OUT
             why = "--data.val takes it" if is_held_out else f"{_shown(train)} is trained on"
-            lines.append(f"{_shown(path)} ({count} images) is not used: {why}")
+            lines.append(f"{_shown(path)} ({count}) is not used: {why}")
     beside = sum(_is_image(entry.name) and entry.is_file() for entry in _entries(root))
     if beside:
         lines.append(
@@ -100,7 +101,10 @@ def _entries(root: str) -> Iterator[os.DirEntry[str]]:
 
 
 def _folders(root: str) -> list[str]:
-    return [entry.name for entry in _entries(root) if _is_folder(entry)]
+    # by name first: a flat folder of links would be a stat for each
+    return [
+        entry.name for entry in _entries(root) if not _is_image(entry.name) and _is_folder(entry)
+    ]
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -123,8 +127,15 @@ def _has_images(folder: str) -> bool:
     return any(any(map(_is_image, names)) for _, _, names in os.walk(folder, followlinks=False))
 
 
-def _count_images(folder: str) -> int:
-    return sum(sum(map(_is_image, names)) for _, _, names in os.walk(folder))
+def _count(folder: str) -> str:
+    """ "4 images" or "2 shards"; "" where there are neither."""
+    images = shards = 0
+    for _, _, names in os.walk(folder):
+        images += sum(map(_is_image, names))
+        shards += sum(is_shard(name) for name in names)
+    if images:
+        return f"{images} images"
+    return f"{shards} shards" if shards else ""
 
 
 def _shown(path: str) -> str:
