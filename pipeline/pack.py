@@ -41,6 +41,7 @@ from pipeline.sources.folder import ImageFolder, list_images, printable
 from pipeline.sources.header import BadImage, image_size
 from pipeline.sources.index import Packed, ShardIndex
 from pipeline.sources.paths import named_path
+from pipeline.sources.reader import hash_images
 from pipeline.sources.scan import TAR, Contents, Entry
 from pipeline.sources.splits import split_root, tell_unused
 from pipeline.streams import print_result, protect_output
@@ -84,7 +85,7 @@ def pack(
         while position < len(folder):
             shard = dest / f"images-{len(indices):06d}.tar"
             index, state = _finished(shard, folder, position, shard_bytes, classes), "was there"
-            is_changed = index is not None and has_changed(index, folder, pool)
+            is_changed = index is not None and has_changed(index, folder, pool, moved)
             if index is None or is_changed:
                 images = checked(folder, position, pool, moved)
                 index = _write_shard(shard, folder, position, shard_bytes, images, classes)
@@ -99,26 +100,41 @@ def pack(
                 line += f", {len(new)} left out, such as {': '.join(new[0])}"
             left_out += new
             tell(line)
+        _remove_surplus(dest, folder, len(indices), tell)
     if left_out:
         lines = [json.dumps({"file": name, "reason": why}) + "\n" for name, why in left_out]
         (dest / "left_out.jsonl").write_text("".join(lines))
     else:
         (dest / "left_out.jsonl").unlink(missing_ok=True)
-    for surplus in sorted(dest.glob("images-*.tar"))[len(indices) :]:  # more images are bad now
-        if _finished(surplus, folder, -1, shard_bytes, classes) is None:
-            surplus.unlink()
-            Path(shard_index.index_path(str(surplus))).unlink(missing_ok=True)
     return indices
 
 
-def has_changed(index: ShardIndex, folder: ImageFolder, pool: ThreadPoolExecutor) -> bool:
+def has_changed(
+    index: ShardIndex,
+    folder: ImageFolder,
+    pool: ThreadPoolExecutor,
+    moved: Callable[[int], None],
+) -> bool:
     """Whether images of a shard have other bytes than when they were packed."""
     assert index.packed is not None
-    digest, numbers = hashlib.sha256(), range(index.packed.first, index.packed.end)
-    for start in range(0, len(numbers), _BLOCK):
-        for image in folder.read_many(numbers[start : start + _BLOCK], pool):
-            digest.update(str(image).encode() if isinstance(image, BadImage) else image[0].data)
-    return digest.hexdigest() != index.packed.content
+    numbers = range(index.packed.first, index.packed.end)
+    return hash_images(folder, numbers, pool, moved) != index.packed.content
+
+
+def _remove_surplus(
+    dest: Path, folder: ImageFolder, num_shards: int, tell: Callable[[str], None]
+) -> None:
+    """Remove later shards of the same folder: where more images are bad, fewer are written."""
+    number = num_shards
+    while os.path.exists(shard_index.index_path(str(dest / f"images-{number:06d}.tar"))):
+        shard = dest / f"images-{number:06d}.tar"
+        packed = shard_index.read_index(str(shard)).packed
+        if packed is None or packed.source != folder.fingerprint:
+            return
+        shard.unlink(missing_ok=True)
+        os.unlink(shard_index.index_path(str(shard)))
+        tell(f"{shard.name} was removed: the shards before it hold all images")
+        number += 1
 
 
 def _finished(

@@ -19,6 +19,9 @@ from PIL import Image
 from pipeline import pack
 from pipeline.sources.folder import list_images
 from pipeline.sources.shards import ShardSet, open_source
+from train import distributed
+from train.config import DataConfig
+from train.run.data import open_data
 
 ROOT = Path(__file__).parent.parent
 SHARD = 40_000  # bytes: some 20 images
@@ -142,18 +145,36 @@ def test_train_and_val_are_both_packed_and_found_again(images, tmp_path, photos)
     assert same_images(tmp_path / "dest/val", tmp_path / "src/val")
 
 
-def test_classes_are_numbered_together_also_where_val_lacks_one(images, tmp_path, photos):
-    for split, names in (("train", "abc"), ("val", "ac")):
+def numbers_in(tar_file: Path) -> set[bytes]:
+    numbers = set()
+    with tarfile.open(tar_file) as tar:
+        for member in tar:
+            file = tar.extractfile(member) if member.name.endswith(".cls") else None
+            numbers |= {file.read()} if file is not None else set()
+    return numbers
+
+
+def test_classes_are_numbered_together_also_where_val_lacks_one(tmp_path, photos):
+    for split, names in (("train", ("2", "10", "a")), ("val", ("10", "a"))):
         for name in names:
             write_images(tmp_path / "src" / split / name, photos, 2)
     packed(tmp_path / "src", tmp_path / "dest")
-    with tarfile.open(tmp_path / "dest/val/images-000000.tar") as tar:
-        numbers = [tar.extractfile(m).read() for m in tar if m.name.endswith(".cls")]  # type: ignore
-    assert set(numbers) == {b"0", b"2"}
+    assert numbers_in(tmp_path / "dest/train/images-000000.tar") == {b"0", b"1", b"2"}
+    assert numbers_in(tmp_path / "dest/val/images-000000.tar") == {b"0", b"2"}  # 10 and a
+
+    def labels() -> list[list[int]]:
+        config = DataConfig(root=str(tmp_path / "dest"))
+        with distributed.start("cpu") as world:
+            data = open_data(config, out=tmp_path / "out", seed=0, world=world)
+        assert data.bank is not None and data.queries is not None
+        assert data.class_names == ["10", "2", "a"]
+        return [data.bank.labels.tolist(), data.queries.labels.tolist()]
+
+    before = labels()
+    assert before == [[0, 0, 1, 1, 2, 2], [0, 0, 2, 2]]
     for path in tmp_path.glob("dest/*/*.index"):
         path.unlink()
-    anew = open_packed(tmp_path / "dest/val")
-    assert anew.class_names == ["a", "c"]
+    assert labels() == before
 
 
 def test_images_edited_to_the_same_size_are_packed_again(images, tmp_path):
@@ -172,6 +193,21 @@ def test_images_edited_to_the_same_size_are_packed_again(images, tmp_path):
     assert changed and {Path(name).name.split(".")[0] for name in changed} == {
         max(before).split(".")[0]
     }
+
+
+def test_shards_that_are_left_over_when_more_images_are_bad_are_removed(images, tmp_path):
+    src = tmp_path / "src"
+    shutil.copytree(images, src)
+    before = packed(src, tmp_path / "dest")["shards"]
+    for path in sorted(src.rglob("*.*"))[5:40]:
+        path.write_bytes(bytes(path.stat().st_size))  # the same size
+    found = packed(src, tmp_path / "dest")
+    assert found["shards"] < before and found["left_out"] == 35
+    assert len(list((tmp_path / "dest").glob("images-*"))) == 2 * found["shards"]
+    assert len(open_packed(tmp_path / "dest")) == 25
+    after = content(tmp_path / "dest")
+    packed(src, tmp_path / "dest")
+    assert content(tmp_path / "dest") == after
 
 
 def test_a_flat_folder_has_no_labels_packed_either(tmp_path, photos):

@@ -5,9 +5,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
+from pipeline.sources.folder import list_images
 from train import distributed
+from train.distributed import World
 from train.main import run
+from train.run import data
 from train.run.folder import Log, RunFolder
 from train.run.program import read_config
 
@@ -67,3 +71,25 @@ def test_with_verify_a_run_refuses_images_of_the_same_size_and_other_content(own
 def test_a_run_begun_without_verify_says_that_nothing_is_compared(own):
     train(own, 1)
     assert "begun without --data.verify" in train(own, 2, "--data.verify=true")
+
+
+def test_the_hash_of_all_images_is_the_same_for_any_number_of_ranks(images, monkeypatch):
+    source, hashes = list_images(str(images)), []
+    monkeypatch.setattr(data, "PART", 7)
+
+    def collect(_world: World, value: list) -> list:
+        hashes.append(value)
+        if len(hashes) < 3:
+            raise InterruptedError  # the others have not called yet
+        return hashes
+
+    alone = data.content_hash(source, World(0, 1, 0, 1, torch.device("cpu"), None), print)
+    monkeypatch.setattr(data, "gather", collect)
+    for rank in range(3):
+        world = World(rank, 3, rank, 3, torch.device("cpu"), None)
+        if rank < 2:
+            with pytest.raises(InterruptedError):
+                data.content_hash(source, world, print)
+        else:
+            assert data.content_hash(source, world, print) == alone
+    assert sum(map(len, hashes)) == 14  # parts of 96 images, each read once

@@ -90,7 +90,7 @@ def run(config: Config, world: World, out: Path, folder: RunFolder | None, log: 
     current = build_state(config, world, len(source), tell=log)
     facts = state.run_facts(config, source.fingerprint, world)
     if config.data.verify:
-        facts["content"] = from_main(world, content_hash(source) if world.is_main else "")
+        facts["content"] = content_hash(source, world, log)
     # rank 0 reads it and sends it: hosts need not see the same disk
     saved = checkpoint.load_newest(out / "checkpoints", log=log.warn) if world.is_main else None
     saved = from_main(world, saved)

@@ -4,6 +4,8 @@ Imports neither torch nor DALI: on a GPU machine it runs in a separate process
 (pipeline/reading_process.py).
 """
 
+import hashlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -17,6 +19,26 @@ Placed = tuple[np.ndarray, tuple[int, int]]
 """An image's bytes and its (height, width) in pixels."""
 KEPT = np.dtype([("stamp", np.int64), ("height", np.int32), ("width", np.int32)])
 """16 bytes an image: 20 MB for ImageNet's, in each process that reads."""
+HASHED = 64  # images in memory at once
+
+
+def hash_images(
+    source: ImageSource,
+    numbers: range,
+    pool: ThreadPoolExecutor,
+    moved: Callable[[int], None] = lambda number: None,
+) -> str:
+    """SHA-256 of the bytes of images, or of the reason why one cannot be read.
+
+    moved is called with the number behind the last image that was read.
+    """
+    digest = hashlib.sha256()
+    for start in range(numbers.start, numbers.stop, HASHED):
+        part = range(start, min(start + HASHED, numbers.stop))
+        for image in source.read_many(part, pool):
+            digest.update(str(image).encode() if isinstance(image, BadImage) else image[0].data)
+        moved(part.stop)
+    return digest.hexdigest()
 
 
 @dataclass

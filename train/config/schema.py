@@ -34,8 +34,8 @@ class DataConfig:
     max_pixels: int = 1 << 27
     """An image with more pixels counts as bad: decoding it would take more than 400 MB."""
     verify: bool = False
-    """Read all images at the start and keep a hash of them with the run: a run that was begun with
-    it refuses to continue with others of the same names and sizes."""
+    """Read all images at the start, on all ranks together, and keep a hash of them with the run:
+    begun with it a run refuses to continue with others of the same names and sizes."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     """Channel means of images in 0 .. 1."""
     std: tuple[float, float, float] = IMAGENET_STD

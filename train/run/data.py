@@ -7,6 +7,7 @@ each rank would take minutes.
 import hashlib
 import os
 import socket
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,15 +18,15 @@ import numpy as np
 from pipeline.order import Purpose, keyed_rng
 from pipeline.sources.digits import write_digits
 from pipeline.sources.folder import READERS
-from pipeline.sources.header import BadImage
-from pipeline.sources.reader import ImageReader
+from pipeline.sources.reader import ImageReader, hash_images
 from pipeline.sources.shards import ImageSource, ShardSet, open_source
 from pipeline.sources.splits import split_root, tell_unused, why_no_labels
 from train.config import DataConfig
 from train.distributed import World, from_main, gather
 
 DIGITS = "digits"
-HASHED = 256  # images in memory at once
+PART = 4096  # images that a rank hashes at once
+PROGRESS_S = 15  # between two lines of progress
 
 
 @dataclass(frozen=True)
@@ -227,15 +228,20 @@ def _list(config: DataConfig, out: Path) -> tuple[ImageSource, ImageSource | Non
     return train, val
 
 
-def content_hash(source: ImageSource) -> str:
-    """SHA-256 of the bytes of all images; of one that cannot be read the reason."""
-    digest = hashlib.sha256()
+def content_hash(source: ImageSource, world: World, log: Callable[[str], None]) -> str:
+    """SHA-256 of all images, the same for any number of ranks, which share the reading."""
+    ends = [*range(PART, len(source), PART), len(source)]
+    parts = [range(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
+    mine, hashes, told = parts[world.rank :: world.size], [], time.monotonic()
     with ThreadPoolExecutor(READERS) as pool:
-        for start in range(0, len(source), HASHED):
-            numbers = range(start, min(start + HASHED, len(source)))
-            for image in source.read_many(numbers, pool):
-                digest.update(str(image).encode() if isinstance(image, BadImage) else image[0].data)
-    return digest.hexdigest()
+        for part in mine:
+            hashes.append(hash_images(source, part, pool))
+            if time.monotonic() - told > PROGRESS_S:
+                log(f"--data.verify has read {len(hashes)} of {len(mine)} parts of the images")
+                told = time.monotonic()
+    of_rank = gather(world, hashes)
+    in_order = [of_rank[n % world.size][n // world.size] for n in range(len(parts))]
+    return hashlib.sha256("".join(in_order).encode()).hexdigest()
 
 
 def split_bank(labels: np.ndarray, *, seed: int, share: float = 0.1, most: int = 5000):
