@@ -2,7 +2,7 @@
 
 A terminal is closed, `tee` or `head` ends, the disk behind a redirection is full: Python's own
 streams then raise from any print, also from one in a signal handler, and at the interpreter's exit.
-Every entry script calls `protect_output` before main(), and every process that it spawns.
+Every entry script calls `protect_output` before main(), and so does a pilot's worker.
 """
 
 import errno

@@ -51,6 +51,9 @@ def test_a_tilde_with_a_name_is_that_users_home_and_an_unknown_user_is_refused(h
     with pytest.raises(ValueError, match=r"no home folder of ~nobody-here is known; \./~nobody-h"):
         parse_config(["--data.root=~nobody-here/images"])
     monkeypatch.chdir(home)
+    for _ in range(2):  # what an expanded path is given to expands it again
+        found = parse_config(["--data.root=./~/x", "--out", expanded("./~/run")])
+        assert (found.data.root, found.out) == (f"{home}/~/x", f"{home}/~/run")
     (home / "~nobody-here").mkdir()
     assert parse_config(["--data.root=~nobody-here"]).data.root == "~nobody-here"
 

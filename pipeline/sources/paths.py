@@ -7,7 +7,12 @@ from pathlib import Path
 
 
 def expanded(word: str) -> str:
-    """A path with ~ and ~user replaced. Raises: ValueError for a user who has no home folder."""
+    """A path with ~ and ~user replaced, once: what is returned may be given again.
+
+    Raises: ValueError for a user who has no home folder.
+    """
+    if os.path.normpath(word) != word and os.path.normpath(word).startswith("~"):
+        return os.path.abspath(word)  # ./~/x is in a folder named ~, and Path would drop the dot
     path = os.path.expanduser(word)
     if path.startswith("~") and not os.path.lexists(path):
         user = path.split("/")[0]
