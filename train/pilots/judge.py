@@ -3,7 +3,7 @@
 The score is retrieval: how near an image's other view is among the views of all images, by the
 backbone's whitened features, the views drawn for all encoders as a common reference says. An
 encoder that begins to collapse still finds other views, so the score is lower where z has a rank
-below 10. Chosen by the rank correlation with kNN on two data sets (profiling/LOG.md, 2026-11-29).
+below 6. Chosen by the rank correlation with kNN on two data sets (profiling/LOG.md, 2026-11-29).
 """
 
 import math
@@ -27,7 +27,7 @@ from train.pilots.look import evenly
 from train.run.data import EvalSet, RunData
 
 SHRINKAGE = 0.3  # of the mean variance, added to all before features are whitened
-FULL_RANK = 10.0  # of z: from it on the score is the retrieval
+FULL_RANK = 6.0  # of z: from it on the score is the retrieval
 BANK, QUERIES = 4096, 1024  # images at most of the kNN that stands beside the score
 
 
