@@ -6,7 +6,7 @@
 Nothing is measured, and the table is no promise: its inputs are in the JSON line. Bytes and
 collectives of a step are those that profiling/collectives.py counted, the gradients are the
 model's, the step is composed in profiling/predict/step_model.py. The step of one GPU is measured
-(--measured) or the forecast of profiling/predict/forecast.py.
+(--measured) or predicted, part by part, in profiling/predict/step_time.py.
 """
 
 import root_first  # isort: skip # noqa: F401
@@ -23,10 +23,10 @@ from measure.results import check_save, errors_in_one_line, newest, print_table,
 from pipeline.sources.paths import named_path
 from pipeline.streams import protect_output
 from predict.fabric import Fabric
-from predict.forecast import REACHED
 from predict.limit import GPUS, count
 from predict.scaling_checks import RESNET50_BYTES, against_hosts, against_mlperf
 from predict.step_model import Step, predict, work_of
+from predict.step_time import against_published, step_time
 from train.config import MethodConfig, ModelConfig
 from train.run.folder import environment
 
@@ -95,9 +95,16 @@ def forecast_ranks(arguments: argparse.Namespace, fabric: Fabric) -> dict:
     work = work_of(counts, gpu=gpu, gradient_bytes=gradient_bytes, **sums)
     resnet50 = work_of(counts, gpu=GPUS["h100"], gradient_bytes=RESNET50_BYTES)
     mlperf = against_mlperf(resnet50, Fabric())  # NVIDIA's own network, whatever the flags say
-    least_s = counts.seconds(*gpu)  # of 256 images; the forecast is from 60 to 70 % of the roofline
-    forecast = {IMAGES[0]: [least_s / share for share in reversed(REACHED)]}
-    known = {n: [seconds] for n, seconds in given.items()} or forecast
+    one_gpu = {
+        n: step_time(count(ModelConfig(), MethodConfig(), images=n, size=SIZE), arguments.gpu)
+        for n in given or IMAGES[:1]
+    }
+    for n, seconds in given.items():
+        best, worst = one_gpu[n]["step_ms"]
+        measured_ms = round(1e3 * seconds, 2)
+        one_gpu[n] |= {"measured_ms": measured_ms, "holds": best <= measured_ms <= worst}
+    predicted = {n: [ms / 1e3 for ms in step["step_ms"]] for n, step in one_gpu.items()}
+    known = {n: [seconds] for n, seconds in given.items()} or predicted
 
     def row(images: int, ranks: int) -> dict:
         alone = step_seconds(images, known, fixed_s=mlperf["fixed_ms"] / 1e3)
@@ -108,7 +115,9 @@ def forecast_ranks(arguments: argparse.Namespace, fabric: Fabric) -> dict:
     network = {k: v for k, v in dataclasses.asdict(fabric).items() if k != "protocols"}
     result: dict = {
         "measured": bool(given),
-        "step_from": [str(path) for path in arguments.measured] or "roofline forecast",
+        "step_from": [str(path) for path in arguments.measured] or "predicted",
+        "one_gpu": one_gpu,
+        "published": against_published(),
         "gpu": arguments.gpu,
         "overlap": arguments.overlap,
         "fabric": network,
@@ -134,6 +143,23 @@ def of_ranks(steps: list[Step], alone: list[float], *, images: int) -> dict:
         "batch_norm_ms": round(1e3 * steps[0].sums_s, 3),
         "gradient_wait_ms": [round(1e3 * step.gradients_s, 3) for step, _ in pairs],
     }
+
+
+def print_one_gpu(result: dict) -> None:
+    """The step of one GPU, and the formula beside published speeds, on stderr."""
+    rows: list = []
+    for images, step in result["one_gpu"].items():
+        parts = {f"{images} images": step["step_ms"], **step["parts_ms"]}
+        rows += [(name, " to ".join(map(str, part)) + " ms") for name, part in parts.items()]
+        if "measured_ms" in step:
+            holds = "within the range" if step["holds"] else "OUTSIDE the range"
+            rows.append((f"{images} images, measured", f"{step['measured_ms']} ms, {holds}"))
+    rows.append(None)
+    for run in result["published"]:
+        best, worst = run["predicted"]
+        cell = f"{worst:,} to {best:,} images/s, published {run['published']:,}"
+        rows.append((f"{run['program']}, {run['gpu']}", cell))
+    print_table(f"predicted: a step on one {result['gpu']}", ("what", "figure"), rows, align="ll")
 
 
 def print_rates(result: dict) -> None:
@@ -181,6 +207,7 @@ def main() -> None:
         result = forecast_ranks(flags, Fabric(*network))
     machine = environment(1, torch.device("cpu")) | {"device": f"{flags.gpu}-predicted"}
     result |= {"n": 1, "environment": machine}
+    print_one_gpu(result)
     print_rates(result)
     save_and_print(result, flags.save, draw_scaling)
 

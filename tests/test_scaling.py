@@ -12,8 +12,11 @@ import pytest
 import scaling
 from measure import results
 from predict.fabric import Fabric, Protocol
+from predict.limit import count
 from predict.scaling_checks import MLPERF_EFFICIENCY
 from predict.step_model import BUCKET, FIRST_BUCKET, Work, predict
+from predict.step_time import launches, step_time
+from train.config import MethodConfig, ModelConfig
 
 ROOT = Path(__file__).parent.parent
 MB = 1 << 20
@@ -181,7 +184,7 @@ def test_the_program_ends_in_one_json_line_and_keeps_table_and_picture(
     scaling.main()
     printed = capsys.readouterr()
     told = json.loads(printed.out)
-    assert told["measured"] is False and "roofline forecast" in printed.err
+    assert told["measured"] is False and "step of one GPU: predicted" in printed.err
     kept, picture = map(Path, told["files"])
     assert json.loads(kept.read_text())["images_per_gpu"] == found["images_per_gpu"]
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -189,11 +192,21 @@ def test_the_program_ends_in_one_json_line_and_keeps_table_and_picture(
 
 def test_the_documents_figures_are_those_of_the_result_which_the_code_still_gives(found):
     text = (ROOT / "docs/scaling.md").read_text()
-    (path,) = (ROOT / "profiling/results").glob("scaling_*.json")
+    (path,) = (ROOT / "profiling/results").glob("scaling_h200*.json")
     kept = json.loads(path.read_text())
     assert path.name in text and path.with_suffix(".png").name in text
-    for name in ("images_per_gpu", "mlperf", "hosts"):
+    for name in ("one_gpu", "published", "images_per_gpu", "mlperf", "hosts"):
         assert found[name] == kept[name], name
+    (other,) = (ROOT / "profiling/results").glob("scaling_h100*.json")
+    assert other.name in text
+    steps = [file["one_gpu"]["256"] for file in (kept, json.loads(other.read_text()))]
+    ms = {name: [step["parts_ms"][name] for step in steps] for name in steps[0]["parts_ms"]}
+    for name, pairs in (ms | {"step": [step["step_ms"] for step in steps]}).items():
+        cells = [name, *("{:.1f} to {:.1f} ms".format(*pair) for pair in pairs)]
+        assert "| " + " | ".join(cells) + " |" in text
+    for run in kept["published"]:
+        cells = "{1:,} to {0:,}".format(*run["predicted"]), f"{run['published']:,}"
+        assert f"| {run['program']} | {run['gpu'].upper()} | {' | '.join(cells)} |" in text
     for ranks in kept["images_per_gpu"]["256"]:
         cells = [f"{int(ranks):,}"]
         for images in ("256", "64"):
@@ -217,3 +230,33 @@ def test_steps_over_slow_links_come_out_within_the_documents_error(found):
     assert len(slow) == 4
     for row in slow:
         assert abs(row["predicted_by_measured"] - 1) <= int(stated[1]) / 100
+
+
+def test_the_step_of_one_gpu_is_made_of_what_compiled_py_counts():
+    counted = results.newest("compiled-resnet50")
+    assert counted is not None
+    counts = count(ModelConfig(), MethodConfig(), images=counted["images"], size=224)
+    assert launches(counts) == pytest.approx(counted["ours"]["launches"], rel=0.02)
+    moved = (counts.product_bytes(2) + counts.site_bytes(2)) / counts.images / 1e6
+    assert moved == pytest.approx(counted["ours"]["mb_per_image"], rel=0.03)
+    step = step_time(counts, "h200")
+    for end in (0, 1):
+        parts_ms = sum(part[end] for part in step["parts_ms"].values())
+        assert parts_ms == pytest.approx(step["step_ms"][end], abs=0.03)
+
+
+def test_published_speeds_of_resnet50_are_within_the_range_of_the_formula(found):
+    assert len(found["published"]) >= 4
+    for run in found["published"]:
+        best, worst = run["predicted"]
+        assert worst < run["published"] < best < 1.5 * worst  # a range that says something
+
+
+@pytest.mark.parametrize(("ms", "holds"), [(60, True), (40, False), (90, False)])
+def test_a_measured_step_outside_of_the_range_is_said_to_be(tmp_path, capsys, ms, holds):
+    path = result_of(tmp_path, rate=256e3 / ms)
+    given = argparse.Namespace(**vars(DEFAULTS) | {"measured": [path]})
+    result = scaling.forecast_ranks(given, Fabric())
+    assert result["one_gpu"][256]["holds"] is holds
+    scaling.print_one_gpu(result)
+    assert ("OUTSIDE the range" in capsys.readouterr().err) is not holds

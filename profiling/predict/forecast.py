@@ -2,18 +2,18 @@
 
 Memory: 12 bytes a parameter (fp32 weight, gradient, momentum), 2 for the 16-bit copy, what is kept
 for the backward pass, and the largest map's gradients. Time: the roofline of
-profiling/predict/limit.py; the best published runs reach 60 to 70 % of theirs, so that range is
-given too. Communication is not in it. All of this is arithmetic, nothing measured.
+profiling/predict/limit.py, and the range of profiling/predict/step_time.py. Communication is not in
+it. All of this is arithmetic, nothing measured.
 """
 
 from measure.results import print_table
 from pipeline.decode import reserve
 from pipeline.loader import GPU_THREADS
 from predict.limit import GPU_GIB, GPUS, count, describe
+from predict.step_time import step_time
 from train.config import Config
 from train.network.model import DTYPES
 
-REACHED = (0.6, 0.7)
 IMAGENET_IMAGES = 1_281_167
 BYTES_A_PARAMETER = 14
 CHECKPOINT_BYTES_A_PARAMETER = 8  # fp32 weight and momentum
@@ -41,9 +41,8 @@ def forecast(config: Config, *, gpu: str, gpus: int) -> dict:
     largest = max(product.elements[1] for product in counts.products) * itemsize
     fixed = BYTES_A_PARAMETER * counts.parameters
     memory = fixed + kept + 3 * largest
-    least_s = limit["step_ms"] / 1e3
-    steps_s = [least_s / share for share in reversed(REACHED)]
-    minutes = [IMAGENET_IMAGES // batch_size * s / 60 for s in steps_s]
+    step = step_time(counts, gpu, itemsize=itemsize)
+    minutes = [IMAGENET_IMAGES // batch_size * ms / 6e4 for ms in step["step_ms"]]
     result = {
         "gpu": gpu,
         "gpus": gpus,
@@ -51,7 +50,7 @@ def forecast(config: Config, *, gpu: str, gpus: int) -> dict:
         "memory_gib": round(memory / 2**30, 2),
         "kept_for_backward_mb_per_image": round(kept / rows / 1e6, 2),
         "roofline": limit,
-        "step_ms": [round(1e3 * s, 1) for s in steps_s],
+        **step,
         "epoch_minutes": [float(f"{m:.3g}") for m in minutes],
         "dali_reserve": reserve(config.dali, threads=config.dali.threads or GPU_THREADS),
         "checkpoint_mb": round(CHECKPOINT_BYTES_A_PARAMETER * counts.parameters / 1e6, 1),
@@ -62,7 +61,12 @@ def forecast(config: Config, *, gpu: str, gpus: int) -> dict:
         "memory a GPU, DALI's left out": f"{result['memory_gib']} GiB",
         "DALI's reserve": result["dali_reserve"],
         "step by the roofline": f"{limit['step_ms']} ms",
-        "step at 60 to 70 % of it": " to ".join(map(str, result["step_ms"])) + " ms",
+        "step": " to ".join(map(str, result["step_ms"])) + " ms",
+        **{
+            f"  {name}": " to ".join(map(str, part)) + " ms"
+            for name, part in step["parts_ms"].items()
+        },
+        "images/s of a GPU": " to ".join(map(str, reversed(step["images_per_s"]))),
         "epoch of ImageNet-1k": " to ".join(map(str, result["epoch_minutes"])) + " minutes",
         "checkpoint": f"{result['checkpoint_mb']} MB",
     }
