@@ -39,11 +39,11 @@ def test_correlation_is_of_ranks_and_a_measure_that_a_diverged_setting_lacks_lea
 def test_patches_are_cut_from_the_centre_and_gray_ones_have_the_contrast_asked_for():
     pixels = np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8)
     photo = Image.fromarray(pixels)
-    colored = patches["cut"](photo, None)
+    colored = patches["cut"](photo, 3, None)
     assert len(colored) == 9 and {patch.shape for patch in colored} == {(32, 32, 3)}
     square = np.asarray(photo.crop((50, 0, 250, 200)).resize((96, 96), Image.Resampling.LANCZOS))
     assert (colored[5] == square[32:64, 64:]).all()
-    for patch in patches["cut"](photo, 0.05):
+    for patch in patches["cut"](photo, 3, 0.05):
         assert patch.shape == (32, 32) and patch.mean() == pytest.approx(127.5, abs=1)
         assert patch.std() / 255 == pytest.approx(0.05, abs=0.003)
 
