@@ -260,6 +260,17 @@ def test_the_verdict_follows_from_the_best_trial(tmp_path, score, collapsed, ste
     assert few.name == "too few images" and "50 different images" in few.evidence
 
 
+@pytest.mark.parametrize(("before", "after", "warns"), [(18.0, 15.6, True), (15.0, 15.6, False)])
+def test_a_best_setting_whose_knn_is_below_the_untrained_encoders_is_warned_of(
+    tmp_path, before, after, warns
+):
+    judged = {"step": 9, "score": 50.0, "knn": after, "collapsed": False}
+    standing = Standing(trial(tmp_path, "x", judged), judged)
+    for known in (before, None):  # None: no class labels
+        found = verdict(images(), {"score": 10.0, "knn": known}, [standing])
+        assert ("warning: its kNN is 15.6 %" in found.evidence) is (warns and known is not None)
+
+
 SMALL = ["--data.root=digits", "--model.width=8", "--model.projector_hidden=32", "--device=cpu"]
 SMALL += ["--model.projector_dim=32", "--model.predictor_hidden=8", "--settings=4", "--jobs=2"]
 

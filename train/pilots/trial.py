@@ -123,10 +123,23 @@ def verdict(images: Images, untrained: dict | None, ranked: Sequence[Standing]) 
     reached = f"score {best.judgement['score']:.1f}, untrained {start:.1f}"
     collapsed = sum(each.judgement["collapsed"] for each in ranked)
     if not best.judgement["collapsed"] and best.judgement["score"] >= start + BETTER:
-        return Verdict("learns", f"{reached}; {collapsed} of {len(ranked)} settings collapsed")
+        evidence = f"{reached}; {collapsed} of {len(ranked)} settings collapsed"
+        return Verdict("learns", evidence + contradiction(best.judgement, untrained))
     if collapsed == len(ranked):
         return Verdict("collapses", f"all {collapsed} settings collapsed; {reached}")
     if seen < TOO_SHORT:
         short = f"{reached} after {seen} images: give more --minutes"
         return Verdict("too little time", short)
     return Verdict("does not learn", f"the best of {len(ranked)} settings: {reached}")
+
+
+def contradiction(best: dict, untrained: dict) -> str:
+    """A warning where kNN of the best by score is below the untrained encoder's; empty if not."""
+    before, after = (judged.get("knn") for judged in (untrained, best))
+    if before is None or after is None or after >= before:
+        return ""
+    return (
+        f"; warning: its kNN is {after:.1f} %, the untrained encoder's {before:.1f}: the classes "
+        "depend on what the views change, such as colour: choose by kNN in the table, or lower the "
+        "strengths of --augment"
+    )
