@@ -5,6 +5,7 @@ Between two log steps nothing here waits for the device: no .item() in a step.
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor
 from torch.profiler import record_function
@@ -23,6 +24,7 @@ from train.run.folder import RunWriter
 from train.run.optim import Schedule, set_lr
 from train.run.report import thumbnails
 from train.run.state import TrainState
+from train.run.step_graph import Results
 from train.window import Window, warn_of_bad_queries
 
 PICTURES, EMBEDDED = 8, 1000  # images whose views, whose features TensorBoard shows
@@ -139,15 +141,21 @@ def train_step(
         steps_per_epoch=schedule.steps_per_epoch,
     )
     current.model.before_step(current.step)
-    views = normalized(config, batch.images)
+
+    def update(images: Tensor, ids: Tensor) -> Results:
+        views = normalized(config, images)
+        small = None if batch.small is None else normalized(config, batch.small)
+        with record_function("forward"), autocast(config.precision, device):
+            loss, scalars = current.ddp(views, ids, small)
+        norm = current.guard(loss, frozen=current.model.frozen(current.step))
+        return Results(loss.detach(), scalars, norm)
+
     ids = batch.ids.to(device, non_blocking=True)
-    small = None if batch.small is None else normalized(config, batch.small)
-    with record_function("forward"), autocast(config.precision, device):
-        loss, scalars = current.ddp(views, ids, small)
-    norm = current.guard(loss, frozen=current.model.frozen(current.step))
+    call = update if current.graph is None else partial(current.graph, update)
+    loss, scalars, norm = call(batch.images, ids)
     current.model.after_step(current.step, schedule.total)
     current.step += 1
-    return loss.detach(), scalars, norm, lr
+    return loss, scalars, norm, lr
 
 
 def normalized(config: Config, images: Tensor) -> Tensor:

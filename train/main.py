@@ -45,6 +45,7 @@ from train.run.optim import GuardedStep, Schedule, build_optimizer
 from train.run.program import exit_on_error, read_config
 from train.run.report import finish
 from train.run.state import TrainState
+from train.run.step_graph import StepGraph
 
 
 def build_state(
@@ -78,7 +79,27 @@ def build_state(
             **distributed.own_buffers(),  # synchronised batch norm keeps them equal
             gradient_as_bucket_view=True,
         )
-    return TrainState(model, ddp, optimizer, GuardedStep(optimizer, scaler, world.device))
+    graph, problem = None, why_no_graph(config, world)
+    if problem is not None and config.cuda_graph == "true":
+        raise ValueError(f"--cuda_graph true: {problem}: leave it out")
+    if problem is None and config.cuda_graph != "false":
+        only_short = config.cuda_graph == "auto"
+        graph = StepGraph(optimizer, world.device, only_short=only_short)
+    return TrainState(model, ddp, optimizer, GuardedStep(optimizer, scaler, world.device), graph)
+
+
+def why_no_graph(config: Config, world: World) -> str | None:
+    """Why a step of this run cannot be recorded as a CUDA graph, or None."""
+    spec = config.method.spec
+    problems = {
+        "it needs a CUDA device": world.device.type != "cuda",
+        "several GPUs exchange gradients between the launches": world.size > 1,
+        f"a step of {spec.title} with these flags is not the same each time": not spec.is_static,
+        "the loss scale of --precision fp16 changes from step to step": config.precision == "fp16",
+        "apex's optimizer takes its learning rate as a number": config.optim.implementation
+        == "apex",
+    }
+    return next((problem for problem, is_there in problems.items() if is_there), None)
 
 
 def run(config: Config, world: World, out: Path, folder: RunFolder | None, log: Log) -> dict:

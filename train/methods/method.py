@@ -125,6 +125,8 @@ class MethodSpec:
     """Whether the optimizer has a predictor to train."""
     least_images: int = 0
     """Fewer cannot fill its queue."""
+    is_static: bool = False
+    """Whether each step launches the same on the same tensors, so that it can be recorded."""
 
     def ends_in_norm(self, model: ModelConfig) -> bool:
         """Whether the projector ends in batch norm."""

@@ -184,6 +184,7 @@ class SimSiamSpec(MethodSpec):
         elif switches.predictor == "none" and not switches.moving_average:
             self.collapse_remedy = "set --method.predictor mlp"
         self.has_learning_predictor = switches.predictor == "mlp"
+        self.is_static = switches.target_steps == 1 and not switches.moving_average
 
     def ends_in_norm(self, model: ModelConfig) -> bool:
         """By --model.head_norm."""

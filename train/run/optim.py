@@ -216,8 +216,8 @@ class GuardedStep:
             self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if not self.scaler.is_enabled():  # the scaler skips on the way to its scale; see `check`
-            self.in_a_row = (self.in_a_row + 1) * bad
-        self.worst = torch.maximum(self.worst, self.in_a_row)
+            self.in_a_row.add_(1).mul_(bad)
+        torch.maximum(self.worst, self.in_a_row, out=self.worst)
         self.skipped += bad
         return norm
 

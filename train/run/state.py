@@ -19,12 +19,13 @@ from train.methods import Method, Scale
 from train.run import checkpoint
 from train.run.folder import RunWriter
 from train.run.optim import GuardedStep
+from train.run.step_graph import StepGraph
 
 # may differ between two starts of one run: they change neither the weights nor the batches; images
 # are compared by fingerprint, recomputing gives the same bits
 FREE = {"out", "max_steps", "log_every", "checkpoint_every", "timeout_s", "device", "compile"}
 FREE |= {"eval", "dali", "data.root", "data.val", "data.max_bad_fraction"}
-FREE |= {"data.verify", "model.recompute"}
+FREE |= {"data.verify", "model.recompute", "cuda_graph"}
 CLOCKS = ("train_s", "wait_s", "knn", "last", "health")  # fields that are saved as JSON
 NOT_INHERITED = {"target", "queue"}  # parts of a method that a new run does not start from
 
@@ -39,6 +40,8 @@ class TrainState:
     """The model as it is called: with DDP around it where there are several ranks."""
     optimizer: torch.optim.Optimizer
     guard: GuardedStep
+    graph: StepGraph | None = None
+    """Records and replays the steps; None: each is launched kernel by kernel."""
     step: int = 0
     """Steps done."""
     train_s: float = 0.0
