@@ -200,6 +200,8 @@ def test_out_of_memory_and_a_full_disk_are_known_by_whom_they_come_from():
         (MemoryError(), 1, "out of memory (): lower the batch"),
         (RuntimeError("x\nDefaultCPUAllocator: can't allocate memory"), 1,
          "out of memory (DefaultCPUAllocator: can't allocate memory): lower the batch"),
+        (ModuleNotFoundError("No module named 'nvidia.dali'", name="nvidia.dali"), 1,
+         "nvidia.dali is missing: requirements.txt names what to install"),
         (KeyboardInterrupt(), 130, "stopped"),
     ],
 )  # fmt: skip
@@ -212,7 +214,11 @@ def test_what_a_user_can_fix_ends_a_program_with_one_line(error, code, line, cap
     assert ended.value.code == code and capsys.readouterr().err == f"error: {line}\n"
 
 
-@pytest.mark.parametrize("error", [RuntimeError("shape"), MemoryError(), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("shape"), MemoryError(), KeyboardInterrupt(),
+     ModuleNotFoundError("x", name="train.nowhere")],
+)  # fmt: skip
 def test_an_error_for_which_a_program_has_no_remedy_keeps_its_traceback(error):
     with pytest.raises(type(error)), exit_on_error(Path("runs/a")):
         raise error

@@ -16,6 +16,7 @@ from train.distributed import start
 from train.distributed.watch import end_torchrun
 
 USAGE_ERROR = 2
+OWN = ("kernels", "pipeline", "train")  # a module of these that is missing is a mistake of ours
 
 
 def first_line(error: BaseException) -> str:
@@ -58,13 +59,18 @@ def exit_on_error(
                 ...
 
     ValueError, OSError and FloatingPointError exit with 1 and their text; where the disk is full it
-    names `out`. Running out of memory exits with 1 where there is a `memory_remedy`, Ctrl-C with
-    130 where there is a text for `stopped`. All else passes through, with its traceback.
+    names `out`. A package that is missing exits with 1, as does running out of memory where there
+    is a `memory_remedy`; Ctrl-C exits with 130 where there is a text for `stopped`. All else passes
+    through, with its traceback.
     """
     try:
         yield
     except (ValueError, OSError, FloatingPointError) as error:
         refuse(str(error) if out is None else error_text(error, out), code=1)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] in OWN:
+            raise
+        refuse(f"{error.name} is missing: requirements.txt names what to install", code=1)
     except (RuntimeError, MemoryError) as error:
         if not (memory_remedy and is_out_of_memory(error)):
             raise
