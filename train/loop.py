@@ -94,6 +94,7 @@ def train(
             if current.step % save_every == 0 or is_last or stopping:
                 stacks.allow(ALLOWED_S)
                 window.pause()
+                state.warn_of_differing_ranks(current, world, run.log.warn)
                 state.save_checkpoint(current, run, is_last=is_last or stopping)
             if stopping and not is_last:
                 ended = "preempted"

@@ -4,6 +4,8 @@ Order and views are functions of (seed, step), so that the position is one integ
 changes from step to step belongs into TrainState.
 """
 
+import socket
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +16,7 @@ from torch import nn
 from pipeline.sources.folder import ImageFolder, printable
 from pipeline.sources.shards import ImageSource
 from train.config import Config, DataConfig, MethodConfig, flat
-from train.distributed import World
+from train.distributed import World, gather
 from train.methods import Method, Scale
 from train.run import checkpoint
 from train.run.folder import RunWriter
@@ -116,6 +118,31 @@ def save_checkpoint(state: TrainState, run: RunWriter, *, is_last: bool = False)
         if is_last:
             raise
         run.log.warn(f"{error}. Training continues; the checkpoint before, if any, is kept")
+
+
+def warn_of_differing_ranks(state: TrainState, world: World, warn: Callable[[str], None]) -> None:
+    """Warn of ranks whose weights are not those of most ranks, bit for bit. Called by all ranks.
+
+    Averaged gradients keep equal ranks equal, and no loss shows that one is not. Each weight is
+    read once: sums of its bits are compared.
+    """
+    if world.size == 1:
+        return
+    parameters = [parameter.detach() for parameter in state.model.parameters()]
+    sums = torch.stack([p.view(torch.int32).sum() for p in parameters]).tolist()
+    everywhere = gather(world, (socket.gethostname(), tuple(sums)))
+    usual, _ = Counter(theirs for _, theirs in everywhere).most_common(1)[0]
+    others = [
+        f"rank {rank} on host {host}"
+        for rank, (host, theirs) in enumerate(everywhere)
+        if theirs != usual
+    ]
+    if others:
+        warn(
+            f"the weights of {', '.join(others)} are not those of the other ranks: a GPU, memory "
+            "or a link is faulty. Start the same command again: all ranks then load rank 0's "
+            "checkpoint"
+        )
 
 
 def check_same_run(saved: dict, facts: dict, run: Path) -> None:

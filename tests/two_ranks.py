@@ -1,0 +1,71 @@
+"""What two ranks find, run by tests/test_two_ranks.py as a script: rank 0 prints a JSON list."""
+
+import json
+import os
+import signal
+import sys
+import types
+
+if not __package__:  # run as a script, like those of profiling/
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from train.distributed import StopSignal, World, gather
+from train.run.optim import GuardedStep
+from train.run.state import TrainState, warn_of_differing_ranks
+
+CPU = torch.device("cpu")
+STEPS, SIGNALLED = 12, 4
+
+
+def stopped_at(world: World) -> int:
+    """The step after which this rank stops; rank 1 alone gets SIGTERM, in the SIGNALLED-th."""
+    stop = StopSignal(world)
+    for step in range(STEPS):
+        if (step, world.rank) == (SIGNALLED, 1):
+            os.kill(os.getpid(), signal.SIGTERM)
+        if stop.agreed():
+            break
+    stop.close()
+    return step
+
+
+def on_rank(rank: int, port: int) -> None:
+    """Rank 0 prints what both have found."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
+    watch = types.SimpleNamespace(progress=0)
+    world = World(rank, 2, rank, 2, CPU, dist.group.WORLD, watch)  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    ddp = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True)
+    guard = GuardedStep(optimizer, torch.amp.GradScaler("cpu", enabled=False), CPU)
+    weights = [model.weight.tolist()]
+    for step in range(3):
+        x = torch.full((4, 3), float("nan") if (step, rank) == (1, 1) else 1.0 + rank)
+        guard(ddp(x).square().sum())
+        weights.append(model.weight.tolist())
+    found = {"weights": weights, "skipped": guard.check(3), "warnings": []}
+    state = TrainState(model, ddp, optimizer, guard)  # type: ignore[arg-type] - of any module
+    for changed in (None, 1):
+        if rank == changed:
+            with torch.no_grad():
+                model.bias[1] = torch.nextafter(model.bias[1], torch.tensor(9.0))
+        found["warnings"].append(lines := [])
+        warn_of_differing_ranks(state, world, lines.append)
+    everywhere = gather(world, found | {"signalled": SIGNALLED, "stopped_at": stopped_at(world)})
+    if rank == 0:
+        print(json.dumps(everywhere))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    is_rank_1 = os.fork() == 0
+    on_rank(int(is_rank_1), int(sys.argv[1]))
+    if is_rank_1:
+        os._exit(0)
+    sys.exit(os.wait()[1])
