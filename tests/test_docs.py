@@ -131,6 +131,16 @@ def test_the_pages_configs_and_results_that_are_named_in_code_exist():
             assert (ROOT / path).exists() or "NAME" in path, (page, path)
 
 
+def test_the_tests_that_the_page_on_reliability_names_exist():
+    text = (ROOT / "docs" / "reliability.md").read_text()
+    named = re.findall(r"\[(test_\w+\.py)\]\(\.\./tests/\1\)((?:,? `test_\w+`)*)", text)
+    pairs = {(file, name) for file, names in named for name in re.findall(r"test_\w+", names)}
+    assert {name for _, name in pairs} == set(re.findall(r"`(test_\w+)`", text))
+    for file, name in pairs:
+        defined = re.findall(r"^def (test_\w+)", (ROOT / "tests" / file).read_text(), re.M)
+        assert name in defined, (file, name)
+
+
 def test_readme_has_sentence_picture_commands_and_figures_in_this_order():
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 120

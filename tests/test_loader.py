@@ -1,6 +1,7 @@
 """From a folder to batches: order, coverage, ranks, replacement, resume, evaluation crops."""
 
 import dataclasses
+import gc
 import io
 import os
 import re
@@ -346,6 +347,19 @@ def test_leaving_the_loop_early_ends_the_reading_thread(folder):
     next(iterator)
     iterator.close()
     assert threading.active_count() <= before + READERS  # the pool stays, the thread ends
+
+
+def test_loaders_one_after_another_leave_no_thread_and_no_open_file(folder):
+    def held() -> tuple[int, int]:
+        gc.collect()
+        return len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))
+
+    batches(folder, range(2))  # what is opened once
+    before = held()
+    for _ in range(5):
+        batches(folder, range(2))
+    threads, files = held()
+    assert threads <= before[0] and files <= before[1]
 
 
 def test_evaluation_crops_equal_torchvisions(torchvision, tmp_path, photos):

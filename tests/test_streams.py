@@ -7,6 +7,7 @@ import os
 import pty
 import resource
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -108,6 +109,18 @@ def test_a_stop_signal_is_received_where_its_line_cannot_be_printed(number):
         with without_reader():
             signal.raise_signal(number)
         assert stop.agreed()
+    finally:
+        stop.close()
+
+
+def test_a_second_sigterm_leaves_the_save_alone_and_a_second_ctrl_c_exits_at_once():
+    stop = StopSignal(ALONE)
+    try:
+        for _ in range(2):
+            signal.raise_signal(signal.SIGTERM)
+        assert stop.agreed()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
     finally:
         stop.close()
 
@@ -220,6 +233,26 @@ def test_tensorboard_on_a_full_disk_ends_with_one_line_of_the_log(tmp_path, num_
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     (line,) = lines
     assert line.startswith("TensorBoard stopped: [Errno 27]") and "Training continues" in line
+
+
+def test_a_tensorboard_folder_that_is_removed_ends_no_training(tmp_path, monkeypatch):
+    lines: list[str] = []
+    log, before = Log(None), threading.enumerate()
+    monkeypatch.setattr(log, "warn", lines.append)
+    monkeypatch.setattr(threading, "excepthook", lambda arguments: None)  # of its writing thread
+    metrics = Metrics(tmp_path, step=0, log=log)
+    metrics.scalars(1, {"train/loss": -0.5})
+    shutil.rmtree(tmp_path / "tb")
+    for step in range(2, 20):
+        metrics.scalars(step, {"train/loss": -0.5})
+    metrics.close()
+    for thread in threading.enumerate():
+        if thread not in before:
+            thread.join(60)
+    steps = [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")]
+    assert steps == list(range(1, 20))
+    (line,) = lines
+    assert line.startswith("TensorBoard stopped: ") and "Training continues" in line
 
 
 @pytest.mark.dist
