@@ -18,6 +18,7 @@ from nvidia.dali.pipeline import Pipeline
 
 from pipeline.augment import AugmentConfig, draws_in_graph
 from pipeline.decode import DecodeOptions, capability_of, decode_arguments
+from pipeline.sources.header import format_of
 
 NDIM = {"roi_start": 1, "roi_end": 1, "color": 2, "color_mean": 2, "sigma": 0, "solarize": 0}
 
@@ -152,7 +153,7 @@ def color_map(view, color, color_mean, *, placement: str):
 def undecodable(
     images: Sequence, options: DecodeOptions, *, device_id: int | None
 ) -> dict[int, str]:
-    """The first line of DALI's complaint, by position, for each image that it cannot decode.
+    """The reason, by position, for each image that DALI cannot decode.
 
     Raises: RuntimeError where the device failed or memory ran out, whatever the image.
     """
@@ -170,8 +171,11 @@ def undecodable(
             # DALI names the CUDA API that failed; of the host's memory only bad_alloc
             if "CUDA " in str(error) or "bad_alloc" in str(error):
                 raise
-            lines = [line.strip() for line in str(error).splitlines()]
-            complaint = (line for line in lines if "ailed" in line or "ailure" in line)
-            reasons[position] = next(complaint, lines[0])
+            detail = str(error).partition("encountered:\n\n")[2].partition("\n")[0].strip()
+            named = f" ({detail})" if detail and not detail.endswith(":") else ""  # a mere heading
+            reasons[position] = (
+                f"{format_of(encoded)} that DALI cannot decode{named}: damaged, or of a rare kind "
+                "to be converted, e.g. magick in.file out.png"
+            )
             pipeline = None  # not trusted after an error
     return reasons

@@ -38,7 +38,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from pipeline.machine import usable_cores
 from pipeline.sources import index as shard_index
 from pipeline.sources.folder import ImageFolder, list_images, printable
-from pipeline.sources.header import BadImage, image_size
+from pipeline.sources.header import BadImage, read_header
 from pipeline.sources.index import Packed, ShardIndex
 from pipeline.sources.paths import named_path
 from pipeline.sources.reader import hash_images
@@ -282,7 +282,7 @@ def check(folder: ImageFolder, number: int) -> tuple[bytes, str]:
     data = b""
     try:
         data = folder.read(number).tobytes()
-        image_size(data)
+        read_header(data)
         with Image.open(io.BytesIO(data)) as image:
             image.load()
     except BadImage as error:
@@ -344,7 +344,7 @@ def main() -> None:
     parser.add_argument("dest", type=named_path, help="folder for the shards")
     parser.add_argument("--shard-mib", type=float, default=1024, help="size of a shard in MiB")
     arguments = parser.parse_args()
-    Image.MAX_IMAGE_PIXELS = None  # image_size has the limit
+    Image.MAX_IMAGE_PIXELS = None  # read_header has the limit
     warnings.filterwarnings("ignore", module="PIL")  # about metadata
     try:
         size = arguments.shard_mib * 2**20

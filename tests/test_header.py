@@ -1,5 +1,7 @@
 """sources/header.py against PIL (the size) and against DALI's CPU decoder (what must be refused).
 
+Kinds that DALI misreads are in test_odd_images.py.
+
 Each case is decoded by a DALI pipeline of its own, for one bad sample fails a whole batch. Not in
 the claims, because only a full decode can tell: damage inside JPEG scans and tables or inside WebP,
 BMP and TIFF pixels, and a second TIFF page cut short. There DALI raises or decodes garbage.
@@ -12,6 +14,7 @@ import subprocess
 import sys
 import timeit
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +27,9 @@ from pipeline.augment import AugmentConfig
 from pipeline.decode import DecodeOptions
 from pipeline.loader import view_loader
 from pipeline.order import SampleOrder
+from pipeline.sources.by_pillow import decoded
 from pipeline.sources.folder import list_images
-from pipeline.sources.header import BadImage, image_size
+from pipeline.sources.header import BadImage, read_header
 from pipeline.sources.reader import ImageReader
 
 HEIGHT, WIDTH = 75, 100
@@ -124,6 +128,7 @@ def good_cases() -> dict[str, bytes]:
         "jpeg and one byte behind it": JPEG + b"\n",
         "png": PNG,
         "png 16 bit": encode(deep, "PNG"),
+        "tiff without BitsPerSample": encode(RGB.convert("1"), "TIFF"),
         "png animated": encode(RGB, "PNG", save_all=True, append_images=[RGB.rotate(90)]),
         "png and junk behind it": PNG + b"junk" * 1000,
         "png of the largest side": png_of(1_000_000, 1),
@@ -153,6 +158,8 @@ def good_cases() -> dict[str, bytes]:
         cases[f"png {mode}"] = encode(RGB.convert(mode), "PNG")
     for mode in ("1", "L", "P", "RGBA"):
         cases[f"bmp {mode}"] = encode(RGB.convert(mode), "BMP")
+    for mode in ("1", "L", "RGB"):
+        cases[f"pnm {mode}"] = encode(RGB.convert(mode), "PPM")
     for compression in ("tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg"):
         cases[f"tiff {compression}"] = encode(RGB, "TIFF", compression=compression)
     return cases
@@ -206,6 +213,7 @@ def refused_cases() -> dict[str, tuple[bytes, str]]:
         "webp of no image": (b"RIFF\x04\0\0\0WEBP", "^corrupt or truncated WebP"),
         "webp not a key frame": (patched(WEBP, 23, b"\0"), "^corrupt or truncated WebP"),
         "webp no signature": (patched(WEBP_LOSSLESS, 20, b"\0"), "^corrupt or truncated WebP"),
+        "pnm cut": (encode(RGB, "PPM")[:-1], "^truncated PNM: 22513 of 22514 bytes$"),
         "bmp width 0": (patched(BMP, 18, bytes(4)), "^corrupt or truncated BMP"),
         "bmp bomb": (patched(BMP, 18, struct.pack("<ii", 65500, 65500)), "^truncated BMP"),
         "bmp of another compression": (patched(BMP, 30, b"\x09"), "^corrupt or truncated BMP"),
@@ -231,12 +239,10 @@ def left_to_dali_cases() -> dict[str, bytes]:
     cases = {
         "png without palette": palette_png[:33] + palette_png[after_palette:],
         "png too wide": png_of(1_000_001, 1),
-        "bmp of 16 bits": patched(BMP, 28, b"\x10"),
-        "tiff without BitsPerSample": encode(RGB.convert("1"), "TIFF"),
     }
     # cut in what a directory or a JPEG inside the TIFF has behind the pixels
     for name, data, ends in (
-        ("tiff big endian", big_endian_tiff(), (1, 2, 5)),
+        ("tiff big endian", big_endian_tiff(), (1, 2)),
         ("tiff jpeg", TIFF_JPEG, (1, 2, 5, 100)),
     ):
         for end in (len(data) - missing for missing in ends):
@@ -251,6 +257,8 @@ LEFT_TO_DALI = left_to_dali_cases()
 
 def dali_decode(data: bytes) -> np.ndarray | None:
     """(H, W, 3) as the training pipeline decodes it, or None where DALI raises."""
+    with suppress(BadImage):
+        data = decoded(data).tobytes() if read_header(data).by_pillow else data
 
     @pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
     def graph():
@@ -275,7 +283,7 @@ def pil_decode(data: bytes) -> np.ndarray:
 def test_size_is_that_of_pil_and_of_dali_which_decodes_the_same_pixels(name):
     pil, dali = pil_decode(GOOD[name]), dali_decode(GOOD[name])
     assert dali is not None
-    assert image_size(GOOD[name]) == pil.shape[:2] == dali.shape[:2]
+    assert read_header(GOOD[name])[:2] == pil.shape[:2] == dali.shape[:2]
     assert np.abs(dali - pil).mean() < 1.0
 
 
@@ -283,14 +291,14 @@ def test_size_is_that_of_pil_and_of_dali_which_decodes_the_same_pixels(name):
 def test_what_is_refused_dali_cannot_decode(name):
     data, reason = REFUSED[name]
     with pytest.raises(BadImage, match=reason):
-        image_size(data)
+        read_header(data)
     if "bomb" not in name:  # DALI would try to allocate it, and decodes the PNG on a big machine
         assert dali_decode(data) is None
 
 
 @pytest.mark.parametrize("name", LEFT_TO_DALI)
 def test_what_passes_the_header_and_dali_cannot_decode_is_replaced_in_a_run(name, tmp_path):
-    assert image_size(LEFT_TO_DALI[name])
+    assert read_header(LEFT_TO_DALI[name])
     for number in range(8):
         (tmp_path / f"{number}.jpg").write_bytes(JPEG)
     (tmp_path / f"bad.{name[:4].strip()}").write_bytes(LEFT_TO_DALI[name])
@@ -308,17 +316,17 @@ def test_what_passes_the_header_and_dali_cannot_decode_is_replaced_in_a_run(name
 @pytest.mark.parametrize("data", [WEBP, BMP, TIFF], ids=["webp", "bmp", "tiff"])
 def test_pillows_own_limit_of_pixels_neither_warns_nor_refuses(data, monkeypatch, recwarn):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    assert image_size(data) == (HEIGHT, WIDTH) and not recwarn.list
+    assert read_header(data)[:2] == (HEIGHT, WIDTH) and not recwarn.list
     with pytest.raises(
         BadImage, match="^image of 100x75 pixels exceeds the limit of 7499 .--data.max_pixels.$"
     ):
-        image_size(data, max_pixels=HEIGHT * WIDTH - 1)
+        read_header(data, max_pixels=HEIGHT * WIDTH - 1)
 
 
 def test_size_of_a_rotated_tiff_is_the_one_that_is_decoded():
     data = rotated_by_exif("TIFF")
     assert Image.open(io.BytesIO(data)).size == (HEIGHT, WIDTH)  # Pillow turns it
-    assert image_size(data) == (HEIGHT, WIDTH) and np.array_equal(dali_decode(data), RGB)
+    assert read_header(data)[:2] == (HEIGHT, WIDTH) and np.array_equal(dali_decode(data), RGB)
 
 
 @pytest.mark.parametrize(
@@ -335,13 +343,13 @@ def test_what_dali_decodes_to_garbage_in_silence_is_refused(data):
     decoded = dali_decode(data)
     assert decoded is not None and np.abs(decoded - np.asarray(RGB, np.float32)).mean() > 4
     with pytest.raises(BadImage):
-        image_size(data)
+        read_header(data)
 
 
 def test_wrong_checksum_of_a_png_comment_is_no_reason_to_refuse():
     # PIL refuses it, DALI skips it.
     data = PNG[:33] + b"\0\0\0\3tEXta\0b1234" + PNG[33:]
-    assert image_size(data) == (HEIGHT, WIDTH)
+    assert read_header(data)[:2] == (HEIGHT, WIDTH)
     decoded = dali_decode(data)
     assert decoded is not None and np.array_equal(decoded, np.asarray(RGB))
 
@@ -349,13 +357,13 @@ def test_wrong_checksum_of_a_png_comment_is_no_reason_to_refuse():
 @pytest.mark.parametrize("name", ["jpeg", "png", "webp", "bmp", "tiff"])
 def test_array_and_bytes_are_read_alike(name):
     array = np.frombuffer(GOOD[name], np.uint8)
-    assert image_size(array) == image_size(array.copy()) == image_size(GOOD[name])
+    assert read_header(array) == read_header(array.copy()) == read_header(GOOD[name])
 
 
 def test_pixel_limit_is_inclusive_and_the_callers():
-    assert image_size(JPEG, max_pixels=HEIGHT * WIDTH) == (HEIGHT, WIDTH)
+    assert read_header(JPEG, max_pixels=HEIGHT * WIDTH)[:2] == (HEIGHT, WIDTH)
     with pytest.raises(BadImage, match="image of 100x75 pixels exceeds the limit of 7499"):
-        image_size(JPEG, max_pixels=HEIGHT * WIDTH - 1)
+        read_header(JPEG, max_pixels=HEIGHT * WIDTH - 1)
 
 
 def mutated(data: bytes, draw: random.Random) -> bytes:
@@ -383,9 +391,9 @@ def test_arbitrary_bytes_raise_nothing_but_bad_image():
     for _ in range(20_000):
         data = mutated(mutated(draw.choice(corpus), draw) or b"\xff", draw)
         try:
-            height, width = image_size(data)
+            height, width = read_header(data)[:2]
         except BadImage as error:
-            assert 0 < len(str(error)) < 100 and str(error).isprintable()
+            assert 0 < len(str(error)) < 150 and str(error).isprintable()
             num_refused += 1
         else:
             assert height > 0 and width > 0 and height * width <= 1 << 27
@@ -397,7 +405,7 @@ def test_every_prefix_of_every_format_is_refused_if_not_here_then_by_dali():
     for data in (JPEG, PNG, WEBP, WEBP_LOSSLESS, BMP, TIFF, TIFF_LZW, big_endian_tiff(), HTML):
         for end in (*range(min(len(data), 700)), *range(max(0, len(data) - 300), len(data))):
             try:
-                image_size(data[:end])
+                read_header(data[:end])
             except BadImage:
                 continue
             accepted.append(data[:end])
@@ -406,20 +414,20 @@ def test_every_prefix_of_every_format_is_refused_if_not_here_then_by_dali():
 
 
 def test_ordinary_jpeg_takes_less_than_25_us():
-    # Called once per image per step: 25 us are 1 % of decoding. Measured: 3 us (see image_size).
+    # Called once per image per step: 25 us are 1 % of decoding. Measured: 3 us (see read_header).
     pixels = np.random.default_rng(0).integers(0, 255, (75, 100, 3), dtype=np.uint8)
     image = Image.fromarray(pixels).resize((500, 375), Image.Resampling.BILINEAR)
     data = np.frombuffer(encode(image, "JPEG", quality=94), np.uint8)
     assert 90_000 < data.size < 130_000
-    assert min(timeit.repeat(lambda: image_size(data), number=200, repeat=10)) / 200 < 25e-6
+    assert min(timeit.repeat(lambda: read_header(data), number=200, repeat=10)) / 200 < 25e-6
 
 
 def test_jpegs_and_pngs_do_not_import_pillow():
     code = (
-        "import sys; from pipeline.sources.header import image_size\n"
+        "import sys; from pipeline.sources.header import read_header\n"
         "import pipeline.reading_process; data = sys.stdin.buffer.read()\n"
         f"jpeg, png = data[:{len(JPEG)}], data[{len(JPEG)}:]\n"
-        "print(image_size(jpeg), image_size(png), 'PIL' in sys.modules)"
+        "print(read_header(jpeg)[:2], read_header(png)[:2], 'PIL' in sys.modules)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=Path(__file__).parent.parent, input=JPEG + PNG,

@@ -1,6 +1,15 @@
 """Shards of which a part could be missed, and images that could lose their labels."""
 
+import json
+import subprocess
+import sys
+
+import pytest
+
+from forked import ROOT, forked
 from tar_files import opened, refusal, write_tar
+from test_odd_images import GOOD, REFUSED, RIGHT
+from test_train import TINY
 
 
 def test_without_a_class_for_every_image_there_are_no_labels(tmp_path):
@@ -126,3 +135,39 @@ def test_the_index_of_an_earlier_version_is_made_again(tmp_path):
     path.write_bytes(anew.replace(b'\\"version\\": 2', b'\\"version\\": 1'))
     assert path.read_bytes() != anew and len(opened(tmp_path)) == 2
     assert path.read_bytes() == anew
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_two_ranks_make_of_odd_images_in_odd_shards_what_one_makes(tmp_path):
+    kinds = [GOOD["tiff two pages"], RIGHT["tiff gray and alpha"][0], GOOD["jpeg"]]
+    images = [*kinds * 11, REFUSED["float"][0]]
+    for part in range(2):
+        members = []
+        for number, image in enumerate(images[part::2]):
+            key = f"{part}/{number:02d}"
+            members += [(f"{key}.tif", image), (f"{key}.cls", b"%d" % (number % 2))]
+            members += [(f"{key}.png", GOOD["png"])] * (number == 3)  # the mask of an image
+        write_tar(tmp_path / f"{part}.tar", members)
+    joined = tmp_path / "shards" / "joined.tar"  # as by cat
+    joined.parent.mkdir()
+    joined.write_bytes(b"".join((tmp_path / f"{part}.tar").read_bytes() for part in range(2)))
+    flags = ["train/main.py", *TINY, f"--data.root={joined.parent}", "--data.max_bad_fraction=0.1"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    runs = {
+        1: forked([*flags, f"--out={tmp_path}/1"]),
+        2: subprocess.run(
+            [sys.executable, *torchrun, *flags, f"--out={tmp_path}/2"],
+            cwd=ROOT, capture_output=True, text=True, check=False,
+        ),
+    }  # fmt: skip
+    results = []
+    for ranks, done in runs.items():
+        assert done.returncode == 0, done.stderr[-3000:]
+        results.append(json.loads(done.stdout.splitlines()[-1]))
+        log = (tmp_path / str(ranks) / "log.txt").read_text()
+        assert "34 images" in log and "2 x further image of a key" in log
+        assert log.count(" have several pages, such as joined.tar: ") == 1
+        bad = (tmp_path / str(ranks) / "bad_files.jsonl").read_text().splitlines()
+        assert len(bad) == 1 and "TIFF of 32-bit floats: convert" in bad[0]
+    assert results[0]["loss"] == pytest.approx(results[1]["loss"], abs=1e-4)

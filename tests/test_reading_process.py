@@ -65,6 +65,9 @@ def files_of(reader: ImageReader, work: Work) -> list[bytes]:
 
 
 def test_it_makes_the_batches_of_this_process_bit_for_bit(folder):
+    gray = Image.open(folder / "003.jpg").convert("LA")  # of two pages, decoded by Pillow
+    gray.save(folder / "003.jpg", "TIFF", save_all=True, append_images=[gray])
+
     def batches(*, in_process: bool) -> list:
         reader = ImageReader(list_images(str(folder)))
         order = SampleOrder(24, batch_size=8, seed=0)
@@ -73,7 +76,7 @@ def test_it_makes_the_batches_of_this_process_bit_for_bit(folder):
             device=torch.device("cpu"), ranks=Ranks(1, 2), in_process=in_process,
         )  # fmt: skip
         found = list(loader)
-        assert set(reader.bad) == {2}
+        assert set(reader.bad) == {2} and reader.several == (1, 3)
         return found
 
     for ours, theirs in zip(batches(in_process=True), batches(in_process=False), strict=True):

@@ -20,7 +20,7 @@ from pipeline.sources.folder import (
 )
 from pipeline.sources.header import BadImage
 
-KNOWN = ".jpg .jpeg .png .webp .bmp .tif .tiff"
+KNOWN = ".jpg .jpeg .png .webp .bmp .tif .tiff .ppm .pgm .pnm"
 
 
 def write(root: Path, *names: str | bytes, content: bytes = b"pixels") -> None:

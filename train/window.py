@@ -84,6 +84,7 @@ class Window:
         self.config, self.world, self.reader = config, world, reader
         self.state, self.schedule, self.run = current, schedule, run
         self.reported: set[int] = set()
+        self.told_of_pages = False
         self.low_std = 0
         self.waiting = WaitClock(world.device)
         self.restart()
@@ -191,10 +192,17 @@ class Window:
             self.run.log.warn(collapse_advice(z_std, threshold=threshold, method=method))
 
     def count_bad(self) -> None:
-        """Share the list of bad images; stop if there are too many."""
+        """Share the list of bad images; stop if there are too many. Tell once of several pages."""
         source, limit = self.reader.source, self.config.data.max_bad_fraction
-        everywhere = distributed.gather(self.world, bad_entries(self.reader, self.reported))
-        new = {entry["id"]: entry for part in everywhere for entry in part}
+        known = bad_entries(self.reader, self.reported), self.reader.several
+        bad, several = zip(*distributed.gather(self.world, known), strict=True)
+        if (num_several := sum(number for number, _ in several)) and not self.told_of_pages:
+            self.told_of_pages = True
+            self.run.log.warn(
+                f"{num_several} of the images read so far have several pages, such as "
+                f"{source.name(max(index for _, index in several))}: the first is used"
+            )
+        new = {entry["id"]: entry for part in bad for entry in part}
         new = {index: entry for index, entry in new.items() if index not in self.reported}
         if not new:
             return

@@ -21,7 +21,7 @@ import numpy as np
 
 from pipeline.sources.header import BadImage
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pnm")
 IMAGE_EXTENSIONS = frozenset(extension.encode() for extension in EXTENSIONS)
 READERS = 8  # threads that read files: hides the latency of network storage
 MOST_WAIT_S = 1e-4  # an image, and at least for 8: below it threads cost more than they save

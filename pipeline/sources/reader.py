@@ -12,13 +12,15 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from pipeline.sources.folder import READERS, Allocate
-from pipeline.sources.header import BadImage, image_size
+from pipeline.sources.header import BadImage, read_header
 from pipeline.sources.shards import ImageSource
 
 Placed = tuple[np.ndarray, tuple[int, int]]
 """An image's bytes and its (height, width) in pixels."""
-KEPT = np.dtype([("stamp", np.int64), ("height", np.int32), ("width", np.int32)])
-"""16 bytes an image: 20 MB for ImageNet's, in each process that reads."""
+KEPT = np.dtype(
+    [("stamp", np.int64), ("height", np.int32), ("width", np.int32), ("by_pillow", np.bool)]
+)
+"""17 bytes an image: 22 MB for ImageNet's, in each process that reads."""
 HASHED = 64  # images in memory at once
 
 
@@ -53,6 +55,8 @@ class ImageReader:
     max_pixels: int = 1 << 27
     bad: dict[int, str] = field(default_factory=dict)
     """Why, by sample."""
+    several: tuple[int, int] = (0, -1)
+    """How many images that were read have further pages or frames, and the last one of them."""
 
     def __post_init__(self) -> None:
         """Start the reading threads."""
@@ -74,14 +78,23 @@ class ImageReader:
         images = self.source.read_many(wanted, self._pool, allocate)
         kept = self._kept[wanted].tolist()
         placed: dict[int, Placed] = {}
-        for index, image, (stamp, height, width) in zip(wanted, images, kept, strict=True):
+        for index, image, (stamp, height, width, by_pillow) in zip(
+            wanted, images, kept, strict=True
+        ):
             try:
                 if isinstance(image, BadImage):
                     raise image
                 data, now = image
                 if now != stamp:
-                    height, width = image_size(data, max_pixels=self.max_pixels)
-                    self._kept[index] = now, height, width
+                    header = read_header(data, max_pixels=self.max_pixels)
+                    height, width, by_pillow, has_several = header
+                    self._kept[index] = now, height, width, by_pillow
+                    if has_several:
+                        self.several = self.several[0] + 1, index
+                if by_pillow:
+                    from pipeline.sources.by_pillow import decoded  # slow to import
+
+                    data = decoded(data)
                 placed[index] = data, (height, width)
             except BadImage as error:
                 self.bad[index] = str(error)
