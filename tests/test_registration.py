@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -87,25 +88,30 @@ def test_hosts_that_are_missing_are_counted_and_those_that_registered_named(
 ):
     monkeypatch.setattr(registration, "WARN_S", 0.1)
     store.set("clock", str(time.time()))
-    register(store, "node0", 4, 4)
-    with pytest.raises(
-        ValueError, match=f"1 of 4 hosts have registered: {socket.gethostname()}. Start"
-    ):
-        wait(store, is_keeper=True, min_hosts=4, seconds=0.5)
+    (entry,) = register_all(store, monkeypatch, "node0", min_hosts=4, max_hosts=4)
+    with pytest.raises(ValueError, match="1 of 4 hosts have registered: node0. Start"):
+        wait(store, entry, is_keeper=True, min_hosts=4, seconds=0.5)
     assert "warning: 1 of 4 hosts have registered" in capsys.readouterr().err
     with pytest.raises(ValueError, match="1 of 4 hosts"):  # the other hosts say the same
         wait(store, is_keeper=False, min_hosts=4, seconds=60)
 
 
-def wait(store, *, is_keeper: bool, min_hosts: int = 2, seconds: float = 5) -> None:
+def wait(
+    store, entry: str = "", *, is_keeper: bool, min_hosts: int = 2, seconds: float = 5
+) -> None:
     limit = time.monotonic() + seconds
-    wait_for_quorum(store, "node0:29500", min_hosts, limit, is_keeper=is_keeper)
+    wait_for_quorum(store, entry, "node0:29500", min_hosts, limit, is_keeper=is_keeper)
 
 
-def register_all(store, monkeypatch, *names: str, min_hosts: int = 2, max_hosts: int = 2) -> None:
-    for name in names:
+def register_all(
+    store, monkeypatch, *names: str, min_hosts: int = 2, max_hosts: int = 2
+) -> list[str]:
+    """Register hosts; their entries."""
+    entries = [f"{name}/{uuid.uuid4().hex}" for name in names]
+    for entry, name in zip(entries, names, strict=True):
         monkeypatch.setattr(socket, "gethostname", lambda name=name: name)
-        register(store, names[0], min_hosts, max_hosts)
+        register(store, entry, names[0], min_hosts, max_hosts)
+    return entries
 
 
 @pytest.mark.parametrize(("shift", "order"), [(60, "behind"), (-60, "ahead of")])
@@ -119,8 +125,9 @@ def test_a_clock_that_differs_is_refused_on_all_hosts(store, monkeypatch, shift,
 
 def test_a_clock_that_is_near_is_not_refused(store, monkeypatch):
     store.set("clock", str(time.time() + 2))
-    register_all(store, monkeypatch, "node0", "node1")
-    wait(store, is_keeper=False)
+    first, second = register_all(store, monkeypatch, "node0", "node1")
+    wait(store, first, is_keeper=True)
+    wait(store, second, is_keeper=False)
 
 
 @pytest.mark.parametrize(("min_hosts", "max_hosts", "first"), [(4, 4, "4"), (3, 4, "3:4")])
@@ -140,28 +147,72 @@ def test_a_host_that_comes_to_a_complete_run_is_refused_alone_unless_it_register
     store, monkeypatch, capsys
 ):
     store.set("clock", str(time.time()))
-    register_all(store, monkeypatch, "node0", "node1")
+    first, second = register_all(store, monkeypatch, "node0", "node1")
+    for begun in (False, True):
+        for _ in range(2):  # its own name among the registered does not let it in
+            with pytest.raises(
+                ValueError, match=r"node2 has no place .* run, node0, node1 \(--nnodes 2\).* stop"
+            ):
+                register_all(store, monkeypatch, "node2")
+        if not begun:
+            wait(store, first, is_keeper=True)
     assert capsys.readouterr().err == ""
     register_all(store, monkeypatch, "node0")
     assert capsys.readouterr().err.startswith("warning: host node0 has registered before, it waits")
-    for _ in range(2):  # its own name among the registered does not let it in
-        with pytest.raises(
-            ValueError, match="node2 is not needed, --nnodes 2 have registered: node0, node1. To"
-        ):
-            register_all(store, monkeypatch, "node2")
-    wait(store, is_keeper=True)
     with pytest.raises(ValueError, match="--nnodes is 3 on host node1"):
         register_all(store, monkeypatch, "node1", min_hosts=3, max_hosts=3)
-    wait(store, is_keeper=False)
+    wait(store, second, is_keeper=False)
 
 
 def test_a_host_that_was_started_twice_takes_no_others_place(store, monkeypatch):
     store.set("clock", str(time.time()))
-    register_all(
-        store, monkeypatch, "node0", "node1", "node1", "node2", "node3", min_hosts=4, max_hosts=4
-    )
-    with pytest.raises(ValueError, match="node4 is not needed, --nnodes 4 have registered"):
+    names = ("node0", "node1", "node1", "node2")
+    first, older, newer, _ = register_all(store, monkeypatch, *names, min_hosts=4, max_hosts=4)
+    with pytest.raises(ValueError, match="host node1 was started a second time"):
+        wait(store, older, is_keeper=False)
+    with pytest.raises(ValueError, match="3 of 4 hosts have registered: node0, node1, node2. "):
+        wait(store, first, is_keeper=True, min_hosts=4, seconds=0)
+    store.delete_key("refused")
+    register_all(store, monkeypatch, "node3", min_hosts=4, max_hosts=4)
+    with pytest.raises(ValueError, match="node4 has no place"):
         register_all(store, monkeypatch, "node4", min_hosts=4, max_hosts=4)
+    wait(store, first, is_keeper=True, min_hosts=4)
+    wait(store, newer, is_keeper=False, min_hosts=4)
+
+
+def test_a_host_that_leaves_before_all_have_come_is_missing_and_its_place_is_free(
+    port, store, monkeypatch, capsys
+):
+    """By a signal, which withdraws it at once, and by kill -9."""
+    monkeypatch.setattr(registration, "is_free_port", lambda host, port: False)
+    monkeypatch.setattr(registration, "SILENT_S", 0.4)
+    monkeypatch.setattr(registration, "WARN_S", 0.0)
+    seen = dist.PrefixStore("hosts/x", store)
+    seen.set("clock", str(time.time()))
+    first, _ = register_all(seen, monkeypatch, "node0", "killed", min_hosts=3, max_hosts=3)
+    monkeypatch.setattr(socket, "gethostname", lambda: "stopped")
+    stop = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM))
+    stop.start()
+    call = partial(registered, "localhost", port, run="x", min_hosts=3, max_hosts=3, limit_s=9)
+    with pytest.raises(KeyboardInterrupt), call():
+        pass
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    with pytest.raises(ValueError, match="1 of 3 hosts have registered: node0. Start"):
+        wait(seen, first, is_keeper=True, min_hosts=3, seconds=1)
+    warned = [line.split(".")[0] for line in capsys.readouterr().err.splitlines()]
+    assert warned == [f"warning: {n} of 3 hosts have registered: {names}"
+                      for n, names in ((2, "node0, killed"), (1, "node0"))]  # fmt: skip
+    seen.delete_key("refused")
+    late = register_all(seen, monkeypatch, "node1", "node2", min_hosts=3, max_hosts=3)
+    waiting = [
+        threading.Thread(target=wait, args=(seen, e), kwargs={"is_keeper": False, "min_hosts": 3})
+        for e in late
+    ]
+    for thread in waiting:
+        thread.start()
+    wait(seen, first, is_keeper=True, min_hosts=3)
+    for thread in waiting:
+        thread.join(20)
 
 
 def test_localhost_is_reported_to_the_others_as_this_hosts_name(port, monkeypatch):
@@ -213,6 +264,7 @@ def test_a_host_reports_that_it_failed_for_good_and_then_no_host_registers(
     server = dist.TCPStore("localhost", port, is_master=True, wait_for_workers=False)
     seen = dist.PrefixStore("hosts/x", server)
     seen.set("clock", str(time.time()))
+    seen.set("started", "yes")  # by the keeper
     monkeypatch.setattr(registration, "is_free_port", lambda host, port: False)
     call = partial(registered, "localhost", port, run="x", min_hosts=1, max_hosts=1, limit_s=5)
     with pytest.raises(KeyboardInterrupt), call():

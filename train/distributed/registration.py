@@ -1,8 +1,9 @@
 """The hosts of a run register by name before torchrun's rendezvous, which names no missing host.
 
 The host of the endpoint, the keeper, has a store with its clock (torchrun's store, in the same
-process, shares the port); each host compares its own clock and adds its name. The keeper reports
-missing hosts. One launcher a host starts all ranks: a second one on the keeper's host would fail.
+process, shares the port); each host compares its own clock, adds its name and writes a heartbeat
+until all have come. The keeper counts the hosts that are present and names them. One launcher a
+host starts all ranks: a second one on the keeper's host would fail.
 """
 
 import errno
@@ -11,25 +12,30 @@ import signal
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
+from itertools import takewhile
 
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from train.distributed.watch import WARN_S, report
+from train.distributed.world import stop_signals
 
 CLOCK_S = 5.0
 """Clocks may differ by this much. torchrun silently drops a host whose clock differs by 15 s: with
 60 s it trained on one of two hosts as rank 0 of 1, and reported success (torch 2.13)."""
 ANSWER_S = 10.0  # a store answers at once; another program on the port, never
 POLL_S = 0.5
+SILENT_S = 10.0  # without a heartbeat for so long a host has left
 CONTACT_S = 5.0
 FAILED_S = 35.0
 """A failed host failed alone if this one still runs so much later: torchrun waits 30 s for a rank
 to exit."""
+LEFT = "left"  # in place of a heartbeat
 AGAIN = "start the same command on all hosts to continue from the last checkpoint"
 OTHER_PORT = "give all hosts another port with --rdzv-endpoint"
 
@@ -40,7 +46,8 @@ def registered(
 ) -> Iterator[None]:
     """Enter when min_hosts have registered; the clock is kept until the exit, for later ones.
 
-    Until then the process also exits if it does not reach the endpoint for limit_s.
+    A signal before that is a KeyboardInterrupt and withdraws this host. Until the exit the process
+    also exits if it does not reach the endpoint for limit_s.
     Raises: ValueError with the host and the remedy: a port in use, a clock that differs, another
     number of hosts, hosts that have not registered within limit_s, a host beyond max_hosts.
     """
@@ -58,13 +65,22 @@ def registered(
     if is_keeper:
         thread.start()
     try:
+        before = {n: signal.signal(n, signal.default_int_handler) for n in stop_signals()}
+        entry = f"{name}/{uuid.uuid4().hex}"
         try:
-            register(store, host, min_hosts, max_hosts)
+            register(store, entry, host, min_hosts, max_hosts)
             # localhost is another host on each
             known = name if host == "localhost" or host.startswith("127.") else host
-            wait_for_quorum(store, f"{known}:{port}", min_hosts, limit, is_keeper=is_keeper)
+            wait_for_quorum(store, entry, f"{known}:{port}", min_hosts, limit, is_keeper=is_keeper)
         except dist.DistError as error:
             raise ValueError(lost_endpoint(host, port, error)) from error
+        except KeyboardInterrupt:
+            with suppress(dist.DistError):
+                store.set(f"heartbeat/{entry}", LEFT)
+            raise
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
         if not is_keeper:
             thread.start()
         yield
@@ -78,12 +94,13 @@ def registered(
             thread.join()
 
 
-def register(store: dist.Store, keeper: str, min_hosts: int, max_hosts: int) -> None:
-    """Add this host's name, or have all waiting hosts exit for what differs on this one.
+def register(store: dist.Store, entry: str, keeper: str, min_hosts: int, max_hosts: int) -> None:
+    """Add this host, or have all waiting hosts exit for what differs on this one.
 
+    entry: name of the host / a text that no other launcher has.
     Raises: ValueError on this host alone where the others have started or have all they need.
     """
-    name = socket.gethostname()
+    name = host_of(entry)
     if line := different_nnodes(store, min_hosts, max_hosts) or different_clock(store, keeper):
         if store.check(["started"]):
             raise ValueError(line)
@@ -92,17 +109,21 @@ def register(store: dist.Store, keeper: str, min_hosts: int, max_hosts: int) -> 
     if store.check(["failed"]):
         failed = f"the ranks of host {store.get('failed').decode()} failed and no restart is left"
         raise ValueError(f"{failed}: all hosts exit within {FAILED_S:.0f} s, then {AGAIN}")
-    number = store.add("number", 1)
-    earlier = dict.fromkeys(registered_names(store, number - 1))  # each once
-    if len(earlier) >= max_hosts and name not in earlier:
-        store.set(f"host/{number}", "")  # its name would let it in the next time
+    store.set(f"heartbeat/{entry}", "0")
+    store.append("entries", f"{entry}\n")  # type: ignore[attr-defined] - missing in torch's stub
+    earlier = list(takewhile(lambda other: other != entry, present(store)))
+    names = list(dict.fromkeys(map(host_of, earlier)))
+    if len(names) >= max_hosts and name not in names:
+        store.set(f"heartbeat/{entry}", LEFT)
         # torchrun would keep it waiting silently and exit with a traceback (torch 2.13)
         raise ValueError(
-            f"host {name} is not needed, --nnodes {max_hosts} have registered: "
-            f"{', '.join(earlier)}. To train on others, stop all hosts and start them again"
+            f"host {name} has no place among the hosts of this run, {', '.join(names)} (--nnodes "
+            f"{max_hosts}). To train on others, stop the command on all hosts and start it on those"
         )
-    store.set(f"host/{number}", name)
-    if number > max_hosts and name in earlier:
+    for other in earlier:
+        if host_of(other) == name:  # if it still waits, it is this one's turn
+            store.set(f"heartbeat/{other}", LEFT)
+    if name in names and store.check(["started"]):
         again = f"host {name} has registered before, it waits for its place"
         report(f"warning: {again}: stop this launch if the first one still runs")
 
@@ -131,37 +152,73 @@ def different_clock(store: dist.Store, keeper: str) -> str | None:
     return f"{clock} that of {keeper}: synchronise it (chronyc makestep)"
 
 
-def registered_names(store: dist.Store, number: int) -> list[str]:
-    """The first hosts in order, one that registered again twice, without those not needed."""
-    names = (store.get(f"host/{n}").decode() for n in range(1, number + 1))
-    return [name for name in names if name]
+def present(store: dist.Store) -> dict[str, bytes]:
+    """Entries of the hosts that have not left, in order, with their last heartbeats."""
+    entries = store.get("entries").decode().split() if store.check(["entries"]) else []
+    beats = store.multi_get([f"heartbeat/{entry}" for entry in entries])
+    known = zip(entries, beats, strict=True)
+    return {entry: beat for entry, beat in known if beat.decode() != LEFT}
+
+
+def host_of(entry: str) -> str:
+    """The host's name."""
+    return entry.rpartition("/")[0]
+
+
+def drop_silent(store: dist.Store, seen: dict[str, tuple[bytes, float]]) -> list[str]:
+    """Names of the hosts that are present; those without a new heartbeat for SILENT_S have left.
+
+    seen: the last heartbeat of each entry and when it was new, by this process's clock.
+    """
+    now = time.monotonic()
+    # this process, and the store in it, may have been stopped
+    was_stopped = bool(seen) and now - max(at for _, at in seen.values()) > SILENT_S / 2
+    for entry, beat in present(store).items():
+        if was_stopped or seen.get(entry, (b"", now))[0] != beat:
+            seen[entry] = beat, now
+        elif now - seen[entry][1] > SILENT_S:
+            store.compare_set(f"heartbeat/{entry}", beat.decode(), LEFT)
+    return list(dict.fromkeys(map(host_of, present(store))))
 
 
 def wait_for_quorum(
-    store: dist.Store, endpoint: str, min_hosts: int, limit: float, *, is_keeper: bool
+    store: dist.Store, entry: str, endpoint: str, min_hosts: int, limit: float, *, is_keeper: bool
 ) -> None:
-    """Return when min_hosts have registered. Raises: ValueError, the same on all hosts."""
-    began, has_warned = time.monotonic(), False
+    """Return when min_hosts are present.
+
+    Raises: ValueError, the same on all hosts, or on one that was started twice.
+    """
+    began, beat, fewest = time.monotonic(), 0, min_hosts
+    seen: dict[str, tuple[bytes, float]] = {}
     while True:
-        number = store.add("number", 0)
         if store.check(["refused"]):
             if is_keeper:
                 time.sleep(2 * POLL_S)  # the others still read it
             raise ValueError(store.get("refused").decode())
-        if number >= min_hosts:
-            store.set("started", "yes")
+        if store.check(["started"]):
             return
+        beat += 1
+        if store.compare_set(f"heartbeat/{entry}", str(beat - 1), str(beat)).decode() == LEFT:
+            raise ValueError(
+                f"host {host_of(entry)} was started a second time, or was suspended for "
+                f"{SILENT_S:.0f} s: this launch of it ends"
+            )
         if is_keeper:
-            names = ", ".join(registered_names(store, number))
+            names = drop_silent(store, seen)
+            if len(names) >= min_hosts:
+                store.set("started", "yes")
+                return
             line = (
-                f"{number} of {min_hosts} hosts have registered: {names}. Start the same command "
-                f"on all, each with --rdzv-endpoint {endpoint}, and open that port in the firewall"
+                f"{len(names)} of {min_hosts} hosts have registered: {', '.join(names)}. Start the "
+                f"same command on all, each with --rdzv-endpoint {endpoint}, and open that port in "
+                "the firewall"
             )
             if time.monotonic() > limit:
                 store.set("refused", line)
-            elif time.monotonic() - began > WARN_S and not has_warned:
-                has_warned = True
-                report(f"warning: {line}; waiting")
+            elif time.monotonic() - began > WARN_S:
+                if len(names) < fewest:  # at first, and when one has left
+                    report(f"warning: {line}; waiting")
+                fewest = len(names)
         time.sleep(POLL_S)
 
 
