@@ -3,6 +3,7 @@
 import faulthandler
 import io
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,6 +21,8 @@ else:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, so before any kernel
 
 os.environ["PYTHONFAULTHANDLER"] = "1"  # for the processes that tests start: tests/limits.py
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup, which they would inherit
+    signal.signal(signal.SIGHUP, lambda *_: None)  # a handler is not inherited
 
 from PIL import Image
 from sklearn.datasets import load_sample_images
