@@ -101,6 +101,14 @@ def big_endian_tiff() -> bytes:
     return b"MM\0*" + start + np.asarray(RGB.convert("L")).tobytes() + directory + bytes(4)
 
 
+def tiff_entry(tag: int, position: int, value: bytes) -> bytes:
+    """The TIFF file with other bytes in the 12 of a tag: tag, type, count, value."""
+    data = big_endian_tiff()
+    return patched(
+        data, data.index(struct.pack(">HH", tag, 3), 8 + HEIGHT * WIDTH) + position, value
+    )
+
+
 def core_header_bmp() -> bytes:
     # The 12-byte header of OS/2, which PIL reads and does not write.
     header = struct.pack("<IHHI", 0, 0, 0, 26) + struct.pack("<IHHHH", 12, WIDTH, HEIGHT, 1, 24)
@@ -216,7 +224,32 @@ def refused_cases() -> dict[str, tuple[bytes, str]]:
         "pnm cut": (encode(RGB, "PPM")[:-1], "^truncated PNM: 22513 of 22514 bytes$"),
         "bmp width 0": (patched(BMP, 18, bytes(4)), "^corrupt or truncated BMP"),
         "bmp bomb": (patched(BMP, 18, struct.pack("<ii", 65500, 65500)), "^truncated BMP"),
+        "bmp of 257 colors": (
+            patched(encode(RGB.convert("L"), "BMP"), 46, struct.pack("<I", 257)),
+            "^corrupt BMP: 257 colors of 8 bits$",
+        ),
         "bmp of another compression": (patched(BMP, 30, b"\x09"), "^corrupt or truncated BMP"),
+        "tiff height twice": (tiff_entry(259, 0, b"\1\1"), "^corrupt TIFF: tag 257 twice$"),
+        "tiff width of two numbers": (
+            tiff_entry(256, 4, b"\0\0\0\2"),
+            "^corrupt TIFF: tag 256 is not one integer$",
+        ),
+        "tiff width of bytes": (
+            tiff_entry(256, 2, b"\0\1"),
+            "^corrupt or truncated TIFF",
+        ),
+        "tiff bits of bytes": (
+            tiff_entry(258, 2, b"\0\1"),
+            "^TIFF of gray, 1 x 0 bits",
+        ),
+        "tiff rows per strip 0": (
+            tiff_entry(278, 8, bytes(2)),
+            "^corrupt TIFF: a size of its strips",
+        ),
+        "tiff of next page in itself": (
+            big_endian_tiff()[:-4] + struct.pack(">I", 8 + HEIGHT * WIDTH),
+            "its directories are a cycle$",
+        ),
         "tiff without strips": (TIFF.replace(b"\x11\x01\x04\0", b"\x10\x01\x04\0"), "^corrupt"),
     }
     whole = {"jpeg": JPEG, "png": PNG, "webp": WEBP, "webp lossless": WEBP_LOSSLESS, "bmp": BMP}
@@ -240,13 +273,8 @@ def left_to_dali_cases() -> dict[str, bytes]:
         "png without palette": palette_png[:33] + palette_png[after_palette:],
         "png too wide": png_of(1_000_001, 1),
     }
-    # cut in what a directory or a JPEG inside the TIFF has behind the pixels
-    for name, data, ends in (
-        ("tiff big endian", big_endian_tiff(), (1, 2)),
-        ("tiff jpeg", TIFF_JPEG, (1, 2, 5, 100)),
-    ):
-        for end in (len(data) - missing for missing in ends):
-            cases[f"{name} cut to {end} of {len(data)}"] = data[:end]
+    for end in (len(TIFF_JPEG) - missing for missing in (1, 2, 5, 100)):  # in the JPEG inside it
+        cases[f"tiff jpeg cut to {end} of {len(TIFF_JPEG)}"] = TIFF_JPEG[:end]
     return cases
 
 
@@ -259,17 +287,17 @@ def dali_decode(data: bytes) -> np.ndarray | None:
     """(H, W, 3) as the training pipeline decodes it, or None where DALI raises."""
     with suppress(BadImage):
         data = decoded(data).tobytes() if read_header(data).by_pillow else data
-
-    @pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
-    def graph():
-        encoded = fn.external_source(source=lambda: [np.frombuffer(data, np.uint8)])
-        return fn.decoders.image(encoded, device="cpu", adjust_orientation=False)
-
     try:
-        (images,) = graph().run()
+        (images,) = decoder(data).run()
     except RuntimeError:
         return None
     return np.array(images[0])
+
+
+@pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
+def decoder(data: bytes):
+    encoded = fn.external_source(source=lambda: [np.frombuffer(data, np.uint8)])
+    return fn.decoders.image(encoded, device="cpu", adjust_orientation=False)
 
 
 def pil_decode(data: bytes) -> np.ndarray:
@@ -292,8 +320,31 @@ def test_what_is_refused_dali_cannot_decode(name):
     data, reason = REFUSED[name]
     with pytest.raises(BadImage, match=reason):
         read_header(data)
-    if "bomb" not in name:  # DALI would try to allocate it, and decodes the PNG on a big machine
+    # DALI would try to allocate a bomb, and decodes the PNG on a big machine; of two heights its
+    # parser takes one and its decoder the other, and writes beyond the buffer
+    if "bomb" not in name and "twice" not in name:
         assert dali_decode(data) is None
+
+
+def test_dalis_parser_refuses_nothing_that_the_header_accepts():
+    """It raises while its threads work on the batch's other images, which crashes the process."""
+    random, passed = np.random.default_rng(0), 0
+    rare = [data for name, data in GOOD.items() if name[:3] in ("tif", "big", "web", "bmp")]
+    for _ in range(250):
+        data = bytearray(rare[random.integers(len(rare))])
+        at = random.integers(min(150, len(data)))  # of the first or the last bytes
+        data[at if random.integers(2) else -1 - at] = random.choice([0, 1, 2, 255])
+        try:
+            if read_header(bytes(data), max_pixels=1 << 20).by_pillow:
+                continue
+        except BadImage:
+            continue
+        passed += 1
+        try:
+            decoder(bytes(data)).run()
+        except RuntimeError as error:
+            assert "Failed to decode sample" in str(error), bytes(data)
+    assert passed > 20
 
 
 @pytest.mark.parametrize("name", LEFT_TO_DALI)

@@ -69,6 +69,14 @@ def bmp_of_16_bits() -> bytes:
     return patched(patched(BMP[:54], 28, b"\x10"), 34, struct.pack("<I", len(pixels))) + pixels
 
 
+def webp_of_an_odd_profile() -> bytes:
+    """The padding behind its profile is no part of a chunk."""
+    exif = Image.Exif()
+    exif[274] = 1
+    options: dict = {"icc_profile": b"profile", "exif": exif, "lossless": True}
+    return encode(RGB, "WEBP", **options)
+
+
 def right_cases() -> dict[str, tuple[bytes, np.ndarray]]:
     """Images of which DALI alone makes other pixels, or none, and the pixels that are right."""
     wide = np.uint16(257)
@@ -96,6 +104,7 @@ def right_cases() -> dict[str, tuple[bytes, np.ndarray]]:
             np.dstack([GRAY, 255 - GRAY, GRAY]),
         ),
         "tiff lzma": (encode(RGB, "TIFF", compression="lzma"), COLORS),
+        "webp of an odd profile": (webp_of_an_odd_profile(), COLORS),
         "bmp of 16 bits": (bmp_of_16_bits(), (COLORS >> 3) * 255.0 / 31),
     }  # fmt: skip
     for turn in range(2, 9):

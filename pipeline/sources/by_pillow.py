@@ -4,9 +4,15 @@ Without an error DALI 2.4 makes TIFF files of gray and alpha green, those of pla
 another colour and floats beyond 1 white. It fails for TIFF files of 2 or 4 bits, of 16-bit CMYK or
 LZMA, and for BMP files of 16 bits. Pillow reads most of these; the others are refused, with the
 command that converts them. tests/test_odd_images.py compares the pixels of each kind.
+
+What DALI's parser refuses must not reach it: it raises while its threads still work on the other
+images of the batch, and freeing the pipeline then crashes the process (DALI 2.4, a batch with one
+large image). The checks follow nvImageCodec's src/parsers/ at 3a7ac73; it refuses no JPEG or PNG
+file that header.py accepts.
 """
 
 import io
+import struct
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -27,6 +33,9 @@ _TIFF_PARTS = ((273, 279), (324, 325))  # tags: offsets and byte counts of strip
 _TIFF_CODECS = (1, 5, 7, 8, 32773, 32946, 50000)  # not of fax machines, JPEG of 1992, LZMA ...
 _TIFF_COLORS = {0: "gray", 1: "gray", 2: "RGB", 3: "palette", 5: "CMYK", 6: "YCbCr", 8: "CIELAB"}
 _ORIENTATION = 274
+_TIFF_SINGLE = (256, 257, 262, _ORIENTATION, 277, 278, 322, 323)  # tags of one integer
+_TIFF_NOT_ZERO = (256, 257, 278, 322, 323)
+_TIFF_INTEGERS = {3: "H", 4: "I", 16: "Q"}  # types of these, as struct has them
 
 
 def decoded(data: np.ndarray | bytes) -> np.ndarray:
@@ -84,7 +93,24 @@ def pillow_header(kind: str, view: memoryview) -> Header:
 
 def _webp_header(plugin: Any, file: io.BytesIO) -> tuple[Header, int]:
     image = plugin(file)
-    return Header(image.height, image.width, several=image.n_frames > 1), 0
+    by_pillow = not _exif_is_at_hand(file.getbuffer())
+    return Header(image.height, image.width, by_pillow=by_pillow, several=image.n_frames > 1), 0
+
+
+def _exif_is_at_hand(view: memoryview) -> bool:
+    """Whether DALI's parser reaches the EXIF chunk of a WebP file that announces one.
+
+    It takes chunks of an odd size to have no padding.
+    """
+    if view[12:16] != b"VP8X" or not view[20] & 8:
+        return True
+    position = 12
+    while position + 8 <= len(view):
+        name, size = struct.unpack_from("<4sI", view, position)
+        position += 8 + size
+        if name == b"EXIF":
+            return position <= len(view)
+    return False
 
 
 def _raw_header(plugin: Any, file: io.BytesIO) -> tuple[Header, int]:
@@ -92,8 +118,10 @@ def _raw_header(plugin: Any, file: io.BytesIO) -> tuple[Header, int]:
     image = plugin(file)
     codec, _, offset, arguments = image.tile[0]
     if image.format == "BMP":
-        # DALI fails for 16 bits a pixel
-        by_pillow = codec != "raw" or arguments[0] in ("BGR;15", "BGR;16")
+        size, bits, colors = struct.unpack_from("<I10xH16xI", file.getbuffer(), 14)
+        if bits <= 8 and size > 12 and colors > 1 << bits:
+            raise BadImage(f"corrupt BMP: {colors} colors of {bits} bits")
+        by_pillow = codec != "raw" or bits == 16  # for which DALI fails
         end = offset + arguments[1] * image.height if codec == "raw" else 0  # bytes a row
         return Header(image.height, image.width, by_pillow=by_pillow), end
     if codec != "raw" and arguments != ("RGB", 65535):
@@ -115,10 +143,50 @@ def _tiff_header(plugin: Any, file: io.BytesIO) -> tuple[Header, int]:
     offsets, counts = (tags[tag] for tag in _TIFF_PARTS[324 in tags])
     end = max(map(sum, zip(offsets, counts, strict=False)))
     by_pillow = not _is_dalis(tags)
-    if by_pillow:
+    if not by_pillow:
+        _check_directories(file.getbuffer())
+    else:
         file.seek(0)
         _refuse_what_pillow_misreads(plugin, file, tags)
     return Header(height, width, by_pillow=by_pillow, several=tags.next != 0), end
+
+
+def _check_directories(view: memoryview) -> None:
+    """Raise BadImage or struct.error for directories of a TIFF file that DALI's parser refuses."""
+    order, is_big = "<" if view[:2] == b"II" else ">", view[2:4] in (b"+\0", b"\0+")
+    count_format, offset_format = order + "HQ"[is_big], order + "IQ"[is_big]
+    head = struct.Struct(f"{order}HH{'IQ'[is_big]}")
+    length = head.size + struct.calcsize(offset_format)
+    if is_big and struct.unpack_from(order + "HH", view, 4) != (8, 0):
+        raise BadImage("corrupt TIFF: offsets are not of 8 bytes")
+    (offset,) = struct.unpack_from(offset_format, view, 8 if is_big else 4)
+    seen, values = set(), {}
+    while offset:
+        if offset in seen:
+            raise BadImage("corrupt TIFF: its directories are a cycle")
+        (count,) = struct.unpack_from(count_format, view, offset)
+        begin = offset + struct.calcsize(count_format)
+        end = begin + count * length
+        if not seen:  # of the first page, which alone is decoded
+            for start in range(begin, end, length):
+                tag, kind, number = head.unpack_from(view, start)
+                if tag in values:  # DALI's parser takes the last, its decoder the first
+                    raise BadImage(f"corrupt TIFF: tag {tag} twice")
+                if tag in (258, 339):
+                    values[tag] = 0
+                    if kind != 3:
+                        raise BadImage(f"corrupt TIFF: tag {tag} is not of type SHORT")
+                elif tag in _TIFF_SINGLE:
+                    if number != 1 or kind not in _TIFF_INTEGERS:
+                        raise BadImage(f"corrupt TIFF: tag {tag} is not one integer")
+                    form = order + _TIFF_INTEGERS[kind]
+                    (values[tag],) = struct.unpack_from(form, view, start + head.size)
+        seen.add(offset)
+        (offset,) = struct.unpack_from(offset_format, view, end)
+    if not all(0 < values.get(tag, 1) < 1 << 32 for tag in _TIFF_NOT_ZERO):
+        raise BadImage("corrupt TIFF: a size of its strips or tiles is 0 or above 32 bits")
+    if sum(tag in values for tag in (322, 323)) + 2 * (278 in values) not in (0, 2):
+        raise BadImage("corrupt TIFF: strips and tiles, or tiles without one of their sizes")
 
 
 def _is_dalis(tags: Mapping[Any, Any]) -> bool:
