@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -275,19 +276,30 @@ SMALL = ["--data.root=digits", "--model.width=8", "--model.projector_hidden=32",
 SMALL += ["--model.projector_dim=32", "--model.predictor_hidden=8", "--settings=4", "--jobs=2"]
 
 
-def pilot(*flags: str, **options) -> subprocess.Popen:
+def pilot(*flags: str, program: Sequence[str] = ("train/pilot.py",), **options) -> subprocess.Popen:
     """The program, on its way."""
-    words = [sys.executable, "train/pilot.py", *SMALL, *flags]
+    words = [sys.executable, *program, *SMALL, *flags]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(words, cwd=ROOT, **pipes, **options)
+
+
+# with a plan that does not depend on how fast the machine is
+SHORT = """
+from train import pilot
+from train.pilots.space import Plan
+pilot.plan = lambda *_, **__: Plan([4, 2], [30, 60])
+pilot.protect_output()
+pilot.main()
+"""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_pilot_stopped_with_its_workers_says_what_it_knows_and_goes_on(tmp_path, number):
     out, settings = tmp_path / "pilot", tmp_path / "pilot.yaml"
-    settings.write_text("minutes: 1.2\nseed: 3\n")  # 0.6 is too little beside other tests
-    process = pilot(f"--config={settings}", f"--out={out}", start_new_session=True)
+    settings.write_text("minutes: 10\nseed: 3\n")
+    words, short = [f"--config={settings}", f"--out={out}"], ("-c", SHORT)
+    process = pilot(*words, program=short, start_new_session=True)
     assert process.stderr is not None
     printed = []
     for line in process.stderr:
@@ -306,7 +318,7 @@ def test_a_pilot_stopped_with_its_workers_says_what_it_knows_and_goes_on(tmp_pat
     if number == signal.SIGTERM:
         return
 
-    process = pilot(f"--config={settings}", f"--out={out}")
+    process = pilot(*words, program=short)
     stdout, _ = process.communicate(timeout=240)
     found = json.loads(stdout.splitlines()[-1])
     assert len(found["ranking"]) == 4 and found["images"]["count"] == 1437
