@@ -1,5 +1,5 @@
 # make demo   trains on an embedded data set and shows that it learned (CPU or GPU)
-# make test   lint, type check and the CPU tests, in ten minutes
+# make test   lint, type check and the CPU tests
 # make test-slow   the CPU tests that take longest
 # make test-avx2   what computes once more, as on a CPU that has AVX2 alone
 # make container-test   build the image without Docker, run demo and tests in it (tests/container.sh)

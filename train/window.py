@@ -84,7 +84,7 @@ class Window:
         self.config, self.world, self.reader = config, world, reader
         self.state, self.schedule, self.run = current, schedule, run
         self.reported: set[int] = set()
-        self.told_of_pages = False
+        self.pages_reported = False
         self.low_std = 0
         self.waiting = WaitClock(world.device)
         self.restart()
@@ -192,12 +192,12 @@ class Window:
             self.run.log.warn(collapse_advice(z_std, threshold=threshold, method=method))
 
     def count_bad(self) -> None:
-        """Share the list of bad images; stop if there are too many. Tell once of several pages."""
+        """Share the list of bad images; stop if there are too many. Warn once of several pages."""
         source, limit = self.reader.source, self.config.data.max_bad_fraction
         known = bad_entries(self.reader, self.reported), self.reader.several
         bad, several = zip(*distributed.gather(self.world, known), strict=True)
-        if (num_several := sum(number for number, _ in several)) and not self.told_of_pages:
-            self.told_of_pages = True
+        if (num_several := sum(number for number, _ in several)) and not self.pages_reported:
+            self.pages_reported = True
             self.run.log.warn(
                 f"{num_several} of the images read so far have several pages, such as "
                 f"{source.name(max(index for _, index in several))}: the first is used"
