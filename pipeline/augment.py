@@ -19,6 +19,7 @@ import numpy as np
 
 CROP_ATTEMPTS = 10  # torchvision's RandomResizedCrop
 LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R 601, as PIL's convert("L")
+OPENCV_COLOR, OPENCV_BLUR = 1024, 256  # OpenCV's units of uint8 images' matrices, and of their blur
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +71,7 @@ class AugmentConfig:
 
 @dataclass(frozen=True)
 class ViewDraws:
-    """Parameters of one view for a batch of N images: the inputs of the graph, all float32."""
+    """Parameters of one view for a batch of N images, all float32."""
 
     roi_start: np.ndarray  # (N, 2) y, x as shares of the sides; the right edge if flipped
     roi_end: np.ndarray  # (N, 2) of the window's end, likewise
@@ -80,10 +81,46 @@ class ViewDraws:
     solarize: np.ndarray  # (N,) 1 where the view is solarized, else 0
 
 
-def draws_in_graph(view: AugmentConfig, *, colors: bool) -> list[str]:
-    """Names of the draws (ViewDraws' fields) that a view's part of the graph takes."""
-    optional = ["sigma"] * (view.blur > 0) + ["solarize"] * (view.solarize > 0)
-    return ["roi_start", "roi_end", *(["color", "color_mean", *optional] if colors else [])]
+def pack_draws(configs: Sequence[AugmentConfig], draws: Sequence[ViewDraws]) -> np.ndarray:
+    """What kernels/normalize.py needs of the draws: (V, N, 20 + R) float32, V views of N images.
+
+    Of a row: A and B by rows (9 each), solarize, and R + 1 weights of the blur from the centre
+    outwards, in units of 1/256; R is the largest radius that the views may draw. A is rounded to
+    1/1024, as OpenCV does.
+    """
+    radius = max(blur_radius(np.float32(c.blur_sigma[1])) if c.blur else 0 for c in configs)
+    rows = []
+    for draw in draws:
+        color = np.rint(draw.color * OPENCV_COLOR) / OPENCV_COLOR
+        parts = color, draw.color_mean, draw.solarize, blur_weights(draw.sigma, radius)
+        rows.append(np.concatenate([part.reshape(len(color), -1) for part in parts], axis=1))
+    return np.stack(rows).astype(np.float32)
+
+
+def blur_radius(sigma: float | np.floating) -> int:
+    """Pixels to each side that a blur reads."""
+    return int(np.ceil(3 * float(sigma)))
+
+
+def blur_weights(sigma: np.ndarray, radius: int) -> np.ndarray:
+    """(N, radius + 1) integral weights of the pixels 0, 1, ... from the centre; sigma (N,).
+
+    The rounding error of a weight goes into the next one, from the outermost to the centre, so that
+    the sum over both sides is 256. Source: getGaussianKernelFixedPoint_ED in OpenCV's
+    modules/imgproc/src/smooth.dispatch.cpp.
+    """
+    sigma = sigma.astype(np.float64)[:, None]
+    offset = np.arange(radius + 1)
+    inside = offset <= np.ceil(3 * sigma)
+    weights = np.exp(-np.square(offset / np.where(sigma > 0, sigma, 1)) / 2) * inside
+    weights *= OPENCV_BLUR / (2 * weights.sum(1, keepdims=True) - 1)
+    error = np.zeros(len(sigma))
+    for column in range(radius, 0, -1):
+        exact = weights[:, column] + error
+        weights[:, column] = np.rint(exact)
+        error = np.where(inside[:, column], exact - weights[:, column], 0)
+    weights[:, 0] = OPENCV_BLUR - 2 * weights[:, 1:].sum(1)
+    return weights
 
 
 def draw_views(

@@ -1,8 +1,8 @@
-"""Colour, blur and solarize of views on the CPU, by OpenCV: what the DALI graph does on a GPU.
+"""Colour, blur and solarize of views on the CPU, by OpenCV: on a GPU kernels/normalize.py does it.
 
 DALI's CPU operators take 1.5 ms (coord_transform) and 4.2 ms (gaussian_blur) of a core for a view
 of 224 pixels; OpenCV's 0.03 and 0.1 to 0.4 (profiling/LOG.md, 2026-11-24), without Python's lock.
-tests/test_augment.py holds the two implementations together.
+tests/test_colors.py holds the two implementations together, bit for bit.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import cv2
 import numpy as np
 
-from pipeline.augment import ViewDraws
+from pipeline.augment import ViewDraws, blur_radius
 
 TASKS = 16  # of a batch, for the threads of the pool
 SOLARIZE = np.array([x if x < 128 else 255 - x for x in range(256)], dtype=np.uint8)  # as PIL's
@@ -50,7 +50,7 @@ def finish_view(crop: np.ndarray, draws: ViewDraws, row: int, *, out: np.ndarray
     shift = draws.color_mean[row] @ mean
     cv2.transform(crop, np.concatenate([draws.color[row], shift[:, None]], axis=1), dst=out)
     if (sigma := float(draws.sigma[row])) > 0:
-        side = 2 * int(np.ceil(3 * sigma)) + 1
+        side = 2 * blur_radius(sigma) + 1
         cv2.GaussianBlur(out, (side, side), sigma, dst=out, borderType=cv2.BORDER_REFLECT_101)
     if draws.solarize[row]:
         cv2.LUT(out, SOLARIZE, dst=out)

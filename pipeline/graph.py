@@ -1,14 +1,14 @@
-"""The DALI graphs: encoded images -> uint8 NHWC views, or one centre crop for evaluation.
+"""The DALI graphs: encoded images -> uint8 NHWC crops, of each view or one for evaluation.
 
-One function, two placements: "gpu" decodes "mixed" and does all else on the GPU; "cpu" decodes and
-crops, colour and blur follow in pipeline/color_blur.py. An image is decoded once and cropped for
-each view; flip swaps the window's edges; colour is one linear map; nothing is random (see
-pipeline/augment.py). The training step casts and normalises: uint8 is a quarter of fp32's bytes.
+One function, two placements: on a GPU the decoder is "mixed" and the rest runs there. An image is
+decoded once and cropped for each view; flip swaps the window's edges; nothing is random (see
+pipeline/augment.py). Colour, blur and solarize follow: on the CPU in pipeline/color_blur.py, on a
+GPU in the first op of the training step. uint8 is a quarter of fp32's bytes.
 """
 
 # DALI makes its types and operators at import, where pyright cannot see them:
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
+# pyright: reportGeneralTypeIssues=false
 
 from collections.abc import Callable, Sequence
 from typing import TypedDict, Unpack
@@ -16,11 +16,11 @@ from typing import TypedDict, Unpack
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.pipeline import Pipeline
 
-from pipeline.augment import AugmentConfig, draws_in_graph
+from pipeline.augment import AugmentConfig
 from pipeline.decode import DecodeOptions, capability_of, decode_arguments
 from pipeline.sources.header import format_of
 
-NDIM = {"roi_start": 1, "roi_end": 1, "color": 2, "color_mean": 2, "sigma": 0, "solarize": 0}
+ROI = "roi_start", "roi_end"
 
 
 class Settings(TypedDict):
@@ -35,37 +35,18 @@ class Settings(TypedDict):
 def build_view_pipeline(
     options: DecodeOptions,
     views: Sequence[AugmentConfig],
-    *,
-    colors: bool,
     **settings: Unpack[Settings],
 ) -> Pipeline:
-    """The training graph. Inputs: "encoded" and, for each view v, "<name of a draw>_<v>".
+    """The training graph. Inputs: "encoded" and, for each view v, "roi_start_<v>", "roi_end_<v>".
 
-    Shapes: an output (N, size, size, 3) uint8 for each view. Without `colors` the views are only
-    cropped, and the colour draws are no inputs.
+    Shapes: an output (N, size, size, 3) uint8 for each view.
     """
-    placement = "cpu" if settings["device_id"] is None else "gpu"
 
     def outputs(image):
-        made = []
-        for number, config in enumerate(views):
-            draw = {
-                name: draw_input(name, number) for name in draws_in_graph(config, colors=colors)
-            }
-            view = window(image, draw["roi_start"], draw["roi_end"], size=config.size)
-            if colors:
-                view = color_map(view, draw["color"], draw["color_mean"], placement=placement)
-            if "sigma" in draw:
-                sigma = draw["sigma"]
-                if sigma > 0:  # DALI's conditional: only the samples with a sigma are blurred
-                    view = fn.gaussian_blur(view, sigma=sigma)
-            if "solarize" in draw:
-                chosen = draw["solarize"]
-                if chosen > 0:
-                    # 255 - x is x ^ 255: the mask is 255 where x is at least 128, else 0
-                    view = view ^ fn.cast(255 * (view >= 128), dtype=types.UINT8)
-            made.append(view)
-        return tuple(made)
+        return tuple(
+            window(image, *(roi_input(f"{name}_{number}") for name in ROI), size=config.size)
+            for number, config in enumerate(views)
+        )
 
     return _build(outputs, options, has_reserve=True, **settings)
 
@@ -79,10 +60,7 @@ def build_eval_pipeline(
     """
 
     def outputs(image):
-        start, end = (
-            fn.external_source(name=name, dtype=types.FLOAT, ndim=1)
-            for name in ("roi_start", "roi_end")
-        )
+        start, end = (fn.external_source(name=name, dtype=types.FLOAT, ndim=1) for name in ROI)
         return window(image, start, end, size=size)
 
     return _build(outputs, options, has_reserve=False, **settings)
@@ -103,7 +81,6 @@ def _build(
         num_threads=num_threads,
         device_id=device_id,
         prefetch_queue_depth=settings["prefetch"],
-        enable_conditionals=True,
     )
     def graph():
         return outputs(fn.decoders.image(encoded_input(), **decode))
@@ -122,11 +99,9 @@ def encoded_input():
     return fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True)
 
 
-def draw_input(name: str, number: int):
-    """A draw of view `number`, fed as "<name>_<number>"; it too is read in place."""
-    return fn.external_source(
-        name=f"{name}_{number}", dtype=types.FLOAT, ndim=NDIM[name], no_copy=True
-    )
+def roi_input(name: str, **options: bool):
+    """Two coordinates of each image, read in place too."""
+    return fn.external_source(name=name, dtype=types.FLOAT, ndim=1, no_copy=True, **options)
 
 
 def window(image, start, end, *, size: int):
@@ -137,17 +112,6 @@ def window(image, start, end, *, size: int):
     """
     common = {"interp_type": types.INTERP_LINEAR, "antialias": True, "roi_relative": True}
     return fn.resize(image, size=(size, size), roi_start=start, roi_end=end, **common)
-
-
-def color_map(view, color, color_mean, *, placement: str):
-    """out = A rgb + B mu with mu the view's mean colour, rounded and clamped to uint8."""
-    mean = fn.reductions.mean(view, axes=(0, 1), keep_dims=True)
-    shift = fn.coord_transform(mean, M=color_mean)
-    if placement == "cpu":
-        shift = fn.reshape(shift, shape=[3])
-        return fn.coord_transform(view, M=color, T=shift, dtype=types.UINT8)
-    # argument inputs must be in host memory: on the GPU the shift is added instead
-    return fn.cast(fn.coord_transform(view, M=color) + shift, dtype=types.UINT8)
 
 
 def undecodable(

@@ -45,12 +45,17 @@ class Batch:
     Shapes: images (V, N, S, S, 3) for training, view first; (N, S, S, 3) for evaluation; uint8 on
     the training device. ids (N,) int64 on the CPU: the sample of each row, -1 for one left out.
     small (W, N, s, s, 3) are the views of another size (multi-crop), if there are any.
+    draws and small_draws (V or W, N, 20 + R) fp32, of augment.pack_draws: on a GPU the images are
+    crops, which kernels/normalize.py makes views of by the draws. None where there is nothing left
+    to do. Of a single view, images (N, S, S, 3) and draws (N, 20 + R).
     """
 
     step: int
     images: Tensor
     ids: Tensor
     small: Tensor | None = None
+    draws: Tensor | None = None
+    small_draws: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,7 @@ def view_loader(
     per_rank = order.batch_size // ranks.size
     rows = slice(ranks.rank * per_rank, (ranks.rank + 1) * per_rank)
     threads = num_threads(options, local_world=ranks.local_size, device=device)
-    plan = ViewPlan(order, tuple(views), rows, colors=device.type == "cuda")
+    plan = ViewPlan(order, tuple(views), rows, packed=device.type == "cuda")
 
     def preparing() -> AbstractContextManager[Prepare]:
         if device.type == "cuda" if in_process is None else in_process:
@@ -107,7 +112,7 @@ def view_loader(
         return nullcontext(partial(plan.prepare, reader))
 
     settings = _settings(device, batch_size=per_rank, num_threads=threads)
-    build = partial(graph.build_view_pipeline, options, views, colors=plan.colors, **settings)
+    build = partial(graph.build_view_pipeline, options, views, **settings)
     return DaliLoader(steps, preparing, build, reader, options, device, threads)
 
 
@@ -264,18 +269,25 @@ class DaliLoader:
         images = torch.empty((large, *first), dtype=torch.uint8, device=self.device)
         small = torch.empty((len(tensors) - large, *last), dtype=torch.uint8, device=self.device)
         places = [*images, *small]
-        if work.finish is not None:
+        if isinstance(work.draws, list):
             from pipeline.color_blur import finish_views  # a GPU machine need not have OpenCV
 
             crops, out = [np.asarray(t) for t in tensors], [p.numpy() for p in places]
-            finish_views(crops, work.finish, out, pool=pool)
+            finish_views(crops, work.draws, out, pool=pool)
         else:
             from nvidia.dali.plugin.pytorch import feed_ndarray
 
             stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
             for tensor, place in zip(tensors, places, strict=True):
                 feed_ndarray(tensor, place, cuda_stream=stream)
-        ids = torch.from_numpy(work.ids)
+        ids, draws, small_draws = torch.from_numpy(work.ids), None, None
+        if isinstance(work.draws, np.ndarray):
+            packed = torch.from_numpy(work.draws)
+            if self.device.type == "cuda":  # pageable memory would make the host wait for the copy
+                packed = packed.pin_memory().to(self.device, non_blocking=True)
+            draws, small_draws = packed[:large], packed[large:]
         if len(tensors) == 1:
-            return Batch(work.step, images[0], ids)
-        return Batch(work.step, images, ids, small if len(small) else None)
+            return Batch(work.step, images[0], ids, draws=None if draws is None else draws[0])
+        if len(small) == 0:
+            return Batch(work.step, images, ids, draws=draws)
+        return Batch(work.step, images, ids, small, draws, small_draws)

@@ -1,4 +1,5 @@
-"""Which samples a step trains on, and what of them is fed into DALI: bytes and draws of the views.
+"""Which samples a step trains on, and what of them is fed into DALI: bytes and windows of
+the views, and what is done to them afterwards.
 
 The order is a permutation per (seed, epoch), cut into global batches; the batches do not depend on
 the number of ranks, and a run's position is one integer, the global step. There is no state: a plan
@@ -11,7 +12,7 @@ from enum import IntEnum
 
 import numpy as np
 
-from pipeline.augment import AugmentConfig, ViewDraws, draw_views, draws_in_graph
+from pipeline.augment import AugmentConfig, ViewDraws, draw_views, pack_draws
 from pipeline.sources.folder import Allocate
 from pipeline.sources.reader import ImageReader, Placed
 
@@ -99,7 +100,8 @@ class Work:
     step: int
     ids: np.ndarray
     inputs: dict[str, list | np.ndarray]
-    finish: list[ViewDraws] | None = None  # draws of views that are coloured and blurred after DALI
+    draws: list[ViewDraws] | np.ndarray | None = None
+    """Of colour, blur and solarize, which follow DALI; an array of augment.pack_draws for a GPU."""
 
 
 Prepare = Callable[[int], Work]
@@ -112,7 +114,8 @@ class ViewPlan:
     order: SampleOrder
     views: Sequence[AugmentConfig]
     rows: slice
-    colors: bool  # whether DALI does colours and blur
+    packed: bool
+    """Whether a Work's draws are an array: on a GPU."""
 
     def prepare(self, reader: ImageReader, step: int, allocate: Allocate | None = None) -> Work:
         """Read the images of a step into memory from `allocate`, and draw their views.
@@ -128,13 +131,10 @@ class ViewPlan:
         encoded, sizes = zip(*(image for image in placed if image is not None), strict=True)
         rng = keyed_rng(order.seed, Purpose.VIEWS, step)
         drawn = draw_views(self.views, rng, np.array(sizes), rows, order.batch_size)
-        draws = {
-            f"{name}_{number}": getattr(draw, name)
-            for number, (config, draw) in enumerate(zip(self.views, drawn, strict=True))
-            for name in draws_in_graph(config, colors=self.colors)
-        }
-        inputs = {"encoded": list(encoded), **draws}
-        return Work(step, ids, inputs, None if self.colors else drawn)
+        inputs: dict[str, list | np.ndarray] = {"encoded": list(encoded)}
+        for number, draw in enumerate(drawn):
+            inputs |= {f"roi_start_{number}": draw.roi_start, f"roi_end_{number}": draw.roi_end}
+        return Work(step, ids, inputs, pack_draws(self.views, drawn) if self.packed else drawn)
 
 
 def _replace(

@@ -125,13 +125,13 @@ class _Child:
             if isinstance(reply, Exception):
                 self._free.append(slot)
                 raise reply
-            ids, places, size, inputs, finish, new_bad, several = reply
+            ids, places, size, inputs, draws, new_bad, several = reply
             self._reader.bad.update(new_bad)
             self._reader.several = max(self._reader.several, several)
             self._known.update(bad, new_bad)
             memory = self._buffers[slot].mapped(size)
         inputs = {"encoded": [memory[start:end] for start, end in places], **inputs}
-        work = Work(step, ids, inputs, finish)
+        work = Work(step, ids, inputs, draws)
         weakref.finalize(work, self._free.append, slot)
         return work
 
@@ -166,7 +166,7 @@ def serve(connection: Connection) -> None:
             places = [buffers[slot].place_of(image) for image in work.inputs.pop("encoded")]
             size, new_bad = buffers[slot].mapped(0).size, dict([*reader.bad.items()][known:])
             found = new_bad, reader.several
-            reply: tuple | Exception = work.ids, places, size, work.inputs, work.finish, *found
+            reply: tuple | Exception = work.ids, places, size, work.inputs, work.draws, *found
         except Exception as error:  # raised again in the trainer
             error.add_note(traceback.format_exc())
             reply = error

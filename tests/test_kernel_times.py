@@ -37,6 +37,7 @@ def test_every_kind_of_site_is_timed_beside_its_peers():
         for bytes_moved, ms, rate in zip(moved, row["ours_ms"], row["gb_per_s"], strict=True):
             assert abs(bytes_moved / ms / 1e6 - rate) <= 0.05 + 0.02 * rate  # of rounded figures
     assert set(found["loss_us"]) == {"ours", "eager"}
+    assert set(found["views_ms"]) == {"ours", "plain"}
 
 
 class Gpu:

@@ -6,6 +6,8 @@ import io
 import os
 import re
 import weakref
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +15,12 @@ import pytest
 import torch
 from PIL import Image
 
+from kernels.normalize import finish_views
 from pipeline import graph
 from pipeline.augment import AugmentConfig
 from pipeline.decode import DecodeOptions, decode_arguments, reserve
 from pipeline.loader import DaliLoader, Ranks, eval_loader, view_loader
-from pipeline.order import SampleOrder
+from pipeline.order import SampleOrder, ViewPlan
 from pipeline.pack import pack_root
 from pipeline.sources import reader as reader_module
 from pipeline.sources.folder import READERS, list_images
@@ -262,7 +265,6 @@ def spied_definition(spied: list):
     def definition(**options):
         def decorate(function):
             def make():
-                options.pop("enable_conditionals", None)
                 pipeline = Spied(**options)
                 with pipeline:
                     pipeline.set_outputs(*function())
@@ -429,7 +431,7 @@ def test_only_the_training_pipeline_reserves_for_the_largest_image(monkeypatch):
     options = DecodeOptions(preallocate_width=5980, preallocate_height=6430)
     common = {"batch_size": 4, "prefetch": 2, "num_threads": 6, "device_id": None}
     for build in (
-        lambda: graph.build_view_pipeline(options, [SMALL], colors=True, **common),
+        lambda: graph.build_view_pipeline(options, [SMALL], **common),
         lambda: graph.build_eval_pipeline(options, size=24, **common),
         lambda: graph.undecodable([b"x"], options, device_id=None),
     ):
@@ -466,26 +468,17 @@ def test_decoder_reserves_at_most_2_gib_however_many_threads_there_are():
     assert (gpu["device_memory_padding"], gpu["host_memory_padding"]) == (64 << 20, 8 << 20)
 
 
-def test_colour_map_of_the_gpu_placement_equals_the_cpu_ones(jpegs):
-    """The two formulas, both run on the CPU: the GPU one cannot be built here."""
-    from nvidia.dali import fn, pipeline_def, types
-
-    rng = np.random.default_rng(0)
-    color = rng.uniform(-0.2, 1.0, (len(jpegs), 3, 3)).astype(np.float32)
-    color_mean = rng.uniform(-0.2, 0.4, (len(jpegs), 3, 3)).astype(np.float32)
-
-    @pipeline_def(batch_size=len(jpegs), num_threads=2, device_id=None, prefetch_queue_depth=1)
-    def both():
-        encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
-        image = fn.resize(fn.decoders.image(encoded, device="cpu"), size=(64, 64))
-        a = fn.external_source(name="color", dtype=types.FLOAT, ndim=2)
-        b = fn.external_source(name="color_mean", dtype=types.FLOAT, ndim=2)
-        return tuple(graph.color_map(image, a, b, placement=place) for place in ("cpu", "gpu"))
-
-    pipeline = both()
-    pipeline.build()
-    for name, value in (("encoded", jpegs), ("color", color), ("color_mean", color_mean)):
-        pipeline.feed_input(name, value)
-    cpu, gpu = (np.array(output.as_array()).astype(int) for output in pipeline.run())
-    assert np.abs(cpu - gpu).max() <= 1
-    assert cpu.min() + 1 > 0 and cpu.std() > 10
+def test_the_crops_and_draws_of_a_gpu_give_the_views_of_the_cpu_bit_for_bit(folder):
+    crop = dataclasses.replace(SMALL, size=12, scale=(0.05, 0.2))
+    views = (SMALL, dataclasses.replace(SMALL, solarize=0.5), crop, crop)
+    reader, order = ImageReader(list_images(str(folder))), SampleOrder(40, batch_size=8, seed=0)
+    plan = ViewPlan(order, views, slice(0, 8), packed=True)
+    settings = {"batch_size": 8, "num_threads": 1, "device_id": None}
+    build = partial(graph.build_view_pipeline, DecodeOptions(), views, **settings)
+    preparing = partial(nullcontext, partial(plan.prepare, reader))
+    crops = DaliLoader(range(2), preparing, build, reader, DecodeOptions(), CPU)
+    for ours, theirs in zip(crops, batches(folder, range(2), views=views), strict=True):
+        assert theirs.draws is theirs.small_draws is None
+        assert not torch.equal(ours.images, theirs.images)
+        assert torch.equal(finish_views(ours.images, ours.draws), theirs.images)
+        assert torch.equal(finish_views(ours.small, ours.small_draws), theirs.small)

@@ -46,7 +46,7 @@ def reader(folder) -> ImageReader:
 
 @pytest.fixture
 def plan() -> ViewPlan:
-    return ViewPlan(SampleOrder(24, batch_size=8, seed=0), VIEWS, slice(0, 8), colors=True)
+    return ViewPlan(SampleOrder(24, batch_size=8, seed=0), VIEWS, slice(0, 8), packed=True)
 
 
 @pytest.fixture
@@ -85,9 +85,10 @@ def test_it_makes_the_batches_of_this_process_bit_for_bit(folder):
 
 
 def test_the_bytes_of_a_batch_stay_as_long_as_it_is_kept_and_their_memory_is_used_again(
-    child, reader
+    child, reader, plan
 ):
     kept = [child.prepare(step) for step in range(6)]
+    assert np.array_equal(kept[5].draws, plan.prepare(reader, 5).draws)
     assert len(child._buffers) == 6
     assert all(bytes_of(work) == files_of(reader, work) for work in kept)
     del kept

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from measure.kernel_times import random_draws
 from pipeline.augment import AugmentConfig
 from pipeline.loader import Batch
 from pipeline.order import SampleOrder
@@ -52,7 +53,7 @@ class Repeated:
 
 
 def train(current: TrainState, steps: range) -> list[tuple]:
-    """Loss, gradient norm and learning rate of each step, read at the end."""
+    """Loss, gradient norm and learning rate of each step on crops and draws, read at the end."""
     order = SampleOrder(10 * ROWS, batch_size=ROWS, seed=0)
     results = []
     for step in steps:
@@ -60,7 +61,8 @@ def train(current: TrainState, steps: range) -> list[tuple]:
         shape = 2, ROWS, SIZE, SIZE, 3
         views = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
         device = current.guard.device
-        batch = Batch(step, views.to(device), torch.arange(ROWS), None)
+        draws = random_draws(CONFIG.views, ROWS, device).roll(step, 1)
+        batch = Batch(step, views.to(device), torch.arange(ROWS), draws=draws)
         loss, _, norm, lr = train_step(current, CONFIG, Schedule(order, 1), batch)
         results.append((loss, norm, lr))
     return [(loss.item(), norm.item(), lr) for loss, norm, lr in results]

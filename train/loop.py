@@ -10,7 +10,7 @@ from functools import partial
 from torch import Tensor
 from torch.profiler import record_function
 
-from kernels.normalize import normalize_views
+from kernels.normalize import finish_views, normalize_views
 from pipeline.loader import Batch, Ranks, view_loader
 from train.config import Config
 from train.distributed import StopSignal, World
@@ -76,14 +76,15 @@ def train(
         for batch, (_, for_targets) in zip(loader, passes, strict=True):
             window.data_arrived()
             if for_targets:
-                views = normalized(config, batch.images)
+                views = normalized(config, batch.images, batch.draws)
                 with autocast(config.precision, world.device):
                     current.model.keep_targets(views, batch.step)
                 window.work_queued()
                 stacks.allow(ALLOWED_S)  # the first step of a block may compile
                 continue
             if batch.step == 0:
-                run.metrics.view_grid(0, batch.images[:, :PICTURES])
+                views = finish_views(batch.images, batch.draws, kernels=config.model.kernels)
+                run.metrics.view_grid(0, views[:, :PICTURES])
             window.step_done(*train_step(current, config, schedule, batch))
             is_last, stopping = current.step == schedule.last, stop.agreed()
             if current.step % config.log_every == 0 or current.step == 1 or is_last or stopping:
@@ -143,9 +144,10 @@ def train_step(
     )
     current.model.before_step(current.step)
 
-    def update(images: Tensor, ids: Tensor) -> Results:
-        views = normalized(config, images)
-        small = None if batch.small is None else normalized(config, batch.small)
+    def update(images: Tensor, ids: Tensor, draws: Tensor | None) -> Results:
+        views, small = normalized(config, images, draws), None
+        if batch.small is not None:
+            small = normalized(config, batch.small, batch.small_draws)
         with record_function("forward"), autocast(config.precision, device):
             loss, scalars = current.ddp(views, ids, small)
         norm = current.guard(loss, frozen=current.model.frozen(current.step))
@@ -153,18 +155,21 @@ def train_step(
 
     ids = batch.ids.to(device, non_blocking=True)
     call = update if current.graph is None else partial(current.graph, update)
-    loss, scalars, norm = call(batch.images, ids)
+    loss, scalars, norm = call(batch.images, ids, batch.draws)
     current.model.after_step(current.step, schedule.total)
     current.step += 1
     return loss, scalars, norm, lr
 
 
-def normalized(config: Config, images: Tensor) -> Tensor:
-    """Shapes: images (V, N, S, S, 3) uint8 -> (V N, 3, S, S) channels_last in the run's dtype."""
-    dtype, kernels = DTYPES[config.precision], config.model.kernels
+def normalized(config: Config, images: Tensor, draws: Tensor | None) -> Tensor:
+    """Shapes: images (V, N, S, S, 3) uint8 -> (V N, 3, S, S) channels_last in the run's dtype.
+
+    draws: a Batch's; the images are crops where there are any.
+    """
+    dtype, how = DTYPES[config.precision], {"draws": draws, "kernels": config.model.kernels}
     with record_function("normalize"):
         flat = images.flatten(0, 1)
-        return normalize_views(flat, config.data.mean, config.data.std, dtype, kernels=kernels)
+        return normalize_views(flat, config.data.mean, config.data.std, dtype, **how)
 
 
 def knn_is_due(config: Config, schedule: Schedule, step: int) -> bool:

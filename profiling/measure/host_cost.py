@@ -30,8 +30,7 @@ from nvidia.dali.pipeline import Pipeline
 
 from measure.harness import with_batch
 from measure.loader_times import endless_order
-from pipeline.augment import draws_in_graph
-from pipeline.graph import NDIM, encoded_input
+from pipeline.graph import ROI, encoded_input, roi_input
 from pipeline.loader import DaliLoader
 from pipeline.order import ViewPlan
 from pipeline.reading_process import reading_process
@@ -90,7 +89,7 @@ def _opener(
     order, rows = endless_order(reader, with_batch(config, ROWS * world.size), world)
     options = replace(config.dali, prefetch=config.dali.depth("cuda"))
     part = slice(world.rank * rows, (world.rank + 1) * rows)
-    plan = ViewPlan(order, tuple(config.views), part, colors=True)
+    plan = ViewPlan(order, tuple(config.views), part, packed=True)
 
     def opened(steps: int) -> DaliLoader:
         # a new reader each time: a later loader must not know the sizes already
@@ -117,11 +116,9 @@ def feeding_pipeline(config: Config, *, rows: int, prefetch: int) -> Pipeline:
 
     @pipeline_def(batch_size=rows, num_threads=1, device_id=None, prefetch_queue_depth=prefetch)
     def graph():
-        for number, view in enumerate(config.views):
-            for name in draws_in_graph(view, colors=True):
-                kept = {"dtype": types.FLOAT, "no_copy": True, "preserve": True}
-                draw = fn.external_source(name=f"{name}_{number}", ndim=NDIM[name], **kept)
-                Pipeline.current().add_sink(draw)
+        for number in range(len(config.views)):
+            for name in ROI:
+                Pipeline.current().add_sink(roi_input(f"{name}_{number}", preserve=True))
         return fn.cast(encoded_input().shape(), dtype=types.UINT8)
 
     pipeline = graph()

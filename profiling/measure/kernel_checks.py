@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -27,7 +28,8 @@ from kernels.batch_norm import Norm, NormOptions, batch_norm_act
 from kernels.choose import Kernels
 from kernels.cosine import symmetric_neg_cosine
 from kernels.norm_autograd import rows_of
-from kernels.normalize import normalize_views
+from kernels.normalize import finish_views, normalize_views
+from pipeline.augment import AugmentConfig, ViewDraws, pack_draws
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Shape = tuple[int, ...]
@@ -44,11 +46,12 @@ SHAPES: dict[str, dict[str, Shape]] = {
         "recompute": (512, 512, 7, 7),
         "sync": (512, 64, 56, 56),
         "loss": (2, 256, 2048),
-        "normalize": (512, 224, 224, 3),
+        **dict.fromkeys(("normalize", "colors"), (512, 224, 224, 3)),
     },
     "small": {
         **dict.fromkeys(("relu", "residual", "norm", "pool", "recompute", "sync"), ODD),
         **{"none": (6, 5), "loss": (2, 131, 37), "normalize": (3, 41, 37, 3)},
+        **{"colors": (4, 61, 37, 3)},
     },
 }
 Named = dict[str, Tensor]
@@ -267,23 +270,46 @@ def loss_case(_kind: str, shape: Shape, draw: Draw) -> Case:
     return Case({"p": p, "z": z}, call, [torch.ones((), device=draw.device)], formula)
 
 
-def normalize_case(_kind: str, shape: Shape, draw: Draw) -> Case:
-    """uint8 views to activations."""
-    views = torch.randint(0, 256, shape, generator=draw.generator, device=draw.device)
+def views_case(kind: str, shape: Shape, draw: Draw) -> Case:
+    """uint8 crops to activations; colors: coloured, every other one blurred, solarized before."""
+    crops = torch.randint(0, 256, shape, generator=draw.generator, device=draw.device)
+    draws = clear_draws(crops) if kind == "colors" else None
 
     def call(given: Named, how: Kernels) -> Named:
-        return {"y": normalize_views(given["views"], MEAN, STD, draw.dtype, kernels=how)}
+        views, options = given["views"], {"draws": draws, "kernels": how}
+        y = normalize_views(views, MEAN, STD, draw.dtype, **options)
+        return {"y": y, "finished": finish_views(views, **options)}
 
     def formula(given: Named) -> Named:
         mean, std = (torch.tensor(v, device=draw.device).double() for v in (MEAN, STD))
-        return {"y": ((given["views"].double() / 255 - mean) / std).permute(0, 3, 1, 2)}
+        finished = finish_views(given["views"], draws, kernels="plain")
+        y = ((finished.double() / 255 - mean) / std).permute(0, 3, 1, 2)
+        return {"y": y, "finished": finished}
 
-    return Case({"views": views.to(torch.uint8)}, call, formula=formula)
+    return Case({"views": crops.to(torch.uint8)}, call, formula=formula)
+
+
+def clear_draws(crops: Tensor) -> Tensor:
+    """Draws with which no value is near a tie of roundings: two results that are right agree.
+
+    The shift of each channel is a quarter of 1/1024 above a multiple of it.
+    """
+    count, rng = len(crops), np.random.default_rng(0)
+    mean = crops.double().mean((1, 2)).cpu().numpy()
+    color = rng.integers(-300, 1100, (count, 3, 3)) / 1024
+    shift = (rng.integers(-20_000, 20_000, (count, 3)) + 0.25) / 1024
+    color_mean = np.eye(3) * (shift / mean)[:, None]
+    odd = np.arange(count) % 2 == 1
+    sigma = np.where(odd, rng.uniform(0.1, 2, count), 0)
+    window, solarize = np.zeros((count, 2)), np.arange(count) % 4 < 2
+    arrays = (window, window, color, color_mean, sigma, solarize)
+    drawn = ViewDraws(*(array.astype(np.float32) for array in arrays))
+    return torch.from_numpy(pack_draws([AugmentConfig()], [drawn])).to(crops.device)
 
 
 CASES: dict[str, Callable[[str, Shape, Draw], Case]] = {
     **dict.fromkeys(("relu", "none", "residual", "norm", "pool", "recompute"), norm_case),
-    **{"sync": sync_case, "loss": loss_case, "normalize": normalize_case},
+    **{"sync": sync_case, "loss": loss_case, "normalize": views_case, "colors": views_case},
 }
 
 

@@ -24,11 +24,12 @@ import importlib.util
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -42,6 +43,8 @@ from kernels.batch_norm import (
 )
 from kernels.choose import Kernels
 from kernels.cosine import symmetric_neg_cosine
+from kernels.normalize import normalize_views
+from pipeline.augment import AugmentConfig, draw_views, pack_draws
 
 WARMUP = 10
 SLEEP_CYCLES, MAX_SLEEP_CYCLES = 1 << 20, 1 << 30  # 0.5 ms at first, half a second at most
@@ -277,6 +280,31 @@ def time_loss(device: torch.device, *, kernels: Kernels, rows: int = 256, n: int
     return {name: [round(s * 1e6, 2) for s in pair] for name, pair in times.items()}
 
 
+def random_draws(views: Sequence[AugmentConfig], rows: int, device: torch.device) -> Tensor:
+    """Draws of colours and blur as the loader gives them beside a GPU: (V, rows, 20 + R)."""
+    rng, sizes = np.random.default_rng(0), np.full((rows, 2), 500)
+    drawn = draw_views(views, rng, sizes, slice(0, rows), rows)
+    return torch.from_numpy(pack_draws(views, drawn)).to(device)
+
+
+def time_views(
+    device: torch.device, *, kernels: Kernels, rows: int = 256, size: int = 224, n: int = 50
+) -> dict:
+    """Milliseconds of the step's first op: both views of `rows` images to bf16."""
+    draws = random_draws([AugmentConfig()] * 2, rows, device)
+    shape = 2 * rows, size, size, 3
+    crops = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+    values, found = ((0.5,) * 3, (0.5,) * 3, torch.bfloat16), {}
+    for name, how in (("ours", kernels), ("plain", "plain")):
+        options = {"draws": draws, "kernels": how}
+        times = [
+            clock(device, lambda options=options: normalize_views(crops, *values, **options))[0]
+            for _ in range(n + 3)
+        ]
+        found[name] = round(1e3 * statistics.median(times[3:]), 4)
+    return found
+
+
 def measure(
     sites: list[Site],
     device: torch.device,
@@ -287,7 +315,9 @@ def measure(
     apex: type[nn.Module] | None = None,
 ) -> dict:
     """All sites, each shape once and counted, the sums over sites and the ratios of the goals."""
-    mib, loss_rows = (1024, 256) if device.type == "cuda" else (16, 4)
+    mib, loss_rows, view_sizes = 1024, 256, {}
+    if device.type != "cuda":
+        mib, loss_rows, view_sizes = 16, 4, {"rows": 2, "size": 16}
     bandwidth = copy_bandwidth(device, mib=mib)
     rows = []
     for site, count in Counter(sites).items():
@@ -303,4 +333,5 @@ def measure(
         "sum_ms": sums,
         "ratios": {f"{name[:-3]}/ours": sums[name] / sums["ours_ms"] for name in names[1:]},
         "loss_us": time_loss(device, kernels=kernels, rows=loss_rows, n=n),
+        "views_ms": time_views(device, kernels=kernels, n=n, **view_sizes),
     }

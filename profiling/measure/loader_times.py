@@ -17,7 +17,7 @@ end too. Timing next(loader) of a full queue would measure nothing.
 
 import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -26,13 +26,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali.plugin.pytorch import feed_ndarray
 from PIL import Image, ImageFilter
 
+from kernels.normalize import finish_views as finish_on_device
 from measure.harness import MeasureConfig
 from measure.peers import import_torchvision, missing
 from measure.turns import Repetition, Timing, seconds_of, take_turns
 from pipeline import graph
-from pipeline.augment import ViewDraws, draw_views, draws_in_graph
+from pipeline.augment import ViewDraws, draw_views, pack_draws
 from pipeline.color_blur import finish_views
 from pipeline.decode import capability_of, decode_arguments
 from pipeline.loader import Ranks, num_threads, view_loader
@@ -87,10 +89,17 @@ def seconds_after_filling(batches: Iterator, filling: int, world: World) -> floa
 
 
 def ours(reader: ImageReader, config: Config, world: World, *, steps: int) -> Repetition:
-    """Our loader over `steps` batches."""
+    """Our loader over `steps` batches, whose views are finished, as the peers' are."""
     loader = OurLoader(reader, config, world)
     filling = loader.num_filling
-    return lambda: seconds_after_filling(loader.next_batches(filling + steps), filling, world)
+
+    def finished() -> Iterator:
+        for batch in loader.next_batches(filling + steps):
+            yield finish_on_device(batch.images, batch.draws)
+            if batch.small is not None:
+                finish_on_device(batch.small, batch.small_draws)
+
+    return lambda: seconds_after_filling(finished(), filling, world)
 
 
 class OfficialViews(torch.utils.data.Dataset):
@@ -260,26 +269,24 @@ def measure_stages(
     cache after the first time.
     """
     _, rows = endless_order(reader, config, world)
-    ids, is_cpu = np.arange(min(rows, images)), world.device.type == "cpu"
+    ids = np.arange(min(rows, images))
     placed = [image for image in reader.read_all(ids) if image is not None]
     encoded, sizes = [p[0] for p in placed], np.array([p[1] for p in placed])
     rng, whole = np.random.default_rng(config.seed), slice(0, len(placed))
     draws = draw_views(config.views, rng, sizes, whole, len(placed))
     runs: dict[str, Callable[[], Any]] = {"read": lambda: reader.read_all(ids)}
-    runs |= dali_stages(encoded, draws, config, world)
-    if is_cpu:
-        crops = [np.array(output.as_array()) for output in runs["crop"]()]
-        out = [np.empty_like(crop) for crop in crops]
-        sharp = [replace(draw, sigma=np.zeros_like(draw.sigma)) for draw in draws]
-        pool = ThreadPoolExecutor(dali_options(config, world)["num_threads"])
-        runs["color"] = lambda: finish_views(crops, sharp, out, pool=pool)
-        if config.augment.blur:
-            runs["blur"] = lambda: finish_views(crops, draws, out, pool=pool)
+    inputs = {"encoded": encoded}
+    for number, draw in enumerate(draws):
+        inputs |= {f"roi_start_{number}": draw.roi_start, f"roi_end_{number}": draw.roi_end}
+    runs |= dali_stages(inputs, config, world)
+    sharp = [replace(draw, sigma=np.zeros_like(draw.sigma)) for draw in draws]
+    runs["color"] = finishing(runs["crop"](), sharp, config, world)
+    if any(view.blur for view in config.views):
+        runs["blur"] = finishing(runs["crop"](), draws, config, world)
     timed = {name: (lambda run=run: seconds_of(run, world.device)) for name, run in runs.items()}
     timings = take_turns(timed, images=len(placed), n=n, world=world)
     total = {name: 1e3 / timings[name].rate() for name in STAGES if name in timings}
-    # the stages that do not contain the one before them
-    alone = {"read", "decode", "color"} if is_cpu else {"read", "decode"}
+    alone = {"read", "decode", "color"}  # the stages that do not contain the one before them
     previous = dict(zip(list(total)[1:], total.values(), strict=False))
     return {
         name: {"ms_per_image": round(ms - (0 if name in alone else previous[name]), 4), "n": n}
@@ -288,13 +295,14 @@ def measure_stages(
 
 
 def dali_stages(
-    encoded: list, draws: list[ViewDraws], config: Config, world: World
+    inputs: dict[str, Any], config: Config, world: World
 ) -> dict[str, Callable[[], Any]]:
-    """The stages that are DALI's on this device: decode, crop, and on a GPU all."""
+    """The stages that are DALI's: decode, crop. inputs: of the training graph."""
+    rows = len(inputs["encoded"])
     common = dali_options(config, world)
     decode = decoding_arguments(config, common)
 
-    @pipeline_def(batch_size=len(encoded), prefetch_queue_depth=1, **common)
+    @pipeline_def(batch_size=rows, prefetch_queue_depth=1, **common)
     def decoding():
         data = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
         return fn.decoders.image(data, **decode)
@@ -309,20 +317,29 @@ def dali_stages(
 
         return run
 
-    sharp = [replace(view, blur=0.0) for view in config.views]
-    kinds = [("crop", False, sharp)]
-    if world.device.type == "cuda":
-        kinds.append(("color", True, sharp))
-        if any(view.blur for view in config.views):
-            kinds.append(("blur", True, config.views))
-    stages = {"decode": stage(decoding(), {"encoded": encoded})}
-    for kind, colors, views in kinds:
-        inputs = {
-            f"{name}_{number}": getattr(draws[number], name)
-            for number, view in enumerate(views)
-            for name in draws_in_graph(view, colors=colors)
-        }
-        how = {"batch_size": len(encoded), "prefetch": 1, "colors": colors, **common}
-        pipeline = graph.build_view_pipeline(config.dali, views, **how)
-        stages[kind] = stage(pipeline, {"encoded": encoded, **inputs})
-    return stages
+    cropping = graph.build_view_pipeline(
+        config.dali, config.views, batch_size=rows, prefetch=1, **common
+    )
+    return {
+        "decode": stage(decoding(), {"encoded": inputs["encoded"]}),
+        "crop": stage(cropping, inputs),
+    }
+
+
+def finishing(
+    outputs: Sequence[Any], draws: Sequence[ViewDraws], config: Config, world: World
+) -> Callable[[], Any]:
+    """What follows the crops that DALI has made: OpenCV on the CPU, the kernels on a GPU."""
+    if world.device.type == "cpu":
+        crops = [np.array(output.as_array()) for output in outputs]
+        out = [np.empty_like(crop) for crop in crops]
+        pool = ThreadPoolExecutor(dali_options(config, world)["num_threads"])
+        return lambda: finish_views(crops, draws, out, pool=pool)
+    packed = torch.from_numpy(pack_draws(config.views, draws)).to(world.device)
+    images = []
+    for output in outputs:
+        tensor = output.as_tensor()
+        images.append(torch.empty(tensor.shape(), dtype=torch.uint8, device=world.device))
+        feed_ndarray(tensor, images[-1])
+    pairs = list(zip(images, packed, strict=True))
+    return lambda: [finish_on_device(*pair) for pair in pairs]

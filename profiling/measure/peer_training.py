@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kernels.normalize import normalize_views
+from kernels.normalize import finish_views, normalize_views
 from measure.peers import Lightly, Official, import_torchvision, missing
 from pipeline.augment import AugmentConfig
 from pipeline.loader import view_loader
@@ -152,7 +152,8 @@ def our_epochs(
         how = {"views": config.views, "options": config.dali, "device": device}
         values = config.data.mean, config.data.std, torch.float32
         for batch in view_loader(data.train, schedule.order, steps, **how):
-            one, two = (normalize_views(view, *values, kernels="plain") for view in batch.images)
+            views = finish_views(batch.images, batch.draws)
+            one, two = (normalize_views(view, *values, kernels="plain") for view in views)
             yield one.contiguous(), two.contiguous()
 
     return batches

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kernels.normalize import normalize_views
 from measure.harness import MeasureConfig
+from measure.kernel_times import random_draws
 from measure.peers import missing, peer_step
 from measure.turns import Repetition, Timing, seconds_of, take_turns
 from pipeline.loader import Batch
@@ -48,10 +49,13 @@ def random_batch(config: Config, world: World) -> Batch:
         return torch.randint(0, 256, shape, dtype=torch.uint8, device=world.device)
 
     spec = config.method.spec
-    large, small = draw(spec.num_views, config.augment.size), None
+    large, small, draws = draw(spec.num_views, config.augment.size), None, (None, None)
     if spec.num_small_views:
         small = draw(spec.num_small_views, config.views[-1].size)
-    return Batch(0, large, torch.arange(rows), small)
+    if world.device.type == "cuda":
+        packed = random_draws(config.views, rows, world.device)
+        draws = packed[: spec.num_views], packed[spec.num_views :]
+    return Batch(0, large, torch.arange(rows), small, *draws)
 
 
 def repeated(

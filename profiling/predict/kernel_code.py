@@ -23,6 +23,7 @@ TYPES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.uint8: "*u8",
+    torch.uint16: "*u16",
     torch.int32: "*i32",
     torch.float64: "*fp64",
     float: "fp32",
@@ -97,7 +98,7 @@ class Launch:
 
 
 def launches_of_a_step(images: int, dtype: torch.dtype) -> list[Launch]:
-    """The distinct launches of a ResNet-50 SimSiam step: forward, backward, normalisation, loss."""
+    """The distinct launches of a ResNet-50 SimSiam step: views, forward, loss, backward."""
     import torch._dynamo  # keeps a table of torch's functions: before one is replaced
 
     from kernels.normalize import normalize_views
@@ -127,7 +128,9 @@ def launches_of_a_step(images: int, dtype: torch.dtype) -> list[Launch]:
         with FakeTensorMode():
             model = SimSiam(ModelConfig(kernels="triton"), MethodConfig())
             raw = torch.empty(2 * images, 224, 224, 3, dtype=torch.uint8)
-            views = normalize_views(raw, (0.5,) * 3, (0.5,) * 3, dtype, kernels="triton")
+            draws = torch.empty(2 * images, 26)  # of a blur's radius of at most 6 pixels
+            how = {"draws": draws, "kernels": "triton"}
+            views = normalize_views(raw, (0.5,) * 3, (0.5,) * 3, dtype, **how)
             with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
                 loss, _ = model(views)
             loss.backward()

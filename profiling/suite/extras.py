@@ -12,7 +12,7 @@ from suite.checks import TINY_STEPS, StageFailed, Suite, last_line
 from suite.stages import Stage, check_memory, throughput, training
 
 # the Makefile reads this line
-KERNEL_TESTS = "norm_kernels loss_kernels cosine two_views"
+KERNEL_TESTS = "norm_kernels loss_kernels colors cosine two_views"
 
 
 def kernel_tests(s: Suite) -> None:

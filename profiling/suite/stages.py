@@ -149,6 +149,7 @@ def judge_sites(s: Suite, result: dict) -> None:
     s.check("sites where the compiled plain module is faster", slower, at_most=0)
     loss_us = sum(result["loss_us"]["ours"])
     s.check("loss at 512 x 2048, forward and backward [us]", loss_us, at_most=15)
+    s.check("colours and normalisation of 512 views [ms]", result["views_ms"]["ours"], at_most=0.5)
 
 
 def views(s: Suite) -> None:

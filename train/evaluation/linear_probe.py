@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kernels.normalize import finish_views
 from pipeline.augment import AugmentConfig
 from pipeline.loader import Ranks, view_loader
 from pipeline.order import PartOrder
@@ -234,4 +235,5 @@ def augmented_features(
         ranks=Ranks(world.rank, world.size, world.local_size),
     )
     for batch in loader:
-        yield features_of(backbone, batch.images, config), labels[batch.ids].to(world.device)
+        views = finish_views(batch.images, batch.draws, kernels=config.model.kernels)
+        yield features_of(backbone, views, config), labels[batch.ids].to(world.device)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels.normalize import finish_views
 from pipeline.augment import AugmentConfig
 from pipeline.loader import view_loader
 from pipeline.order import PartOrder
@@ -102,7 +103,8 @@ def views_of(
     options: dict = {"options": config.dali, "device": world.device, "views": [reference] * 2}
     parts, seen = [], []
     for batch in view_loader(data.train, order, range(order.steps_per_epoch), **options):
-        parts.append(torch.stack([features_of(model.backbone, x, config) for x in batch.images]))
+        views = finish_views(batch.images, batch.draws, kernels=config.model.kernels)
+        parts.append(torch.stack([features_of(model.backbone, x, config) for x in views]))
         seen.append(batch.ids)
     return torch.cat(parts, dim=1), torch.cat(seen)
 

@@ -34,14 +34,16 @@ class Results(NamedTuple):
     norm: Tensor
 
 
-Update = Callable[[Tensor, Tensor], Results]
-"""Forward and backward pass and the optimizer's step on (images, ids)."""
+Inputs = tuple[Tensor, Tensor, Tensor | None]
+"""images, ids and the draws of colours, as of a Batch."""
+Update = Callable[[Tensor, Tensor, Tensor | None], Results]
+"""Forward and backward pass and the optimizer's step."""
 
 
 class Captured:
     """What `update` launches on `inputs`, to be replayed; nothing is computed before that."""
 
-    def __init__(self, update: Update, inputs: tuple[Tensor, Tensor]):
+    def __init__(self, update: Update, inputs: Inputs):
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.results = update(*inputs)
@@ -69,45 +71,47 @@ class StepGraph:
         self.captured: Captured | None = None
         self.rates = torch.zeros(len(optimizer.param_groups), device=device)
 
-    def __call__(self, update: Update, images: Tensor, ids: Tensor) -> Results:
-        """One step. Shapes: images and ids have those of the first call."""
+    def __call__(self, update: Update, *inputs: *Inputs) -> Results:
+        """One step. Shapes: the inputs have those of the first call."""
         self.steps += 1
         if self.steps <= WARM_UP:
-            return self._beside(update, images, ids)
+            return self._beside(update, inputs)
         if self.steps <= WARM_UP + self.timed:
-            return self._clocked(update, images, ids)
+            return self._clocked(update, inputs)
         if self.marks:
             self.is_short = self._median_ms() < AUTO_MS
             self.marks.clear()
         if not self.is_short:
-            return update(images, ids)
+            return update(*inputs)
         if self.captured is None:
-            self.inputs = images.clone(), ids.clone()
+            images, ids, draws = inputs
+            self.inputs = images.clone(), ids.clone(), None if draws is None else draws.clone()
             with tensor_rates(self.optimizer, self.rates):
                 self.captured = Captured(update, self.inputs)
-        for kept, given in zip(self.inputs, (images, ids), strict=True):
-            kept.copy_(given, non_blocking=True)
+        for kept, given in zip(self.inputs, inputs, strict=True):
+            if kept is not None and given is not None:
+                kept.copy_(given, non_blocking=True)
         for rate, group in zip(self.rates, self.optimizer.param_groups, strict=True):
             rate.fill_(group["lr"])
         loss, scalars, norm = self.captured.replay()
         copied = {name: value.clone() for name, value in scalars.items()}
         return Results(loss.clone(), copied, norm.clone())
 
-    def _beside(self, update: Update, images: Tensor, ids: Tensor) -> Results:
+    def _beside(self, update: Update, inputs: Inputs) -> Results:
         """On a stream of its own, as a recording wants what it allocates once and keeps."""
         if self.device.type != "cuda":
-            return update(images, ids)
+            return update(*inputs)
         main, stream = torch.cuda.current_stream(), torch.cuda.Stream()
         stream.wait_stream(main)
         with torch.cuda.stream(stream):
-            results = update(images, ids)
+            results = update(*inputs)
         main.wait_stream(stream)
         return results
 
-    def _clocked(self, update: Update, images: Tensor, ids: Tensor) -> Results:
+    def _clocked(self, update: Update, inputs: Inputs) -> Results:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        results = update(images, ids)
+        results = update(*inputs)
         end.record()
         self.marks.append((begin, end))
         return results
