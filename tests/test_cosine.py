@@ -67,7 +67,7 @@ def test_normalised_views_equal_totensor_and_normalize(dtype):
     ("views", "message"),
     [
         (torch.zeros(2, 8, 8, 3), "uint8"),
-        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), r"\(N, H, W, 3\)"),
+        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), r"\(..., H, W, 3\)"),
         (torch.zeros(2, 8, 3, 8, dtype=torch.uint8).transpose(2, 3), "contiguous"),
     ],
 )
