@@ -18,7 +18,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.choose import use_triton
-from kernels.norm_autograd import NormAct, NormActConv, NormOptions, all_reduce, by_view, rows_of
+from kernels.norm_autograd import (
+    ConvOptions,
+    ConvStatistics,
+    NormAct,
+    NormActConv,
+    NormOptions,
+    all_reduce,
+    by_view,
+    rows_of,
+)
 
 
 class Norm(NamedTuple):
@@ -30,18 +39,26 @@ class Norm(NamedTuple):
     running_var: Tensor | None = None
 
 
+Part = Tensor | None
+"""What a convolution's kernel summed for the batch norm that follows (conv_statistics)."""
+
 DEFAULTS = NormOptions()
 
 
 def batch_norm_act(
-    x: Tensor, norm: Norm, options: NormOptions = DEFAULTS, *, residual: Tensor | None = None
+    x: Tensor,
+    norm: Norm,
+    options: NormOptions = DEFAULTS,
+    *,
+    residual: Tensor | None = None,
+    part: Part = None,
 ) -> Tensor:
     """Batch norm of channels-last x, residual add and ReLU; the result has x's dtype.
 
     Shapes: x, residual (N, C, H, W) channels_last or (N, C).
     Raises: ValueError for a layout, dtype or shape that this is not meant for.
     """
-    return _norm_act(x, norm, options, residual)
+    return _norm_act(x, norm, options, residual, parts=(part, None))
 
 
 def block_end(
@@ -50,15 +67,19 @@ def block_end(
     shortcut: Tensor,
     shortcut_norm: Norm | None = None,
     options: NormOptions = DEFAULTS,
+    *,
+    parts: tuple[Part, Part] = (None, None),
 ) -> tuple[Tensor, Tensor]:
     """The end of a residual block: relu(norm(x) + shortcut), twice: main branch and next shortcut.
 
     With shortcut_norm (the downsample branch) the shortcut is normalised in the same pass. The two
     results are one tensor; as two, backward gets their two gradients apart, sums and masks them and
     writes the result once.
+    parts are those of x and of the normalised shortcut.
     Shapes: x, shortcut (N, C, H, W) channels_last of one dtype. Raises: as batch_norm_act.
     """
-    return _norm_act(x, norm, options._replace(relu=True, fork=True), shortcut, shortcut_norm)
+    options = options._replace(relu=True, fork=True)
+    return _norm_act(x, norm, options, shortcut, shortcut_norm, parts)
 
 
 def batch_norm_act_pool(x: Tensor, norm: Norm, options: NormOptions = DEFAULTS) -> Tensor:
@@ -75,32 +96,48 @@ def batch_norm_act_pool(x: Tensor, norm: Norm, options: NormOptions = DEFAULTS) 
     return y if pool else F.max_pool2d(y, 3, stride=2, padding=1)
 
 
+def conv_statistics(
+    y: Tensor, conv_weight: Tensor, options: NormOptions = DEFAULTS
+) -> tuple[Tensor, Part]:
+    """A 1x1 convolution of stride 1 that also sums for the batch norm that follows.
+
+    Triton kernels only; the plain twin is conv2d, after which batch_norm_act reads the result.
+    Shapes: y (N, C, H, W) channels_last, conv_weight (D, C, 1, 1) -> (N, D, H, W) channels_last.
+    """
+    if y.dim() != 4 or not _is_channels_last(y) or conv_weight.shape[1:] != (y.shape[1], 1, 1):
+        raise ValueError(
+            f"conv_statistics takes (N, C, H, W) channels_last and (D, C, 1, 1), got "
+            f"{tuple(y.shape)} with strides {y.stride()} and {tuple(conv_weight.shape)}"
+        )
+    return ConvStatistics.apply(options, y, conv_weight)
+
+
 def batch_norm_act_conv(
     x: Tensor,
     norm: Norm,
     conv_weight: Tensor,
     options: NormOptions = DEFAULTS,
     *,
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
-    groups: int = 1,
-) -> Tensor:
-    """conv2d(batch_norm_act(x)) in training that keeps x and not the normalised map.
+    conv: ConvOptions,
+    shortcut: Tensor | None = None,
+    shortcut_norm: Norm | None = None,
+    parts: tuple[Part, Part] = (None, None),
+) -> tuple[Tensor, Part, Tensor | None]:
+    """conv2d(y) with y = batch_norm_act(x), or with a shortcut block_end's, as one function.
 
-    Backward runs the normalising kernel once more: 4 bytes an element of x in bf16 against the 2
-    that are not kept. Triton kernels only.
+    Returns: the convolution's output, its part, and with a shortcut y, for the next one.
+    conv says what is fused (ConvOptions). Triton kernels only, in training.
     Shapes: x (N, C, H, W) channels_last, conv_weight (D, C / groups, h, w). Raises: as
     batch_norm_act.
     """
-    _check(x, norm, options, None, None)
+    _check(x, norm, options, shortcut, shortcut_norm)
     if x.dim() != 4 or norm.weight is None:
         raise ValueError("batch_norm_act_conv takes (N, C, H, W) and a weight and bias")
     options = options._replace(kernels="triton", relu=True)
-    statistics, total = _batch_statistics([(x, norm)], options)
-    how = stride, padding, groups
-    return NormActConv.apply(
-        options, total, statistics, how, x, conv_weight, norm.weight, norm.bias
-    )
+    pairs, params = _pairs(x, norm, shortcut, shortcut_norm)
+    statistics, total = _batch_statistics(pairs, parts, options)
+    inputs = x, shortcut, conv_weight
+    return NormActConv.apply(options, total, statistics, conv, *inputs, *params)
 
 
 def _norm_act(
@@ -109,6 +146,7 @@ def _norm_act(
     options: NormOptions,
     shortcut: Tensor | None = None,
     norm2: Norm | None = None,
+    parts: tuple[Part, Part] = (None, None),
 ) -> Any:
     _check(x, norm, options, shortcut, norm2)
     with_triton = options.training and use_triton(options.kernels, x)
@@ -119,11 +157,18 @@ def _norm_act(
         y = F.relu(y, inplace=True) if options.relu else y
         return (y, y) if options.fork else y
     options = options._replace(kernels="triton" if with_triton else "plain")
-    pairs, params = [(x, norm)], (*norm[:2], None, None)
-    if shortcut is not None and norm2 is not None:
-        pairs, params = [*pairs, (shortcut, norm2)], norm[:2] + norm2[:2]
-    statistics, total = _batch_statistics(pairs, options)
+    pairs, params = _pairs(x, norm, shortcut, norm2)
+    statistics, total = _batch_statistics(pairs, parts, options)
     return NormAct.apply(options, total, statistics, x, shortcut, *params)
+
+
+def _pairs(
+    x: Tensor, norm: Norm, shortcut: Tensor | None, norm2: Norm | None
+) -> tuple[list[tuple[Tensor, Norm]], tuple[Tensor | None, ...]]:
+    """What is normalised, and weights and biases, as NormAct takes them."""
+    if shortcut is None or norm2 is None:
+        return [(x, norm)], (*norm[:2], None, None)
+    return [(x, norm), (shortcut, norm2)], norm[:2] + norm2[:2]
 
 
 def _plain(x: Tensor, norm: Norm, options: NormOptions) -> Tensor:
@@ -144,14 +189,16 @@ def _plain(x: Tensor, norm: Norm, options: NormOptions) -> Tensor:
 
 @torch.no_grad()
 def _batch_statistics(
-    pairs: list[tuple[Tensor, Norm]], options: NormOptions
+    pairs: list[tuple[Tensor, Norm]], parts: tuple[Part, ...], options: NormOptions
 ) -> tuple[list[Tensor], Tensor | None]:
     """mean and rstd of each tensor, (V, C) fp32, with the running statistics updated.
 
     Over ranks also the rows of each view on all of them, (V, 1). The sums on the wire are in fp64:
     with mean 1000 and std 1 an fp32 sum of squares would keep no digit of the variance.
     """
-    local = [_local_statistics(x, norm, options) for x, norm in pairs]
+    local = [
+        _local_statistics(*pair, part, options) for pair, part in zip(pairs, parts, strict=False)
+    ]
     if options.group is None:
         return [value for pair in local for value in pair], None
     mean, var = (torch.cat(parts, dim=1).double() for parts in zip(*local, strict=True))
@@ -175,16 +222,23 @@ def _batch_statistics(
     return results, total.float()
 
 
-def _local_statistics(x: Tensor, norm: Norm, options: NormOptions) -> tuple[Tensor, Tensor]:
+def _local_statistics(
+    x: Tensor, norm: Norm, part: Part, options: NormOptions
+) -> tuple[Tensor, Tensor]:
     """This rank's mean and rstd of each view; with a group its mean and biased variance."""
     is_shared, rows = options.group is not None, rows_of(x)
     if options.kernels == "plain":
         var, mean = torch.var_mean(by_view(rows, options.num_views), dim=1, correction=0)
         return mean, var
-    from kernels.gpu.norm_forward import statistics  # see norm_autograd
-
     running = (None, None) if is_shared else norm[2:]
-    return statistics(rows, *running, options.num_views, options.momentum, options.eps, is_shared)
+    how = options.momentum, options.eps, is_shared
+    if part is not None:
+        from kernels.gpu.norm_conv import merge_statistics  # see norm_autograd
+
+        return merge_statistics(part, *running, rows.shape[0] // options.num_views, *how)
+    from kernels.gpu.norm_forward import statistics
+
+    return statistics(rows, *running, options.num_views, *how)
 
 
 def keep_finite(norm: Norm, new_mean: Tensor, new_var: Tensor) -> None:

@@ -86,66 +86,160 @@ class NormAct(torch.autograd.Function):
         dys = [rows_of(_channels_last(grad)) for grad in grads if grad is not None]
         if not dys:  # a later function gave no gradient; on all ranks alike
             return (None,) * 9
-        g, dx, dx2, dparam = _gradients(
-            dys,
-            _inputs(x, kept, statistics),
-            params,
-            bits,
-            total,
-            ctx.options,
-            write_g=ctx.has_shortcut and (ctx.options.relu or len(dys) == 2),
-            size=list(x.shape[2:]) if ctx.options.pool else [],
-        )
+        size = list(x.shape[2:]) if ctx.options.pool else []
+        write_g = ctx.has_shortcut and (ctx.options.relu or len(dys) == 2)
+        reduce = plain_reduce
+        if ctx.options.kernels == "triton":
+            from kernels.gpu.norm_backward import reduce
+        inputs = _inputs(x, kept, statistics)
+        g, sums, dparam = reduce(dys, inputs, params, bits, ctx.options.relu, write_g, size)
+        g = g if write_g else dys[0]
+        tap = bits if size else None
+        mask_from_x = ctx.options.relu and not write_g
+        dx, dx2 = _gradients(g, inputs, params, sums, (tap, size, mask_from_x), total, ctx.options)
         dshortcut = None
         if ctx.has_shortcut:
             dshortcut = shaped_like(g if kept is None else dx2, x)
             if g is dys[0]:  # autograd may add to what it is given: not to the caller's gradient
                 dshortcut = dshortcut.clone()
-        dparams = [dparam[row].to(p.dtype) for row, p in zip((1, 0, 2, 3), params, strict=False)]
-        dparams += [None] * (4 - len(dparams))
+        dparams = _of_params(dparam, params)
         return None, None, None, shaped_like(dx, x), dshortcut, *dparams
 
 
+class ConvOptions(NamedTuple):
+    """A convolution between two batch norms, and what of it is fused with them."""
+
+    stride: tuple[int, ...] = (1, 1)
+    padding: tuple[int, ...] = (0, 0)
+    groups: int = 1
+    recompute: bool = False
+    """The normalised map is not kept: backward runs the normalising kernel once more, 4 bytes an
+    element of x in bf16 against the 2 that are not kept."""
+    statistics: bool = False
+    """Its kernel also sums for the batch norm that follows; 1x1 of stride 1 alone."""
+    reduce: bool = False
+    """The gradient's kernel also sums for the batch norm before; 1x1 of stride 1 alone."""
+
+
+class ConvStatistics(torch.autograd.Function):
+    """A 1x1 convolution of stride 1, and part: batch norm's gradient goes through its output."""
+
+    @staticmethod
+    def forward(  # noqa: D102 - torch's contract
+        ctx,
+        options,  # NormOptions
+        y,  # (N, C, H, W) channels_last
+        conv_weight,  # (D, C, 1, 1)
+    ):
+        ctx.save_for_backward(y, conv_weight)
+        z, part = _convolved(options, ConvOptions(statistics=True), y, conv_weight.to(y.dtype))
+        ctx.mark_non_differentiable(part)
+        return z, part
+
+    @staticmethod
+    def backward(ctx, *grads):  # noqa: D102 - torch's contract
+        y, conv_weight = ctx.saved_tensors
+        dy, dconv = _conv_gradients(ConvOptions(), grads[0], y, conv_weight, (True, True))
+        return None, dy, dconv
+
+
 class NormActConv(torch.autograd.Function):
-    """conv(relu(norm(x))) that keeps x alone: backward normalises again. Triton kernels only."""
+    """conv(relu(norm(x) + shortcut)), fused as ConvOptions has it. Triton kernels only."""
 
     @staticmethod
     def forward(  # noqa: D102 - torch's contract
         ctx,
         options,  # NormOptions
         total,  # as NormAct's
-        statistics,  # mean and rstd (V, C)
-        how,  # the convolution's stride and padding, (height, width) each, and groups
+        statistics,
+        conv,  # ConvOptions
         x,  # (N, C, H, W) channels_last
+        shortcut,  # as NormAct's
         conv_weight,  # (D, C / groups, h, w)
-        weight,  # (C,), as bias
+        weight,  # (C,), as the other three, which may be None
         bias,
+        weight2,
+        bias2,
     ):
-        ctx.save_for_backward(total, x, conv_weight, *statistics, weight, bias)
-        ctx.options, ctx.how = options, how
-        stride, padding, groups = how
-        y = _normalised(_inputs(x, None, statistics), [weight, bias], x)
-        with torch.autocast(x.device.type, enabled=False):  # in x's dtype, forward and backward
-            return F.conv2d(y, conv_weight.to(x.dtype), None, stride, padding, 1, groups)
+        from kernels.gpu.norm_forward import apply
+
+        params = [t for t in (weight, bias, weight2, bias2) if t is not None]
+        inputs = _inputs(x, shortcut, statistics)
+        residual = rows_of(shortcut) if shortcut is not None and len(inputs) == 3 else None
+        y, bits = apply(inputs, residual, params, True)
+        y = shaped_like(y, x)
+        z, part = _convolved(options, conv, y, conv_weight.to(x.dtype))
+        kept = shortcut if len(inputs) > 3 else None
+        kept_y = None if conv.recompute else y
+        ctx.save_for_backward(total, bits, x, kept, kept_y, conv_weight, *statistics, *params)
+        ctx.options, ctx.conv = options, conv
+        ctx.has_shortcut, ctx.num_params = shortcut is not None, len(params)
+        if part is not None:
+            ctx.mark_non_differentiable(part)
+        ctx.set_materialize_grads(False)
+        return z, part, y if shortcut is not None else None
 
     @staticmethod
     def backward(ctx, *grads):  # noqa: D102 - torch's contract
-        total, x, conv_weight, mean, rstd, weight, bias = ctx.saved_tensors
-        inputs, params = _inputs(x, None, (mean, rstd)), [weight, bias]
-        y, dy = _normalised(inputs, params, x), _channels_last(grads[0])
-        stride, padding, groups = ctx.how
-        rest = ((1, 1), False, (0, 0), groups, (True, True, False))  # dilation ... output_mask
-        dy, dconv, _ = torch.ops.aten.convolution_backward(
-            dy, y, conv_weight.to(x.dtype), None, stride, padding, *rest
-        )
-        bits = torch.empty(0, 0, dtype=torch.uint8, device=x.device)
-        dys = [rows_of(_channels_last(dy))]
-        _, dx, _, dparam = _gradients(
-            dys, inputs, params, bits, total, ctx.options, write_g=False, size=[]
-        )
-        dweight, dbias = dparam[1].to(weight.dtype), dparam[0].to(bias.dtype)
-        dconv = dconv.to(conv_weight.dtype)
-        return None, None, None, None, shaped_like(dx, x), dconv, dweight, dbias
+        from kernels.gpu.norm_backward import reduce
+        from kernels.gpu.norm_conv import conv_reduce
+        from kernels.gpu.norm_forward import apply
+
+        total, bits, x, kept, y, conv_weight, *rest = ctx.saved_tensors
+        statistics = rest[: len(rest) - ctx.num_params]
+        params, inputs = rest[len(statistics) :], _inputs(x, kept, statistics)
+        if y is None:
+            y = shaped_like(apply(inputs, None, params, True)[0], x)
+        dz, _, dy2 = (None if grad is None else _channels_last(grad) for grad in grads)
+        assert dz is not None  # the next batch norm's
+        dy2 = None if dy2 is None else rows_of(dy2)
+        conv, fused = ctx.conv, ctx.conv.reduce
+        dy, dconv = _conv_gradients(conv, dz, y, conv_weight, (not fused, True))
+        write_g = fused or ctx.has_shortcut
+        if fused:
+            matrix = conv_weight.to(x.dtype).flatten(1)
+            g, sums, dparam = conv_reduce(rows_of(dz), matrix, dy2, inputs, params, bits)
+        else:
+            dys = [rows_of(_channels_last(dy)), *([dy2] if dy2 is not None else [])]
+            g, sums, dparam = reduce(dys, inputs, params, bits, True, write_g, [])
+            g = g if write_g else dys[0]
+        kind = None, [], not write_g
+        dx, dx2 = _gradients(g, inputs, params, sums, kind, total, ctx.options)
+        dshortcut = None
+        if ctx.has_shortcut:
+            dshortcut = shaped_like(g if kept is None else dx2, x)
+        dparams = _of_params(dparam, params)
+        return None, None, None, None, shaped_like(dx, x), dshortcut, dconv, *dparams
+
+
+def _convolved(
+    options: NormOptions, conv: ConvOptions, y: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """The convolution, and with conv.statistics part; weight in y's dtype, which it computes in."""
+    if conv.statistics:
+        from kernels.gpu.norm_conv import conv_statistics
+
+        z, part = conv_statistics(rows_of(y), weight.flatten(1), options.num_views)
+        return shaped_like(z, y), part
+    with torch.autocast(y.device.type, enabled=False):
+        return F.conv2d(y, weight, None, conv.stride, conv.padding, 1, conv.groups), None
+
+
+def _conv_gradients(
+    conv: ConvOptions, dz: Tensor, y: Tensor, conv_weight: Tensor, wanted: tuple[bool, bool]
+) -> tuple[Tensor, Tensor]:
+    """dy and the weight's gradient; wanted says which of the two."""
+    rest = ((1, 1), False, (0, 0), conv.groups, (*wanted, False))  # dilation ... output_mask
+    dy, dconv, _ = torch.ops.aten.convolution_backward(
+        _channels_last(dz), y, conv_weight.to(y.dtype), None, conv.stride, conv.padding, *rest
+    )
+    return dy, dconv.to(conv_weight.dtype)
+
+
+def _of_params(dparam: Tensor, params: list[Tensor]) -> list[Tensor | None]:
+    """The gradients of the two weights and biases, in their order."""
+    dparams = [dparam[row].to(p.dtype) for row, p in zip((1, 0, 2, 3), params, strict=False)]
+    return dparams + [None] * (4 - len(dparams))
 
 
 def _inputs(x: Tensor, shortcut: Tensor | None, statistics: Sequence[Tensor]) -> list[Tensor]:
@@ -156,36 +250,27 @@ def _inputs(x: Tensor, shortcut: Tensor | None, statistics: Sequence[Tensor]) ->
     return inputs
 
 
-def _normalised(inputs: list[Tensor], params: list[Tensor], x: Tensor) -> Tensor:
-    from kernels.gpu.norm_forward import apply
-
-    return shaped_like(apply(inputs, None, params, True)[0], x)
-
-
 def _gradients(
-    dys: list[Tensor],
+    g: Tensor,
     inputs: list[Tensor],
     params: list[Tensor],
-    bits: Tensor,
+    sums: Tensor,
+    kind: tuple[Tensor | None, list[int], bool],
     total: Tensor | None,
     options: NormOptions,
-    *,
-    write_g: bool,
-    size: list[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(g, dx, dx2, dparam) of (rows, C) tensors, with the sums over all ranks."""
-    reduce, backward = plain_reduce, plain_backward
+) -> tuple[Tensor, Tensor]:
+    """dx and dx2 of (rows, C) tensors, with the sums over all ranks.
+
+    kind: max-pool's taps and map size, and whether g is to be masked from x.
+    """
+    backward = plain_backward
     if options.kernels == "triton":
-        from kernels.gpu.norm_backward import backward, reduce
-    g, sums, dparam = reduce(dys, inputs, params, bits, options.relu, write_g, size)
+        from kernels.gpu.norm_backward import backward
     inv_count = options.num_views / inputs[0].shape[0]
     if options.group is not None and total is not None:
         sums, inv_count = all_reduce(sums, options.group) / total[..., None], 1.0
-    g = g if write_g else dys[0]
-    mask_from_x = options.relu and not write_g
-    tap = bits if size else None
-    dx, dx2 = backward(g, inputs, params, sums, tap, inv_count, mask_from_x, size)
-    return g, dx, dx2, dparam
+    tap, size, mask_from_x = kind
+    return backward(g, inputs, params, sums, tap, inv_count, mask_from_x, size)
 
 
 def all_reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -207,11 +292,11 @@ def rows_of(x: Tensor) -> Tensor:
 
 
 def shaped_like(rows: Tensor, x: Tensor, size: Callable[[int], int] = int) -> Tensor:
-    """(rows, C) as x's shape, channels_last; `size` maps x's height and width to the result's."""
+    """(rows, C) as a map of x's size, channels_last; `size` maps x's height to the result's."""
     if x.dim() == 2:
         return rows.view(x.shape)
-    n, c, h, w = x.shape
-    return rows.view(n, size(h), size(w), c).permute(0, 3, 1, 2)
+    n, _, h, w = x.shape
+    return rows.view(n, size(h), size(w), rows.shape[1]).permute(0, 3, 1, 2)
 
 
 def plain_apply(

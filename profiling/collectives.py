@@ -24,7 +24,7 @@ from pipeline.streams import print_result, protect_output
 from stand_ins.fake_h200 import triton_for_h200, with_fake_parameters
 from train.config import MethodConfig, ModelConfig
 from train.methods.simsiam import SimSiam
-from train.network.norm import BatchNorm
+from train.network.norm import BatchNorm, Convolved
 from train.network.resnet import LAYERS
 
 BUCKET = 25 << 20  # bytes; DistributedDataParallel's default
@@ -93,18 +93,28 @@ class TorchSync(nn.Module):
         )
         return torch.relu(y) if relu else y
 
-    def then_conv(self, x: Tensor, conv: nn.Module) -> Tensor:
+    def convolve(self, x: Tensor, conv: nn.Module) -> Convolved:
+        """conv(x)."""
+        return Convolved(conv(x))
+
+    def then_conv(self, x: Convolved, conv: nn.Module) -> Convolved:
         """conv(relu(norm(x)))."""
-        return conv(self(x, relu=True))
+        return Convolved(conv(self(x.x, relu=True)))
 
     def pool(self, x: Tensor) -> Tensor:
         """The stem's end."""
         return nn.functional.max_pool2d(self(x, relu=True), 3, stride=2, padding=1)
 
-    def end_block(self, x: Tensor, shortcut: Tensor, downsample: Any = None) -> tuple:
+    def end_block(self, x: Convolved, shortcut: Convolved, downsample: Any = None) -> tuple:
         """The end of a residual block."""
-        y = torch.relu(self(x) + (shortcut if downsample is None else downsample(shortcut)))
+        skip = shortcut.x if downsample is None else downsample(shortcut.x)
+        y = torch.relu(self(x.x) + skip)
         return y, y
+
+    def end_block_then_conv(self, x: Any, shortcut: Any, downsample: Any, conv: Any) -> tuple:
+        """The end of a residual block and the next block's first convolution."""
+        y, skip = self.end_block(x, shortcut, downsample)
+        return Convolved(conv(y)), skip
 
 
 def replace_norms(module: nn.Module) -> None:

@@ -69,6 +69,7 @@ class Step(nn.Module):
 STEPS: dict[str, dict[str, Any]] = {
     "ours": {"kernels": "triton"},
     "recompute": {"kernels": "triton", "recompute": True},
+    "conv_stats": {"kernels": "triton", "conv_stats": "true"},
     "plain": {"kernels": "plain"},
 }
 

@@ -59,7 +59,10 @@ def processes_that_end(request) -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def interpreter_that_rounds():
-    """Triton's interpreter (3.9) cuts fp32 off to bf16; every GPU rounds to nearest."""
+    """Triton's interpreter (3.9) cuts fp32 off to bf16, and multiplies bf16 as integers in tl.dot.
+
+    Every GPU rounds to nearest, and multiplies floats.
+    """
     if os.environ.get("TRITON_INTERPRET") != "1":
         yield
         return
@@ -73,8 +76,21 @@ def interpreter_that_rounds():
             return as_torch.view(torch.int16).numpy().view(np.uint16)
         return convert(value, source, target, mode)
 
+    builder = interpreter.InterpreterBuilder
+    dot = builder.create_dot
+
+    def widened(handle):
+        if str(handle.dtype.scalar) != "bf16":
+            return handle
+        wide = (handle.data.astype(np.uint32) << 16).view(np.float32)
+        return interpreter.TensorHandle(wide, interpreter.tl.float32)
+
+    def dot_of_floats(self, a, b, *rest):
+        return dot(self, widened(a), widened(b), *rest)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_convert_float", rounded)
+        patch.setattr(builder, "create_dot", dot_of_floats)
         yield
 
 

@@ -75,7 +75,7 @@ def test_every_kernel_compiles_without_spills_and_keeps_memory_busy():
     names = {row["kernel"].split()[0] for row in kernels}
     assert names == {
         "statistics", "merge_statistics", "apply", "apply_pool", "reduce", "merge_sums", "backward",
-        "losses", "merge_losses", "shift", "normalize", "blur",
+        "losses", "merge_losses", "shift", "normalize", "blur", "conv_statistics", "conv_reduce",
     }  # fmt: skip
     for row in kernels:
         # a merge waits for one load after another of each view alone

@@ -14,6 +14,7 @@ from kernels.batch_norm import (
     block_end,
 )
 from kernels.gpu import launch
+from kernels.norm_autograd import ConvOptions
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -256,8 +257,8 @@ def test_normalising_again_in_backward_changes_no_gradient(groups):
         weight, bias = (torch.full((12,), v, device=DEVICE, requires_grad=True) for v in (1.5, 0.2))
         norm = Norm(weight, bias, torch.zeros(12, device=DEVICE), torch.ones(12, device=DEVICE))
         if recompute:
-            shape = {"stride": (2, 2), "padding": (1, 1), "groups": groups}
-            y = batch_norm_act_conv(leaf, norm, conv.weight, NormOptions(2), **shape)
+            how = ConvOptions((2, 2), (1, 1), groups, recompute=True)
+            y, *_ = batch_norm_act_conv(leaf, norm, conv.weight, NormOptions(2), conv=how)
         else:
             y = conv(batch_norm_act(leaf, norm, TWO_VIEWS))
         y.square().sum().backward()
@@ -311,7 +312,7 @@ def test_what_is_not_finite_reaches_the_output_and_no_running_statistics(value, 
     running["over ranks"] = torch.full((2, 8), 0.5, device=DEVICE)
     norm = Norm(None, None, *running["over ranks"])
     options = NormOptions(2, group="group", kernels="plain", momentum=0.1, eps=EPS)
-    batch_norm._batch_statistics([(x, norm)], options)
+    batch_norm._batch_statistics([(x, norm)], (None,), options)
     for found in running.values():
         assert (found[:, 2] == 0.5).all() and (found[:, 3] != 0.5).all()
         torch.testing.assert_close(found, running["plain"])

@@ -73,7 +73,7 @@ def test_cifar_stem_keeps_the_resolution():
     for stem in ("cifar", "imagenet"):
         model = ResNet("resnet18", stem=stem).eval()
         model.layer1.register_forward_hook(
-            lambda _m, _i, out, stem=stem: sizes.update({stem: out[0].shape[2]})
+            lambda _m, _i, out, stem=stem: sizes.update({stem: out.x.x.shape[2]})
         )
         model(x)
     assert sizes == {"cifar": 32, "imagenet": 8}

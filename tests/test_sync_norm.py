@@ -13,7 +13,7 @@ from torch.nn.modules._functions import SyncBatchNorm
 from kernels.batch_norm import Norm, NormOptions, batch_norm_act
 from train.config import MethodConfig, ModelConfig
 from train.methods.simsiam import SimSiam
-from train.network.resnet import LAYERS, Layers
+from train.network.resnet import LAYERS
 
 VIEWS, ROWS, CHANNELS = 2, 6, 5
 
@@ -172,12 +172,12 @@ SMALL = ModelConfig(
 IMAGES = 8
 
 
-def step(kernels: str, images: slice, *, group, compiled: bool) -> dict:
+def step(options: dict, images: slice, *, group, compiled: bool) -> dict:
     """A SimSiam step on some of the images: loss and gradients, averaged over the ranks."""
     torch.manual_seed(0)
-    config = dataclasses.replace(SMALL, kernels=kernels)
+    config = dataclasses.replace(SMALL, **options)
     with pytest.MonkeyPatch.context() as patch:  # one block a stage takes half as long to compile
-        patch.setitem(LAYERS, SMALL.arch, Layers("basic", (1, 1, 1, 1)))
+        patch.setitem(LAYERS, config.arch, LAYERS[config.arch]._replace(depths=(1, 1, 1, 1)))
         model = SimSiam(config, MethodConfig()).to(memory_format=torch.channels_last)
     model.sync_over(group)
     views = torch.randn(2, IMAGES, 3, 32, 32)[:, images].flatten(0, 1)
@@ -192,12 +192,12 @@ def step(kernels: str, images: slice, *, group, compiled: bool) -> dict:
     return {name: value.numpy() for name, value in found.items()}
 
 
-def compiled_on_rank(rank: int, port: int, kernels: str, queue) -> None:
+def compiled_on_rank(rank: int, port: int, options: dict, queue) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
     half = slice(rank * IMAGES // 2, (rank + 1) * IMAGES // 2)
     group = dist.new_group()  # of its own, as in training: not that of the gradients
-    found = step(kernels, half, group=group, compiled=True)
+    found = step(options, half, group=group, compiled=True)
     if rank == 0:
         queue.put(found)
     dist.barrier()
@@ -205,14 +205,25 @@ def compiled_on_rank(rank: int, port: int, kernels: str, queue) -> None:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("kernels", ["plain", "triton"])
-def test_a_compiled_step_on_two_ranks_equals_an_eager_one_on_one(kernels):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernels": "plain"},
+        {"kernels": "triton"},
+        pytest.param(
+            {"kernels": "triton", "arch": "resnet50", "conv_stats": "true"}, marks=pytest.mark.slow
+        ),
+    ],
+    ids=lambda options: " ".join(options.values()),
+)
+def test_a_compiled_step_on_two_ranks_equals_an_eager_one_on_one(options):
     queue = mp.get_context("spawn").Queue()
-    context = mp.spawn(compiled_on_rank, args=(free_port(), kernels, queue), nprocs=2, join=False)
+    context = mp.spawn(compiled_on_rank, args=(free_port(), options, queue), nprocs=2, join=False)
     found = queue.get(timeout=240)
     while not context.join():
         pass
-    whole = step("plain", slice(0, IMAGES), group=None, compiled=False)
+    plain = options | {"kernels": "plain"}
+    whole = step(plain, slice(0, IMAGES), group=None, compiled=False)
     assert found.keys() == whole.keys()
     for name, expected in whole.items():
         scale = max(abs(expected).max(), 1e-2)

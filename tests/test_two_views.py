@@ -10,7 +10,7 @@ from torch import nn
 from kernels.batch_norm import Norm, NormOptions, batch_norm_act
 from train.config import MethodConfig, ModelConfig, OptimConfig
 from train.methods.simsiam import SimSiam
-from train.network.norm import BatchNorm, set_views
+from train.network.norm import BatchNorm, Convolved, set_views
 from train.network.resnet import LAYERS
 from train.run.optim import build_optimizer, set_lr
 
@@ -67,12 +67,20 @@ class TorchNorm(nn.Module):
             y = y + residual
         return torch.relu(y) if relu else y
 
+    def convolve(self, x, conv):
+        return Convolved(conv(x))
+
     def then_conv(self, x, conv):
-        return conv(self(x, relu=True))
+        return Convolved(conv(self(x.x, relu=True)))
 
     def end_block(self, x, shortcut, downsample=None):
-        y = self(x, residual=shortcut if downsample is None else downsample(shortcut), relu=True)
+        skip = shortcut.x if downsample is None else downsample(shortcut.x)
+        y = self(x.x, residual=skip, relu=True)
         return y, y
+
+    def end_block_then_conv(self, x, shortcut, downsample, conv):
+        y, skip = self.end_block(x, shortcut, downsample)
+        return Convolved(conv(y)), skip
 
 
 def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -146,17 +154,25 @@ def test_wrong_layout_or_shape_is_refused(make, message):
         batch_norm_act(make(), Norm(), NormOptions(2))
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "resnext50_32x4d"])  # grouped convolutions
-def test_the_triton_kernels_take_the_same_step_as_plain_torch(arch, monkeypatch):
+@pytest.mark.parametrize(
+    ("arch", "options"),
+    [
+        ("resnet18", {"recompute": True}),
+        ("resnext50_32x4d", {"recompute": True}),  # grouped convolutions
+        ("resnet50", {"conv_stats": "true"}),
+    ],
+)
+def test_the_triton_kernels_take_the_same_step_as_plain_torch(arch, options, monkeypatch):
     """A whole step of the network, every operator in its place: loss, gradients, buffers."""
-    if arch != "resnet18":  # the interpreter takes as long for 4 blocks as for the 8 of resnet18
-        monkeypatch.setitem(LAYERS, arch, LAYERS[arch]._replace(depths=(1, 1, 1, 1)))
+    if arch != "resnet18":  # the interpreter takes as long for 5 blocks as for the 8 of resnet18
+        depths = 2 if "conv_stats" in options else 1, 1, 1, 1
+        monkeypatch.setitem(LAYERS, arch, LAYERS[arch]._replace(depths=depths))
     x = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     x = x.to(memory_format=torch.channels_last)
     found = []
-    for options in ({"kernels": "plain"}, {"kernels": "triton", "recompute": True}):
+    for kernels in ({"kernels": "plain"}, {"kernels": "triton"} | options):
         torch.manual_seed(0)
-        config = dataclasses.replace(SMALL, stem="imagenet", arch=arch, **options)
+        config = dataclasses.replace(SMALL, stem="imagenet", arch=arch, **kernels)
         model = SimSiam(config, MethodConfig()).to(DEVICE, memory_format=torch.channels_last)
         loss, scalars = model(x.to(DEVICE))
         loss.backward()

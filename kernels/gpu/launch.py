@@ -26,7 +26,8 @@ MAX_BLOCK_C = 64
 MAX_TILES = 65535  # of CUDA's second and third axis
 PROGRAMS = 1024  # of the statistics: two views of as many as an H200 holds, 4 a multiprocessor
 REDUCE_PROGRAMS = 512  # of the backward reduction: 2 a multiprocessor
-# assumption: these six; profiling/kernels.py on a GPU settles them. They do not depend on the
+PRODUCT_PROGRAMS = 264  # of the products: 2 a multiprocessor of an H200
+# assumption: these seven; profiling/kernels.py on a GPU settles them. They do not depend on the
 # device, so that sums are formed in one order everywhere.
 
 
@@ -100,6 +101,23 @@ def reduction(
     num_tiles = cdiv(num_rows, options["BLOCK_R"])
     parts = min(max(1, programs // (blocks * num_views)), num_tiles)
     return (blocks, parts, num_views), options
+
+
+def product(
+    num_rows: int, num_channels: int, num_inputs: int, num_views: int, *, widest: int
+) -> tuple[tuple[int, int, int], dict[str, int]]:
+    """The grid and launch options of a matrix product that is a reduction too; axes as there.
+
+    num_channels are the result's, num_inputs are summed over. A tile is `widest` channels and 64
+    rows, or as many elements with fewer channels; Triton multiplies 16 or more of each.
+    """
+    block_c = min(widest, max(16, 1 << (num_channels - 1).bit_length()))
+    block_k = min(64, max(16, 1 << (num_inputs - 1).bit_length()))
+    block_r = min(128, 64 * widest // block_c)
+    blocks = cdiv(num_channels, block_c)
+    parts = min(max(1, PRODUCT_PROGRAMS // (blocks * num_views)), cdiv(num_rows, block_r))
+    options = {"BLOCK_R": block_r, "BLOCK_C": block_c, "BLOCK_K": block_k}
+    return (blocks, parts, num_views), options | {"num_warps": widest // 16, "num_stages": 4}
 
 
 def merge(num_parts: int, num_columns: int) -> tuple[tuple[int], dict[str, int]]:

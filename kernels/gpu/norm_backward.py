@@ -303,25 +303,30 @@ def reduce(
     grid, options = reduction(
         num_rows, num_channels, num_views, programs=REDUCE_PROGRAMS, tile=tile
     )
-    parts = grid[1]
-    fp32 = {"dtype": torch.float32, "device": x.device}
-    part = torch.empty(num_views, parts, num_sums, num_channels, **fp32)
-    sums = torch.empty(num_views, num_sums, num_channels, **fp32)
-    dparam = torch.empty(num_sums + has_second, num_channels, **fp32)
+    part = mean.new_empty(num_views, grid[1], num_sums, num_channels)
     g = torch.empty_like(x) if write_g else torch.empty(0, device=x.device, dtype=x.dtype)
     mask = 0 if not relu else 2 if size or not bits.shape[1] else 1
     weight, bias = params[:2] or (mean, mean)
     tensors = (dys[0], dys[-1], x, mean, rstd, weight, bias, *(inputs[3:] or inputs))
     tensors += (bits if mask == 1 or size else x, g if write_g else x, part)
-    sizes = (num_rows, num_channels, parts, *(size or (0, 0)))
+    sizes = (num_rows, num_channels, grid[1], *(size or (0, 0)))
     switches = {"AFFINE": bool(params), "FORKED": len(dys) == 2, "MASK": mask}
     switches |= {"SECOND": has_second, "POOLED": bool(size), "WRITE_G": write_g}
     wrap_triton(_reduce)[grid](*tensors, *sizes, **switches, **options)
+    return g, *merged_sums(part)
+
+
+def merged_sums(part: Tensor) -> tuple[Tensor, Tensor]:
+    """Within an operator: sums and their sum over views of `reduce`, from (V, parts, K, C)."""
+    num_views, parts, num_sums, num_channels = part.shape
+    has_second = num_sums == 3
+    sums = part.new_empty(num_views, num_sums, num_channels)
+    dparam = part.new_empty(num_sums + has_second, num_channels)
     sizes = (parts, num_sums * num_channels, num_channels)
     switches = {"VIEWS": num_views, "SECOND": has_second}
     grid, options = merge(parts, num_sums * num_channels)
     wrap_triton(_merge_sums)[grid](part, sums, dparam, *sizes, **switches, **options)
-    return g, sums, dparam
+    return sums, dparam
 
 
 @operator("batch_norm_backward")

@@ -292,19 +292,37 @@ def statistics(
     """Mean and rstd (want_var: biased variance) of each view, (V, C) fp32 each; x (rows, C)."""
     num_rows, num_channels = x.shape[0] // num_views, x.shape[1]
     grid, options = reduction(num_rows, num_channels, num_views, programs=PROGRAMS)
-    parts = grid[1]
-    fp32 = {"dtype": torch.float32, "device": x.device}
-    part = torch.empty(num_views, parts, 2, num_channels, **fp32)
-    mean = torch.empty(num_views, num_channels, **fp32)
+    part = torch.empty(num_views, grid[1], 2, num_channels, dtype=torch.float32, device=x.device)
+    wrap_triton(_statistics)[grid](x, part, num_rows, num_channels, grid[1], **options)
+    sizes = num_rows, options["BLOCK_R"]
+    return merged_statistics(part, running_mean, running_var, sizes, momentum, eps, want_var)
+
+
+def merged_statistics(
+    part: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    sizes: tuple[int, int],
+    momentum: float,
+    eps: float,
+    want_var: bool,
+) -> tuple[Tensor, Tensor]:
+    """Within an operator: mean and scale of `statistics` from its parts (V, parts, 2, C).
+
+    sizes: rows of a view, and of the tiles that the parts are made of.
+    """
+    num_views, parts, _, num_channels = part.shape
+    mean = part.new_empty(num_views, num_channels)
     scale = torch.empty_like(mean)
-    sizes = num_rows, num_channels, parts
-    wrap_triton(_statistics)[grid](x, part, *sizes, **options)
     has_running = running_mean is not None and running_var is not None
     running = (running_mean, running_var) if has_running else (part, part)
     switches = {"VIEWS": num_views, "HAS_RUNNING": has_running, "WANT_VAR": want_var}
-    sizes += options["BLOCK_R"], momentum, eps
+    num_rows, tile_rows = sizes
+    values = num_rows, num_channels, parts, tile_rows, momentum, eps
     grid, options = merge(parts, num_channels)
-    wrap_triton(_merge_statistics)[grid](part, mean, scale, *running, *sizes, **switches, **options)
+    wrap_triton(_merge_statistics)[grid](
+        part, mean, scale, *running, *values, **switches, **options
+    )
     return mean, scale
 
 

@@ -24,10 +24,10 @@ from torch.nn import functional as F
 
 import kernels
 from kernels import batch_norm
-from kernels.batch_norm import Norm, NormOptions, batch_norm_act
+from kernels.batch_norm import Norm, NormOptions, batch_norm_act, batch_norm_act_conv
 from kernels.choose import Kernels
 from kernels.cosine import symmetric_neg_cosine
-from kernels.norm_autograd import rows_of
+from kernels.norm_autograd import ConvOptions, rows_of
 from kernels.normalize import finish_views, normalize_views
 from pipeline.augment import AugmentConfig, ViewDraws, pack_draws
 
@@ -44,12 +44,16 @@ SHAPES: dict[str, dict[str, Shape]] = {
         "norm": (512, 1024, 14, 14),
         "pool": (512, 64, 112, 112),
         "recompute": (512, 512, 7, 7),
+        "conv": (512, 64, 56, 56),
+        "conv residual": (512, 512, 28, 28),
+        "conv norm": (512, 1024, 14, 14),
         "sync": (512, 64, 56, 56),
         "loss": (2, 256, 2048),
         **dict.fromkeys(("normalize", "colors"), (512, 224, 224, 3)),
     },
     "small": {
         **dict.fromkeys(("relu", "residual", "norm", "pool", "recompute", "sync"), ODD),
+        **dict.fromkeys(("conv", "conv residual", "conv norm"), ODD),
         **{"none": (6, 5), "loss": (2, 131, 37), "normalize": (3, 41, 37, 3)},
         **{"colors": (4, 61, 37, 3)},
     },
@@ -205,8 +209,8 @@ def norm_case(kind: str, shape: Shape, draw: Draw) -> Case:
         if kind == "pool":
             results["y"] = batch_norm.batch_norm_act_pool(x, norm, options)
         elif kind == "recompute" and how == "triton":
-            results["y"] = batch_norm.batch_norm_act_conv(
-                x, norm, given["conv"], NormOptions(2), stride=(1, 1), padding=(0, 0)
+            results["y"], *_ = batch_norm_act_conv(
+                x, norm, given["conv"], NormOptions(2), conv=ConvOptions(recompute=True)
             )
         elif "skip" in given:
             results["y"], results["again"] = batch_norm.block_end(
@@ -227,6 +231,40 @@ def norm_case(kind: str, shape: Shape, draw: Draw) -> Case:
     num_grads = 2 if "skip" in tensors else 1
     grads = [draw.laid_out(draw.normal(*y.shape) * keeps) for _ in range(num_grads)]
     return Case(tensors, call, grads)
+
+
+def conv_case(kind: str, shape: Shape, draw: Draw) -> Case:
+    """A 1x1 convolution between two batch norms, the first of which may end a block."""
+    tensors = {"x": draw.away_from_zero(shape)}
+    if kind != "conv":
+        tensors["skip"] = draw.away_from_zero(shape)
+    tensors |= draw.params(shape[1], 2 if kind == "conv norm" else 1)
+    channels = 2 * shape[1] if kind == "conv" else shape[1] // 4
+    tensors["conv"] = draw.normal(channels, shape[1], 1, 1) / shape[1] ** 0.5
+
+    def call(given: Named, how: Kernels) -> Named:
+        x, conv, (norm, norm2) = given["x"], given["conv"], (norm_of(given, e) for e in ("", "2"))
+        options, skip = NormOptions(2, kernels=how), given.get("skip")
+        second, part = norm2 if kind == "conv norm" else None, None
+        if how == "triton":
+            fused = ConvOptions(statistics=True, reduce=True)
+            z, part, again = batch_norm_act_conv(
+                x, norm, conv, options, conv=fused, shortcut=skip, shortcut_norm=second
+            )
+        elif skip is None:
+            z, again = F.conv2d(batch_norm_act(x, norm, options), conv.to(x.dtype)), None
+        else:
+            y, again = batch_norm.block_end(x, norm, skip, second, options)
+            z = F.conv2d(y, conv.to(x.dtype))
+        after = norm_of({"x": z}, "")
+        y = batch_norm_act(z, after, options._replace(relu=False), part=part)
+        assert after.running_mean is not None and after.running_var is not None
+        results = {"y": y} if again is None else {"y": y, "again": again}
+        return results | {"mean": after.running_mean, "var": after.running_var}
+
+    with torch.no_grad():
+        results = [y for y in call(tensors, "plain").values() if y.dim() == 4]
+    return Case(tensors, call, [draw.laid_out(draw.normal(*y.shape)) for y in results])
 
 
 def norm_of(tensors: Named, end: str) -> Norm:
@@ -309,6 +347,7 @@ def clear_draws(crops: Tensor) -> Tensor:
 
 CASES: dict[str, Callable[[str, Shape, Draw], Case]] = {
     **dict.fromkeys(("relu", "none", "residual", "norm", "pool", "recompute"), norm_case),
+    **dict.fromkeys(("conv", "conv residual", "conv norm"), conv_case),
     **{"sync": sync_case, "loss": loss_case, "normalize": views_case, "colors": views_case},
 }
 

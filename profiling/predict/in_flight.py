@@ -42,9 +42,13 @@ LOAD = re.compile(r"LDG(STS)?\.E(?:\.[A-Z]{2,}\w*)*?(?:\.(U8|U16|64|128))?$")
 WIDTHS = {"U8": 1, "U16": 2, None: 4, "64": 8, "128": 16}
 NO_RESULT = ("ST", "RED", "BRA", "BAR", "DEPBAR", "LDGDEPBAR", "LDGSTS")
 TILE = re.compile(
-    r"(?:tt\.load|async_copy_global_to_local) .*?: tensor<\d+x(\d+)x!tt\.ptr<[a-z]+(\d+)>, (#\w+)>"
+    r"(?:tt\.load|async_copy_global_to_local) .*?"
+    r": tensor<(\d+)x(\d+)x!tt\.ptr<[a-z]+(\d+)>, (#\w+)>"
 )
-LAYOUT = re.compile(r"(#\w+) = .*sizePerThread = \[\d+, (\d+)\], threadsPerWarp = \[\d+, (\d+)\]")
+LAYOUT = re.compile(
+    r"(#\w+) = .*sizePerThread = \[(\d+), (\d+)\], threadsPerWarp = \[(\d+), (\d+)\]"
+    r".*order = \[(\d), \d\]"
+)
 
 
 @dataclass
@@ -141,13 +145,14 @@ def sectors(ttgir: str) -> tuple[int, int]:
 
     Of the loads of tiles that with the most bytes a lane; rows of a tile start on a sector.
     """
-    layouts = {name: (int(size), int(lanes)) for name, size, lanes in LAYOUT.findall(ttgir)}
+    layouts = {name: list(map(int, values)) for name, *values in LAYOUT.findall(ttgir)}
     widest = (0, 0, 0)
-    for columns, bits, name in TILE.findall(ttgir):
+    for *shape, bits, name in TILE.findall(ttgir):
         if name in layouts:
-            per_lane, lanes = layouts[name]
-            stride = per_lane * int(bits) // 8
-            widest = max(widest, (min(16, stride), stride, min(lanes, int(columns) // per_lane)))
+            axis = layouts[name][4]  # along which memory is dense
+            per_lane, lanes = layouts[name][axis], layouts[name][2 + axis]
+            columns, stride = int(shape[axis]), per_lane * int(bits) // 8
+            widest = max(widest, (min(16, stride), stride, min(lanes, columns // per_lane)))
     width, stride, lanes = widest
     if width == 0:
         return 0, 0

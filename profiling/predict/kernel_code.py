@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -98,12 +98,16 @@ class Launch:
 
 
 def launches_of_a_step(images: int, dtype: torch.dtype) -> list[Launch]:
-    """The distinct launches of a ResNet-50 SimSiam step: views, forward, loss, backward."""
+    """The distinct launches of a ResNet-50 SimSiam step: views, forward, loss, backward.
+
+    And those of its 1x1 convolutions with --model.conv_stats true, which replace others.
+    """
     import torch._dynamo  # keeps a table of torch's functions: before one is replaced
 
     from kernels.normalize import normalize_views
 
     launches: dict[str, Launch] = {}
+    conv_stats: Literal["false", "true"] = "false"
 
     class Recording:
         """Stands in for what torch.library.wrap_triton returns: keeps launches, makes none."""
@@ -115,6 +119,8 @@ def launches_of_a_step(images: int, dtype: torch.dtype) -> list[Launch]:
             return partial(self.keep, grid)
 
         def keep(self, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
+            if conv_stats == "true" and not self.kernel.__name__.startswith("_conv"):
+                return
             names = self.kernel.arg_names
             values = dict(zip(names, args, strict=False)) | kwargs
             options = {k: v for k, v in kwargs.items() if k not in names}
@@ -126,14 +132,16 @@ def launches_of_a_step(images: int, dtype: torch.dtype) -> list[Launch]:
     torch.library.wrap_triton = Recording  # type: ignore[assignment]
     try:
         with FakeTensorMode():
-            model = SimSiam(ModelConfig(kernels="triton"), MethodConfig())
             raw = torch.empty(2 * images, 224, 224, 3, dtype=torch.uint8)
             draws = torch.empty(2 * images, 26)  # of a blur's radius of at most 6 pixels
             how = {"draws": draws, "kernels": "triton"}
             views = normalize_views(raw, (0.5,) * 3, (0.5,) * 3, dtype, **how)
-            with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
-                loss, _ = model(views)
-            loss.backward()
+            for conv_stats in ("false", "true"):
+                config = ModelConfig(kernels="triton", conv_stats=conv_stats)
+                model = SimSiam(config, MethodConfig())
+                with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+                    loss, _ = model(views)
+                loss.backward()
     finally:
         torch.library.wrap_triton = real
     return list(launches.values())

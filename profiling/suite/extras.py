@@ -12,7 +12,7 @@ from suite.checks import TINY_STEPS, StageFailed, Suite, last_line
 from suite.stages import Stage, check_memory, throughput, training
 
 # the Makefile reads this line
-KERNEL_TESTS = "norm_kernels loss_kernels colors cosine two_views"
+KERNEL_TESTS = "norm_kernels norm_conv_kernels loss_kernels colors cosine two_views"
 
 
 def kernel_tests(s: Suite) -> None:
@@ -35,12 +35,13 @@ def variants(s: Suite) -> None:
     flags = {
         "plain": "--model.kernels=plain",
         "recompute": "--model.recompute=true",
+        "conv_stats": "--model.conv_stats=true",
         "batch-64": "--data.batch_size=64",
         "batch-512": "--data.batch_size=512",
         "fp16": "--precision=fp16",
     }
     for name, flag in flags.items():
-        if s.rehearse and name == "recompute":
+        if s.rehearse and name in ("recompute", "conv_stats"):
             continue  # refused on a CPU
         result = throughput(s, name, "step", "--peers=false", flag)
         s.check(f"step with {name} [images/s]", result["images_per_s"]["step"])

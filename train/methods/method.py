@@ -51,7 +51,8 @@ class Method(nn.Module):
     def finish_init(self, model: ModelConfig, *, num_views: int) -> None:
         """Set the slices and kernels of every batch norm of the finished module."""
         set_views(self, num_views)
-        set_kernels(self, model.kernels, recompute=model.recompute)
+        conv_stats = model.conv_stats == "true"
+        set_kernels(self, model.kernels, recompute=model.recompute, conv_stats=conv_stats)
 
     def sync_over(self, group: dist.ProcessGroup | None) -> None:
         """Batch norm takes its statistics over all ranks of the group; None: this rank's alone."""

@@ -14,9 +14,7 @@ from typing import Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from train.network.norm import BatchNorm
-
-Forked = tuple[Tensor, Tensor]  # one tensor for the main branch and the shortcut (block_end)
+from train.network.norm import BatchNorm, Conv, Convolved
 
 
 class Layers(NamedTuple):
@@ -51,13 +49,13 @@ LAYERS = {
 }
 
 
-def conv(inputs: int, outputs: int, kernel: int, *, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+def conv(inputs: int, outputs: int, kernel: int, *, stride: int = 1, groups: int = 1) -> Conv:
     """A convolution without bias that keeps the size at stride 1."""
     padding = kernel // 2
-    return nn.Conv2d(inputs, outputs, kernel, stride, padding, groups=groups, bias=False)
+    return Conv(inputs, outputs, kernel, stride, padding, groups=groups, bias=False)
 
 
-class SlicedConv(nn.Conv2d):
+class SlicedConv(Conv):
     """A 1x1 convolution of stride 2 that slices, then convolves with stride 1.
 
     For narrow shortcuts: given a stride and fewer input channels than a vector register holds (8 on
@@ -68,6 +66,28 @@ class SlicedConv(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """Shapes: (N, inputs, H, W) -> (N, outputs, H/2, W/2)."""
         return super().forward(input[:, :, ::2, ::2])
+
+
+class BlockEnd(NamedTuple):
+    """The end of a block, not computed yet: the next 1x1 convolution may be fused with it."""
+
+    x: Convolved
+    shortcut: Convolved
+    norm: BatchNorm | None
+    """None: of the stem, whose end is x."""
+    shortcut_norm: BatchNorm | None = None
+
+    def compute(self) -> tuple[Tensor, Tensor]:
+        """One tensor for the main branch and the shortcut."""
+        if self.norm is None:
+            return self.x.x, self.shortcut.x
+        return self.norm.end_block(self.x, self.shortcut, self.shortcut_norm)
+
+    def then_conv(self, conv: Conv, norm: BatchNorm) -> tuple[Convolved, Tensor]:
+        """The main branch's first convolution, which `norm` follows, and the shortcut."""
+        if self.norm is None:
+            return norm.convolve(self.x.x, conv), self.shortcut.x
+        return self.norm.end_block_then_conv(self.x, self.shortcut, self.shortcut_norm, conv)
 
 
 class BasicBlock(nn.Module):
@@ -81,11 +101,11 @@ class BasicBlock(nn.Module):
         self.conv2, self.bn2 = conv(planes, planes, 3), BatchNorm(planes)
         self.downsample = shortcut(inputs, planes, stride)
 
-    def forward(self, x: Forked) -> Forked:
+    def forward(self, before: BlockEnd) -> BlockEnd:
         """Shapes: (N, inputs, H, W) -> (N, planes, H/stride, W/stride)."""
-        main, skip = x
-        out = self.bn1.then_conv(self.conv1(main), self.conv2)
-        return end_block(self.bn2, out, skip, self.downsample)
+        main, skip = before.compute()
+        out = self.bn1.then_conv(Convolved(self.conv1(main)), self.conv2)
+        return block_end(self.bn2, out, skip, self.downsample)
 
 
 class Bottleneck(nn.Module):
@@ -107,20 +127,22 @@ class Bottleneck(nn.Module):
         self.conv3, self.bn3 = conv(inner, outputs, 1), BatchNorm(outputs)
         self.downsample = shortcut(inputs, outputs, stride)
 
-    def forward(self, x: Forked) -> Forked:
+    def forward(self, before: BlockEnd) -> BlockEnd:
         """Shapes: (N, inputs, H, W) -> (N, 4 planes, H/stride, W/stride)."""
-        main, skip = x
-        out = self.bn1.then_conv(self.conv1(main), self.conv2)
+        out, skip = before.then_conv(self.conv1, self.bn1)
+        out = self.bn1.then_conv(out, self.conv2)
         out = self.bn2.then_conv(out, self.conv3)
-        return end_block(self.bn3, out, skip, self.downsample)
+        return block_end(self.bn3, out, skip, self.downsample)
 
 
-def end_block(norm: BatchNorm, x: Tensor, skip: Tensor, downsample: nn.Sequential | None) -> Forked:
+def block_end(
+    norm: BatchNorm, x: Convolved, skip: Tensor, downsample: nn.Sequential | None
+) -> BlockEnd:
     """The last batch norm of a block, the shortcut (projected where it must be) and ReLU."""
     if downsample is None:
-        return norm.end_block(x, skip)
-    projection, projection_norm = downsample
-    return norm.end_block(x, projection(skip), cast(BatchNorm, projection_norm))
+        return BlockEnd(x, Convolved(skip), norm)
+    projection, projection_norm = cast(tuple[Conv, BatchNorm], tuple(downsample))
+    return BlockEnd(x, projection_norm.convolve(skip, projection), norm, projection_norm)
 
 
 def shortcut(inputs: int, outputs: int, stride: int) -> nn.Sequential | None:
@@ -187,7 +209,8 @@ class ResNet(nn.Module):
         """Shapes: (N, 3, H, W) channels_last -> (N, num_features)."""
         x = self.conv1(x)
         x = self.bn1.pool(x) if self.has_pool else self.bn1(x, relu=True)
-        forked = x, x
+        end = BlockEnd(Convolved(x), Convolved(x), None)
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
-            forked = layer(forked)
-        return torch.flatten(nn.functional.adaptive_avg_pool2d(forked[0], 1), 1)
+            end = layer(end)
+        x, _ = end.compute()
+        return torch.flatten(nn.functional.adaptive_avg_pool2d(x, 1), 1)
