@@ -21,11 +21,13 @@ import itertools
 import json
 import math
 import sys
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
+from kernels.conv_times import Times, compare
 from kernels.gpu.launch import INTERPRETED
 from measure.kernel_checks import check_each
 from measure.kernel_times import apex_batch_norm, measure, resnet50_sites
@@ -41,6 +43,8 @@ from predict.in_flight import (
     resident_programs,
 )
 from predict.kernel_code import Compiled, Launch, compile_for, launches_of_a_step
+from train.network.resnet import ResNet
+from train.run.conv_choice import conv_sites, label
 from train.run.folder import environment
 from train.run.program import refuse
 
@@ -203,11 +207,32 @@ def time_sites(images: int, n: int, save: Path | None) -> dict:
     if apex is None:
         print("apex's batch norm is not measured: no apex built with --bnp", file=sys.stderr)
     result = measure(list(resnet50_sites(images)), device, n=n, apex=apex)
+    result["convolutions"] = time_convolutions(images, device)
     result["environment"] = environment(1, device)
     if save is not None:
         save.write_text(json.dumps(result, indent=1) + "\n")
     print_times(result)
     return result
+
+
+def time_convolutions(images: int, device: torch.device) -> list[dict]:
+    """What --model.conv_stats auto measures in a step of ResNet-50 in bf16. Printed too."""
+    net = ResNet("resnet50", stem="imagenet")
+    counts = Counter(site for *_, site in conv_sites(net, 2, 2 * images, 224, torch.bfloat16))
+    rows = []
+    for site, count in counts.items():
+        rows.append({"site": label(site), "count": count} | compare(site, device)._asdict())
+    cells = [
+        (
+            *list(row.values())[:2],
+            *(f"{row[name]:.3f}" for name in Times._fields[:2]),
+            row["agrees"],
+        )
+        for row in rows
+    ]
+    columns = ("1x1 convolution", "count", "fused ms", "separate ms", "agree")
+    print_table("with batch norm's sums, as --model.conv_stats auto", columns, cells, width=160)
+    return rows
 
 
 def main() -> None:

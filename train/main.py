@@ -31,7 +31,7 @@ from train.distributed import World, from_main
 from train.distributed.watch import may_restart
 from train.distributed.world import watched
 from train.loop import train, write_features
-from train.run import checkpoint, state, versions
+from train.run import checkpoint, conv_choice, state, versions
 from train.run.data import content_hash, open_data
 from train.run.folder import (
     SLOW_PRECISION,
@@ -56,11 +56,12 @@ def build_state(
     images: number of training images; tell: called with a line for memory taken beside the network.
     """
     with_triton = use_triton(config.model.kernels, torch.empty(0, device=world.device))
-    if config.model.recompute and not with_triton:
-        raise ValueError(
-            "--model.recompute true needs the Triton kernels, which run on a CUDA device: leave it "
-            "false with --model.kernels plain and on the CPU"
-        )
+    for flag in ("recompute", "conv_stats"):
+        if getattr(config.model, flag) in (True, "true") and not with_triton:
+            raise ValueError(
+                f"--model.{flag} true needs the Triton kernels, which run on a CUDA device: leave "
+                "it false with --model.kernels plain and on the CPU"
+            )
     torch.manual_seed(config.seed)
     model = state.build_method(config, images=images, device=world.device, tell=tell)
     model = model.to(device=world.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload] - missing in torch's stub
@@ -109,6 +110,7 @@ def run(config: Config, world: World, out: Path, folder: RunFolder | None, log: 
     order = SampleOrder(len(source), batch_size=config.data.batch_size, seed=config.seed)
     schedule = Schedule(order, config.epochs, config.max_steps)
     current = build_state(config, world, len(source), tell=log)
+    conv_choice.choose(current.model, config, world, out / conv_choice.FILE, log)
     facts = state.run_facts(config, source.fingerprint, world)
     if config.data.verify:
         facts["content"] = content_hash(source, world, log)

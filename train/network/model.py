@@ -91,9 +91,10 @@ class ModelConfig:
     recompute: bool = False
     """Normalise again in the backward pass instead of keeping what convolutions read: activations
     take a sixth less memory and 26 MB more an image are moved (ResNet-50). Triton kernels only."""
-    conv_stats: Literal["true", "false"] = "false"
+    conv_stats: Literal["auto", "true", "false"] = "false"
     """1x1 convolutions of stride 1 by Triton kernels that also sum for the batch norms beside them,
-    instead of by cuDNN. Not yet run on a GPU."""
+    instead of by cuDNN: at all shapes, or where a measurement at the run's start on its GPU has it
+    faster and right (auto). Not yet run on a GPU."""
 
     def __post_init__(self) -> None:
         """Refuse impossible values."""
