@@ -7,7 +7,8 @@
     TRITON_INTERPRET=1 python profiling/kernels.py --each-once small      without a GPU, odd shapes
 
 --compile-only traces one step of ResNet-50 (224 pixels, 256 images) on fake tensors, keeps every
-kernel that would be launched, and compiles each for sm_80, sm_90 and sm_100. Its bytes are counted,
+kernel that would be launched, those of --model.conv_stats true too, and compiles each for sm_80,
+sm_90 and sm_100. Its bytes are counted,
 not measured: each tensor that a kernel gets is moved once, as in profiling/compiled.py. For the
 heaviest shapes it prints what an H100 or H200 has in flight to memory beside what Little's law asks
 (predict/in_flight.py says how each figure is had); with --replay-cache also the bytes that reach
@@ -76,7 +77,11 @@ def compile_table(images: int, dtype: torch.dtype, *, replay_cache: bool) -> dic
             }
             | {f"sm_{arch}": compiled.resources for arch, compiled in made[key].items()}
         )
-    heavy = heaviest_of(launches)
+    fused, launches = (
+        [launch for launch in launches if launch.kernel.__name__.startswith("_conv") is is_fused]
+        for is_fused in (True, False)
+    )
+    heavy = heaviest_of(launches) + heaviest_of(fused)
     in_flights = [in_flight(launch, made[launch.code_key][90]) for launch in heavy]
     print_compiled(kernels, in_flights)
     found = {"kernels": kernels, "heavy_shapes": in_flights}

@@ -21,6 +21,7 @@ from train.methods.simsiam import SimSiam
 from train.network.norm import set_views
 
 ROOT = Path(__file__).parent.parent
+LOOPS = "statistics", "reduce", "conv"  # kernels that copy their next tiles ahead
 pytest.importorskip("triton")
 
 
@@ -82,13 +83,16 @@ def test_every_kernel_compiles_without_spills_and_keeps_memory_busy():
         assert row["loops"] == 0 or not row["kernel"].startswith("merge"), row["kernel"]
         for arch in ("sm_80", "sm_90", "sm_100"):
             assert row[arch]["spills"] == 0, (row["kernel"], arch)
-            assert row[arch]["registers"] <= 128, (row["kernel"], arch)  # two programs at a time
+            if not row["kernel"].startswith("conv"):
+                assert row[arch]["registers"] <= 128, (row["kernel"], arch)  # two programs at once
+        # of the products on sm_90 alone: an A100 holds one of conv_statistics, a B200 one or two
+        assert row["sm_90"]["registers"] * row["warps"] <= 128 * max(8, row["warps"])
     assert len(found["heavy_shapes"]) > 30
     for row in found["heavy_shapes"]:
         assert row["of_little_h100"] >= row["of_little_h200"] >= 1, row
         assert row["sectors"][0] == row["sectors"][1], row  # none is touched in part
         assert max(row["load_bytes"]) == (8 if "pool" in row["kernel"] else 16), row
-        is_loop = row["kernel"].startswith(("statistics", "reduce")) and "pool" not in row["kernel"]
+        is_loop = row["kernel"].startswith(LOOPS) and "pool" not in row["kernel"]
         assert row["copies_ahead"] == is_loop, row
     assert len(found["replayed"]) > 10
     for row in found["replayed"]:  # of the L2 cache: a pass finds what the one before it left

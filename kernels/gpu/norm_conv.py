@@ -10,8 +10,7 @@ Bytes: forward y, z | backward dz, x, g, and with a shortcut dy2 and bits, with 
 x2. The weight is small. Each block of channels reads y or dz again, which the L2 cache holds: the
 blocks are launched first.
 A tile of the product is (channels, rows), not (rows, channels): a thread of the tensor cores holds
-values of few rows of it and many columns, so that sums over rows take 2 registers and few shuffles
-a thread, not 32 and many: 95 registers for 245 on sm_90.
+values of few rows of it and many columns, so that sums over rows take few registers and shuffles.
 
 V views, R rows of a view (images x pixels), C channels of the tile and the sums, K those that the
 product adds up over.
@@ -30,7 +29,7 @@ from kernels.gpu.launch import operator, product, wrap_triton
 from kernels.gpu.norm_backward import merged_sums
 from kernels.gpu.norm_forward import merged_statistics, place
 
-WIDEST = 128  # channels of a tile of the statistics: 8 warps, 97 registers on sm_90
+WIDEST = 128  # channels of a tile of the statistics: 8 warps, 97 to 128 registers on sm_90
 WIDEST_REDUCE = 64  # 4 warps with more to hold: 2 programs a multiprocessor, 128 leaves one
 
 
