@@ -52,7 +52,7 @@ check: $(VENV)/.ready-dev
 
 # mostly waits: more processes than cores
 cluster-test: $(VENV)/.ready-dev
-	CUDA_VISIBLE_DEVICES= OMP_WAIT_POLICY=passive $(RUN) -m pytest -m cluster -n 4 $(DISTRIBUTE) -rs $(ARGS)
+	CUDA_VISIBLE_DEVICES= OMP_WAIT_POLICY=passive $(RUN) -m pytest -m cluster -n 3 $(DISTRIBUTE) -rs $(ARGS)
 
 # the kernels for real, and what needs a CUDA device
 KERNEL_TESTS := $(shell sed -n 's/^KERNEL_TESTS = "\(.*\)".*/\1/p' profiling/suite/extras.py)

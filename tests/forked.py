@@ -4,7 +4,7 @@
 
 Most of a tiny run's 6 s are imports; here they are made once for all runs of a test's process. A
 test of how a process starts, of its signals or of several ranks starts it as a user does instead,
-and one test compares the weights of both.
+and one test compares the weights of both. With PACKAGES alone nothing of ours is imported before.
 """
 
 import atexit
@@ -25,25 +25,39 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 
+PACKAGES = (
+    "nvidia.dali.plugin.pytorch", "torch._dynamo", "torch.utils.tensorboard", "matplotlib.figure",
+    "matplotlib.backends.backend_agg",
+)  # fmt: skip
+ALL = ("train.main", "pipeline.graph", *PACKAGES)
+
+
 @cache
-def server() -> subprocess.Popen:
+def server(modules: tuple[str, ...]) -> subprocess.Popen:
     """The process that forks; it ends with this one, whose end it reads as that of its input."""
     return subprocess.Popen(
-        [sys.executable, __file__], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        text=True,
+        [sys.executable, __file__, *modules], cwd=ROOT, stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
-def forked(argv: list[str]) -> subprocess.CompletedProcess:
-    """As subprocess.run of a Python program in the root, with UserWarnings as errors."""
+def forked(
+    argv: list[str], *, cwd: Path = ROOT, modules: tuple[str, ...] = ALL
+) -> subprocess.CompletedProcess:
+    """As subprocess.run of a Python program, with UserWarnings as errors.
+
+    modules: what is imported before, once.
+    """
     with tempfile.TemporaryDirectory() as folder:
         out, err = (Path(folder) / name for name in ("out", "err"))
-        stdin, stdout = server().stdin, server().stdout
+        process = server(modules)
+        stdin, stdout = process.stdin, process.stdout
         assert stdin is not None and stdout is not None
-        stdin.write(json.dumps({"argv": argv, "out": str(out), "err": str(err)}) + "\n")
+        job = {"argv": argv, "cwd": str(cwd), "out": str(out), "err": str(err)}
+        stdin.write(json.dumps(job) + "\n")
         stdin.flush()
         if not (answer := stdout.readline()):  # tests/limits.py has ended both
-            with server():
+            with process:
                 server.cache_clear()
             raise TimeoutError(err.read_text())
         code = int(answer)
@@ -86,13 +100,13 @@ def serve() -> None:
             os.dup2(file, descriptor)
             os.close(file)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.chdir(job["cwd"])
+        sys.path[0] = str(Path(job["argv"][0]).absolute().parent)
         os._exit(run(job["argv"]))
 
 
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
-    for module in ("train.main", "pipeline.graph", "nvidia.dali.plugin.pytorch", "torch._dynamo",
-                   "torch.utils.tensorboard", "matplotlib.figure",
-                   "matplotlib.backends.backend_agg"):  # fmt: skip
+    for module in sys.argv[1:]:
         importlib.import_module(module)
     serve()

@@ -36,6 +36,7 @@ def told_by(*command: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_a_compiled_step_moves_launches_and_keeps_no_more_than_it_did():
     ours = told_by("profiling/compiled.py", "--steps", "ours")["ours"]
     assert ours["mb_per_image"] <= 661.8  # the plain two-pass step: 796.8

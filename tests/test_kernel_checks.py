@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from measure import kernel_checks
-from measure.kernel_checks import CASES, Draw, check_each, errors_of, jit_functions, reached
+from measure.kernel_checks import CASES, SHAPES, Draw, check_each, errors_of, jit_functions, reached
 
 CPU = torch.device("cpu")
 
@@ -53,6 +53,7 @@ def test_a_wrong_result_is_told_with_its_error(monkeypatch):
     wrong = errors_of(case, {})["mean"]
     assert good[0] <= good[2] and wrong[0] > 0.009 > wrong[2]
     monkeypatch.setitem(CASES, "sync", lambda *_: case)
+    monkeypatch.setitem(SHAPES, "small", {"sync": (4, 8, 3, 3)})
     assert "sync: mean is off by 0.01, allowed" in " ".join(
         check_each("small", torch.float32, CPU)["failed"]
     )

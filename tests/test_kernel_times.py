@@ -7,7 +7,15 @@ import torch
 from torch import nn
 
 from measure import kernel_times
-from measure.kernel_times import Inputs, Site, apex_batch_norm, clock, measure, resnet50_sites
+from measure.kernel_times import (
+    Inputs,
+    Site,
+    apex_batch_norm,
+    clock,
+    measure,
+    resnet50_sites,
+    time_site,
+)
 from measure.step_times import repeated
 from measure.turns import Timing
 from train.config import MethodConfig, ModelConfig
@@ -29,7 +37,7 @@ def test_the_sites_are_those_of_the_network():
 def test_every_kind_of_site_is_timed_beside_its_peers():
     kinds = ("relu", "none", "residual", "norm", "pool")
     sites = [Site(kind, (4, 8, 5, 5)) for kind in kinds] + [Site("relu", (4, 8))] * 2
-    found = measure(sites, torch.device("cpu"), compiled=False, n=2)
+    found = measure(sites, torch.device("cpu"), compiled=False, n=1)
     assert [row["count"] for row in found["sites"]] == [1, 1, 1, 1, 1, 2]
     assert set(found["ratios"]) == {"eager_bf16/ours", "eager_fp16/ours"}
     for row in found["sites"]:
@@ -147,8 +155,8 @@ def test_apexs_modules_are_given_what_the_plain_operations_get(kind):
     inputs = Inputs(site, torch.float32, torch.device("cpu"))
     for ours, plain in zip(inputs.apex(ChannelsLastNorm)(), inputs.plain(), strict=True):
         torch.testing.assert_close(ours, plain)
-    found = measure([site], torch.device("cpu"), compiled=False, n=1, apex=ChannelsLastNorm)
-    assert found["sites"][0]["apex_fp16_ms"][1] > 0
+    how = {"kernels": "triton", "compiled": False, "n": 1, "apex": ChannelsLastNorm}
+    assert time_site(site, torch.device("cpu"), **how)["apex_fp16_ms"][1] > 0
 
 
 def test_apex_is_left_out_where_it_is_not_installed():

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from forked import PACKAGES, forked
+
 ROOT = Path(__file__).parent.parent
 SOURCES = [
     path
@@ -111,11 +113,8 @@ def test_every_file_says_what_it_is_and_is_ascii(path):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_entry_scripts_run_from_any_folder(script, tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(ROOT / script), "--help"], cwd=tmp_path, capture_output=True,
-        text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0 and "usage" in done.stdout
+    done = forked([str(ROOT / script), "--help"], cwd=tmp_path, modules=PACKAGES)
+    assert done.returncode == 0 and "usage" in done.stdout, done.stderr
 
 
 def test_importing_the_training_script_needs_no_tensorboard_matplotlib_or_sklearn():

@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from forked import forked
 from pipeline.decode import DecodeOptions
 from pipeline.sources.folder import list_images
 from pipeline.sources.reader import ImageReader
@@ -345,10 +346,9 @@ def test_bad_flags_and_folders_are_refused_in_one_line(tmp_path):
         ([f"--data.root={tmp_path}/few", "--data.batch_size=8"], 1, "too few images: about 20"),
     ]
     for flags, code, words in cases:
-        process = pilot(*flags, f"--out={tmp_path}/out")
-        _, stderr = process.communicate(timeout=60)
-        errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
-        assert process.returncode == code and len(errors) == 1 and words in errors[0], stderr
+        done = forked(["train/pilot.py", *SMALL, *flags, f"--out={tmp_path}/out"])
+        errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert done.returncode == code and len(errors) == 1 and words in errors[0], done.stderr
 
 
 @pytest.mark.slow

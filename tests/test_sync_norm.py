@@ -208,7 +208,7 @@ def compiled_on_rank(rank: int, port: int, options: dict, queue) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"kernels": "plain"},
+        pytest.param({"kernels": "plain"}, marks=pytest.mark.slow),
         {"kernels": "triton"},
         pytest.param(
             {"kernels": "triton", "arch": "resnet50", "conv_stats": "true"}, marks=pytest.mark.slow

@@ -27,6 +27,7 @@ from measure.step_times import measure_end_to_end, measure_step
 from measure.step_trace import collectives, timeline
 from measure.turns import Timing, ratios, take_turns
 from pipeline.augment import AugmentConfig
+from pipeline.machine import usable_cores
 from pipeline.sources.folder import list_images
 from pipeline.sources.reader import ImageReader
 from predict.forecast import forecast
@@ -331,9 +332,10 @@ def test_the_limit_is_told_as_a_multiple_of_each_measured_peer():
 
 
 def test_the_program_ends_in_one_json_line_with_every_part(reader):
+    threads = str(usable_cores() + 1)
     done = run_script(
         "profiling/throughput.py", "--data.root", reader.source.root, *TINY, "--peers",
-        "false", "--repeats", "1", "--loader_images", "64", "--dali.threads", "99",
+        "false", "--repeats", "1", "--loader_images", "64", "--dali.threads", threads,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
@@ -343,7 +345,7 @@ def test_the_program_ends_in_one_json_line_with_every_part(reader):
     assert names == ["normalize", "forward", "backward", "optimizer"]
     assert found["limit"]["share_of_roofline"] > 0
     assert "images/s" in done.stderr
-    assert "warning: --dali.threads 99 on" in done.stderr
+    assert f"warning: --dali.threads {threads} on" in done.stderr
 
 
 @pytest.mark.dist
