@@ -16,6 +16,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from kernels.choose import Kernels, use_triton
 
@@ -29,12 +30,13 @@ def normalize_views(
     dtype: torch.dtype,
     *,
     draws: Tensor | None = None,
+    channels: int = 3,
     kernels: Kernels = "auto",
 ) -> Tensor:
     """Scale uint8 images to [0, 1], subtract mean, divide by std, per channel.
 
-    Shapes: (N, H, W, 3) uint8 contiguous -> (N, 3, H, W) channels_last of `dtype`.
-    draws: as of finish_views, which is applied first.
+    Shapes: (N, H, W, 3) uint8 contiguous -> (N, channels, H, W) channels_last of `dtype`.
+    draws: as of finish_views, which is applied first. channels: 3, 4 or 8; zero beyond the third.
     Units: mean and std are of images in [0, 1], as torchvision's.
     Raises: ValueError for another dtype, shape or layout.
     """
@@ -43,15 +45,18 @@ def normalize_views(
     _check(views_NHWC, draws)
     if not dtype.is_floating_point:
         raise ValueError(f"normalize_views writes a floating dtype, got {dtype}")
+    if channels not in (3, 4, 8):
+        raise ValueError(f"normalize_views writes 3, 4 or 8 channels, got {channels}")
     if not len(mean) == len(std) == 3:
         raise ValueError(f"mean and std are three values each, got {len(mean)} and {len(std)}")
     scale, shift = _scale_and_shift(tuple(mean), tuple(std), views_NHWC.device)
     if use_triton(kernels, views_NHWC):
         from kernels.gpu.normalize import normalize  # see norm_autograd
 
-        return normalize(views_NHWC, draws, scale, shift, dtype).permute(0, 3, 1, 2)
+        return normalize(views_NHWC, draws, scale, shift, dtype, channels).permute(0, 3, 1, 2)
     views = finish_views(views_NHWC, draws, kernels="plain")
-    return torch.addcmul(shift, views.float(), scale).to(dtype).permute(0, 3, 1, 2)
+    out = torch.addcmul(shift, views.float(), scale).to(dtype)
+    return F.pad(out, (0, channels - 3)).permute(0, 3, 1, 2)
 
 
 def finish_views(crops: Tensor, draws: Tensor | None, *, kernels: Kernels = "auto") -> Tensor:
@@ -69,7 +74,7 @@ def finish_views(crops: Tensor, draws: Tensor | None, *, kernels: Kernels = "aut
 
         unchanged = _scale_and_shift((0.0,) * 3, (1 / 255,) * 3, crops.device)
         images = crops.flatten(0, -4)
-        return normalize(images, draws, *unchanged, torch.uint8).view(crops.shape)
+        return normalize(images, draws, *unchanged, torch.uint8, 3).view(crops.shape)
     draws = draws.view(*crops.shape[:-3], -1)
     by_image = draws[..., None, None, :]  # (..., 1, 1, 20 + R)
     colors, total = crops.sum((-3, -2)), crops.shape[-3] * crops.shape[-2]

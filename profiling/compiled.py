@@ -70,6 +70,8 @@ STEPS: dict[str, dict[str, Any]] = {
     "ours": {"kernels": "triton"},
     "recompute": {"kernels": "triton", "recompute": True},
     "conv_stats": {"kernels": "triton", "conv_stats": "true"},
+    "stem_4": {"kernels": "triton", "stem_channels": 4},
+    "stem_8": {"kernels": "triton", "stem_channels": 8},
     "plain": {"kernels": "plain"},
 }
 
@@ -182,7 +184,8 @@ def count_step(which: str, *, images: int, arch: str, saved_only: bool = False) 
     model = SimSiam(ModelConfig(arch=arch, **STEPS[which]), MethodConfig())  # type: ignore[arg-type]
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     with FakeTensorMode():
-        views = torch.empty(2 * images, 3, 224, 224, dtype=torch.bfloat16)
+        channels = STEPS[which].get("stem_channels", 3)
+        views = torch.empty(2 * images, channels, 224, 224, dtype=torch.bfloat16)
         views = views.to(memory_format=torch.channels_last)
     graphs = trace(Step(model, two_pass=which == "plain"), [views])
 

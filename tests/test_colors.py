@@ -71,6 +71,21 @@ def test_views_are_finished_and_normalised_at_once(photos, dtype):
     assert found["triton"].is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("channels", [4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kernels", ["plain", "triton"])
+def test_further_channels_are_zero_and_change_no_other(photos, kernels, dtype, channels):
+    crops = torch.from_numpy(some_crops(photos, 3, 41, 13)).to(DEVICE).flatten(0, 1)
+    packed = torch.from_numpy(pack(VIEWS, some_draws(VIEWS, 3))).to(DEVICE)
+    for draws in (None, packed):
+        values: dict = {"draws": draws, "kernels": kernels}
+        three = normalize_views(crops, MEAN, STD, dtype, **values)
+        wide = normalize_views(crops, MEAN, STD, dtype, channels=channels, **values)
+        assert wide.shape == (len(crops), channels, *crops.shape[1:3]) and wide.dtype == dtype
+        assert wide.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(wide[:, :3], three) and not wide[:, 3:].any()
+
+
 @pytest.mark.parametrize("sigma", [0.1, 0.5, 1.3, 2.0, 5.0])
 def test_weights_are_those_of_opencvs_blur_of_bytes(sigma):
     sigma = np.float32(sigma)
@@ -99,6 +114,8 @@ def test_crops_and_draws_that_do_not_belong_together_are_refused():
         finish_views(crops, torch.zeros(2, 3, 26))
     with pytest.raises(ValueError, match="draws of 4 images"):
         normalize_views(crops[0], MEAN, STD, torch.float32, draws=torch.zeros(2, 4, 26))
+    with pytest.raises(ValueError, match="3, 4 or 8 channels, got 5"):
+        normalize_views(crops[0], MEAN, STD, torch.float32, channels=5)
     with pytest.raises(ValueError, match="contiguous"):
         finish_views(crops.transpose(2, 3), None)
     assert finish_views(crops, None) is crops

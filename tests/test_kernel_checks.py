@@ -12,6 +12,9 @@ from measure.kernel_checks import CASES, SHAPES, Draw, check_each, errors_of, ji
 CPU = torch.device("cpu")
 
 
+CHOICES = {"SHORTCUT": [0, 1, 2], "VIEWS": [2], "MASK": [0, 1, 2], "CHANNELS": [3, 4, 8]}
+
+
 @pytest.fixture(scope="module")
 def found() -> dict:
     return check_each("small", torch.float32, CPU)
@@ -25,7 +28,7 @@ def test_every_kernel_of_kernels_is_launched_and_as_exact_as_plain_torch(found):
 def test_every_switch_of_a_kernel_is_on_once_and_off_once(found):
     for kernel, switches in found["kernels"].items():
         for name, values in switches.items():
-            wanted = {"SHORTCUT": [0, 1, 2], "VIEWS": [2], "MASK": [0, 1, 2]}.get(name, [0, 1])
+            wanted = CHOICES.get(name, [0, 1])
             if (kernel, name) == ("_backward", "MASK"):
                 wanted = [0, 2]  # the bits were used by the pass before
             if (kernel, name) == ("_apply_pool", "AFFINE"):

@@ -79,6 +79,24 @@ def test_cifar_stem_keeps_the_resolution():
     assert sizes == {"cifar": 32, "imagenet": 8}
 
 
+@pytest.mark.parametrize("channels", [4, 8])
+@pytest.mark.parametrize("stem", ["imagenet", "cifar"])
+def test_a_stem_of_pixels_with_further_channels_is_the_same_convolution(stem, channels):
+    model = ResNet("resnet18", stem=stem, width=8).double()
+    x = torch.randn(3, 3, 20, 18, dtype=torch.float64).to(memory_format=torch.channels_last)
+    wide = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, channels - 3))
+    found = []
+    for pixels in (x, wide):
+        model.zero_grad()
+        out = model.conv1(pixels)
+        out.sin().sum().backward()
+        assert model.conv1.weight.grad is not None
+        found.append((out.detach(), model.conv1.weight.grad.clone()))
+    for three, more in zip(*found, strict=True):
+        torch.testing.assert_close(more, three, rtol=1e-12, atol=1e-12)
+    assert model.state_dict()["conv1.weight"].shape[1] == 3
+
+
 def test_heads_are_the_recipes():
     model = SimSiam(ModelConfig(), MethodConfig())
     shapes = {

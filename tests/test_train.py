@@ -123,6 +123,15 @@ def test_lower_precisions_train_to_nearly_the_same_loss(straight, images, tmp_pa
     assert [row["train/skipped_steps"] for row in rows if "train/loss" in row][-1] <= 1
 
 
+def test_a_stem_of_pixels_of_four_channels_trains_the_same_network(straight, images, tmp_path):
+    found = result(run(images, tmp_path / "run", "--model.stem_channels=4"))
+    assert found["loss"] == pytest.approx(straight[1]["loss"], abs=1e-3)  # sums of another order
+    expected, ours = weights(straight[0]), weights(tmp_path / "run")
+    assert {name: value.shape for name, value in ours.items()} == {
+        name: value.shape for name, value in expected.items()
+    }
+
+
 def test_two_identical_runs_are_equal_bit_for_bit(straight, images, tmp_path):
     run(images, tmp_path / "run")
     assert same(weights(tmp_path / "run"), weights(straight[0]))

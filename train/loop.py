@@ -162,11 +162,12 @@ def train_step(
 
 
 def normalized(config: Config, images: Tensor, draws: Tensor | None) -> Tensor:
-    """Shapes: images (V, N, S, S, 3) uint8 -> (V N, 3, S, S) channels_last in the run's dtype.
+    """Shapes: images (V, N, S, S, 3) uint8 -> (V N, C, S, S) channels_last in the run's dtype.
 
-    draws: a Batch's; the images are crops where there are any.
+    draws: a Batch's; the images are crops where there are any. C is --model.stem_channels.
     """
-    dtype, how = DTYPES[config.precision], {"draws": draws, "kernels": config.model.kernels}
+    model, dtype = config.model, DTYPES[config.precision]
+    how = {"draws": draws, "channels": model.stem_channels, "kernels": model.kernels}
     with record_function("normalize"):
         flat = images.flatten(0, 1)
         return normalize_views(flat, config.data.mean, config.data.std, dtype, **how)

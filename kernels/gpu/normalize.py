@@ -6,7 +6,7 @@ along the columns, where programs of other images end at once. Without draws one
 
 Bytes of an image of 224 x 224 pixels, to bf16: the shift reads 150,528, the map reads 150,528 and
 writes 301,056, in all 602,112. With a blur its sums, of 301,056, are written and read too, in all
-1,204,224. Without draws 451,584.
+1,204,224. Without draws 451,584. With 4 channels 100,352 more are written, with 8 501,760.
 
 A pixel's three bytes are loaded one by one, a lane each: no vector has three elements.
 """
@@ -119,14 +119,36 @@ def colored(crop_ptr, pixel, inside, color, shift):
 
 
 @triton.jit
-def store_normalized(colors, solarize, out_ptr, pixel, inside, scale_ptr, shift_ptr):
-    """out = scale x + shift of integers, where x is inverted if it is at least half bright."""
-    for channel in tl.static_range(3):
-        x = colors[channel]
-        x = tl.where(x >= 256 - 128 * solarize, 255 - x, x)
-        out = x * tl.load(scale_ptr + channel) + tl.load(shift_ptr + channel)
-        at = out_ptr + 3 * pixel + channel
-        tl.store(at, out.to(out_ptr.dtype.element_ty), mask=inside)
+def normalized(x, solarize, channel, scale_ptr, shift_ptr):
+    """scale x + shift of integers, where x is inverted if it is at least half bright."""
+    x = tl.where(x >= 256 - 128 * solarize, 255 - x, x)
+    return x * tl.load(scale_ptr + channel) + tl.load(shift_ptr + channel)
+
+
+@triton.jit
+def store_normalized(
+    colors, solarize, out_ptr, tile, num_pixels, scale_ptr, shift_ptr,
+    CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The normalised pixels of a tile; with 4 or 8 channels whole pixels, zero beyond the third."""
+    red = normalized(colors[0], solarize, 0, scale_ptr, shift_ptr).to(out_ptr.dtype.element_ty)
+    green = normalized(colors[1], solarize, 1, scale_ptr, shift_ptr).to(out_ptr.dtype.element_ty)
+    blue = normalized(colors[2], solarize, 2, scale_ptr, shift_ptr).to(out_ptr.dtype.element_ty)
+    if CHANNELS == 3:
+        pixel = tile * BLOCK + tl.arange(0, BLOCK)
+        at, inside = out_ptr + 3 * pixel, pixel < num_pixels
+        tl.store(at, red, mask=inside)
+        tl.store(at + 1, green, mask=inside)
+        tl.store(at + 2, blue, mask=inside)
+    else:
+        zero = tl.zeros([BLOCK], out_ptr.dtype.element_ty)
+        whole = tl.reshape(tl.join(tl.join(red, blue), tl.join(green, zero)), (BLOCK, 4))
+        if CHANNELS == 8:
+            rest = tl.zeros([BLOCK, 4], out_ptr.dtype.element_ty)
+            whole = tl.permute(tl.join(whole, rest), (0, 2, 1))
+        values = tl.reshape(whole, (BLOCK * CHANNELS,))
+        at = tile * BLOCK * CHANNELS + tl.arange(0, BLOCK * CHANNELS)
+        tl.store(out_ptr + at, values, mask=at < num_pixels * CHANNELS)
 
 
 @triton.jit
@@ -137,26 +159,29 @@ def _normalize(
     sums_ptr,  # (N, 3, H, W) uint16, in units of 1/256
     scale_ptr,  # (3,) fp32
     shift_ptr,  # (3,) fp32
-    out_ptr,  # (N, H, W, 3)
+    out_ptr,  # (N, H, W, CHANNELS)
     width,  # W
     num_pixels,  # H W
     num_draws,
     radius,  # R
     DRAWS: tl.constexpr,  # whether there are
+    CHANNELS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """out of one tile, or where the image has a blur the sums along its lines."""
     tiles = tl.cdiv(num_pixels, BLOCK)
-    image = tl.program_id(0) // tiles
-    pixel = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
+    image, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    pixel = tile * BLOCK + tl.arange(0, BLOCK)
     inside = pixel < num_pixels
-    first = 3 * image.to(tl.int64) * num_pixels
-    crop_ptr += first
-    out_ptr += first
+    first = image.to(tl.int64) * num_pixels
+    crop_ptr += 3 * first
+    out_ptr += CHANNELS * first
     if not DRAWS:
         red, green, blue = load_colors(crop_ptr, pixel, inside)
         colors = red.to(tl.float32), green.to(tl.float32), blue.to(tl.float32)
-        store_normalized(colors, 0, out_ptr, pixel, inside, scale_ptr, shift_ptr)
+        store_normalized(
+            colors, 0, out_ptr, tile, num_pixels, scale_ptr, shift_ptr, CHANNELS, BLOCK
+        )
         return
     draws_ptr += image * num_draws
     color_shift_ptr += 3 * image
@@ -176,14 +201,16 @@ def _normalize(
                 reds += red * weight
                 greens += green * weight
                 blues += blue * weight
-        sums_ptr += first
+        sums_ptr += 3 * first
         tl.store(sums_ptr + pixel, reds.to(tl.uint16), mask=inside)
         tl.store(sums_ptr + num_pixels + pixel, greens.to(tl.uint16), mask=inside)
         tl.store(sums_ptr + 2 * num_pixels + pixel, blues.to(tl.uint16), mask=inside)
     else:
         solarize = tl.load(draws_ptr + SOLARIZE)
         colors = red, green, blue
-        store_normalized(colors, solarize, out_ptr, pixel, inside, scale_ptr, shift_ptr)
+        store_normalized(
+            colors, solarize, out_ptr, tile, num_pixels, scale_ptr, shift_ptr, CHANNELS, BLOCK
+        )
 
 
 @triton.jit
@@ -192,26 +219,27 @@ def _blur(
     draws_ptr,  # (N, num_draws) fp32
     scale_ptr,  # (3,) fp32
     shift_ptr,  # (3,) fp32
-    out_ptr,  # (N, H, W, 3)
+    out_ptr,  # (N, H, W, CHANNELS)
     height,  # H
     width,  # W
     num_draws,
     radius,  # R
+    CHANNELS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """out of one tile, if its image has a blur: the sums along the columns. Below 2^24: exact."""
     num_pixels = height * width
     tiles = tl.cdiv(num_pixels, BLOCK)
-    image = tl.program_id(0) // tiles
+    image, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     draws_ptr += image * num_draws
     center = tl.load(draws_ptr + BLUR)
     if center == 256:
         return
-    pixel = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
+    pixel = tile * BLOCK + tl.arange(0, BLOCK)
     inside = pixel < num_pixels
     column, line = pixel % width, pixel // width
-    first = 3 * image.to(tl.int64) * num_pixels
-    sums_ptr += first
+    first = image.to(tl.int64) * num_pixels
+    sums_ptr += 3 * first
     red, green, blue = load_sums(sums_ptr, pixel, inside, num_pixels)
     reds, greens, blues = red * center, green * center, blue * center
     for offset in range(1, radius + 1):
@@ -224,7 +252,10 @@ def _blur(
             blues += blue * weight
     colors = sums_to_bytes(reds), sums_to_bytes(greens), sums_to_bytes(blues)
     solarize = tl.load(draws_ptr + SOLARIZE)
-    store_normalized(colors, solarize, out_ptr + first, pixel, inside, scale_ptr, shift_ptr)
+    out_ptr += CHANNELS * first
+    store_normalized(
+        colors, solarize, out_ptr, tile, num_pixels, scale_ptr, shift_ptr, CHANNELS, BLOCK
+    )
 
 
 @triton.jit
@@ -244,13 +275,21 @@ def sums_to_bytes(x):
 
 @operator("normalize_views")
 def normalize(
-    images: Tensor, draws: Tensor | None, scale: Tensor, shift: Tensor, dtype: torch.dtype
+    images: Tensor,
+    draws: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    dtype: torch.dtype,
+    channels: int,
 ) -> Tensor:
-    """(N, H, W, 3) of dtype; images (N, H, W, 3), draws N rows of 20 + R, scale and shift (3,)."""
+    """(N, H, W, channels) of dtype, 3, 4 or 8 channels, of which those beyond 3 are zero.
+
+    images (N, H, W, 3), draws N rows of 20 + R, scale and shift (3,).
+    """
     num_images, height, width, _ = images.shape
     num_pixels = height * width
-    out = torch.empty(images.shape, dtype=dtype, device=images.device)
-    options = {"BLOCK": PIXELS, "num_warps": NUM_WARPS}
+    out = torch.empty(num_images, height, width, channels, dtype=dtype, device=images.device)
+    options = {"CHANNELS": channels, "BLOCK": PIXELS, "num_warps": NUM_WARPS}
     tiles = (num_images * cdiv(num_pixels, PIXELS),)
     if draws is None:
         unused = (scale,) * 3

@@ -315,14 +315,21 @@ def views_case(kind: str, shape: Shape, draw: Draw) -> Case:
 
     def call(given: Named, how: Kernels) -> Named:
         views, options = given["views"], {"draws": draws, "kernels": how}
-        y = normalize_views(views, MEAN, STD, draw.dtype, **options)
-        return {"y": y, "finished": finish_views(views, **options)}
+        y = {
+            f"y of {channels} channels": normalize_views(
+                views, MEAN, STD, draw.dtype, channels=channels, **options
+            )
+            for channels in (3, 4, 8)
+        }
+        return y | {"finished": finish_views(views, **options)}
 
     def formula(given: Named) -> Named:
         mean, std = (torch.tensor(v, device=draw.device).double() for v in (MEAN, STD))
         finished = finish_views(given["views"], draws, kernels="plain")
-        y = ((finished.double() / 255 - mean) / std).permute(0, 3, 1, 2)
-        return {"y": y, "finished": finished}
+        y = (finished.double() / 255 - mean) / std
+        wide = {f"y of {channels} channels": F.pad(y, (0, channels - 3)) for channels in (3, 4, 8)}
+        images = {name: value.permute(0, 3, 1, 2) for name, value in wide.items()}
+        return images | {"finished": finished}
 
     return Case({"views": crops.to(torch.uint8)}, call, formula=formula)
 

@@ -36,6 +36,8 @@ def variants(s: Suite) -> None:
         "plain": "--model.kernels=plain",
         "recompute": "--model.recompute=true",
         "conv_stats": "--model.conv_stats=true",
+        "stem-4": "--model.stem_channels=4",
+        "stem-8": "--model.stem_channels=8",
         "batch-64": "--data.batch_size=64",
         "batch-512": "--data.batch_size=512",
         "fp16": "--precision=fp16",

@@ -91,6 +91,10 @@ class ModelConfig:
     recompute: bool = False
     """Normalise again in the backward pass instead of keeping what convolutions read: activations
     take a sixth less memory and 26 MB more an image are moved (ResNet-50). Triton kernels only."""
+    stem_channels: Literal[3, 4, 8] = 3
+    """Channels of the pixels that the stem's convolution reads, zero beyond the third, as are its
+    weights for them: the same network, which loads 8 or 16 bytes a pixel instead of 6. Not yet run
+    on a GPU."""
     conv_stats: Literal["auto", "true", "false"] = "false"
     """1x1 convolutions of stride 1 by Triton kernels that also sum for the batch norms beside them,
     instead of by cuDNN: at all shapes, or where a measurement at the run's start on its GPU has it

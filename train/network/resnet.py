@@ -68,6 +68,20 @@ class SlicedConv(Conv):
         return super().forward(input[:, :, ::2, ::2])
 
 
+class StemConv(Conv):
+    """The first convolution, of pixels that may have further channels, all zero.
+
+    Its weights for these are zero and no parameter.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Shapes: (N, 3 or more, H, W) -> (N, outputs, H/stride, W/stride)."""
+        if (more := input.shape[1] - self.in_channels) == 0:
+            return super().forward(input)
+        weight = nn.functional.pad(self.weight, (0, 0, 0, 0, 0, more))
+        return self._conv_forward(input, weight, None)
+
+
 class BlockEnd(NamedTuple):
     """The end of a block, not computed yet: the next 1x1 convolution may be fused with it."""
 
@@ -185,7 +199,8 @@ class ResNet(nn.Module):
             block = partial(Bottleneck, widening=inner // width, groups=inner // of_group)
             expansion = Bottleneck.expansion
         self.has_pool = stem == "imagenet"
-        self.conv1 = conv(3, width, 7, stride=2) if self.has_pool else conv(3, width, 3)
+        size, stride = (7, 2) if self.has_pool else (3, 1)
+        self.conv1 = StemConv(3, width, size, stride, size // 2, bias=False)
         self.bn1 = BatchNorm(width)
         widths = [width << index for index in range(4)]
         ends = [planes * expansion for planes in widths]
@@ -206,7 +221,10 @@ class ResNet(nn.Module):
                 nn.init.zeros_(last.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Shapes: (N, 3, H, W) channels_last -> (N, num_features)."""
+        """Shapes: (N, 3, H, W) channels_last -> (N, num_features).
+
+        With 4 or 8 channels those beyond the third are zero (--model.stem_channels).
+        """
         x = self.conv1(x)
         x = self.bn1.pool(x) if self.has_pool else self.bn1(x, relu=True)
         end = BlockEnd(Convolved(x), Convolved(x), None)
