@@ -94,6 +94,25 @@ def test_a_folder_with_images_or_class_folders_is_no_folder_of_shards(images, tm
     assert len(open_source(str(tmp_path))) == 2
 
 
+def test_numbered_shards_beside_a_folder_with_a_picture_are_not_passed_over(shards):
+    (shards / "preview").mkdir()
+    assert "It has shards: " in refusal(shards)
+    (shards / "preview/1.jpg").write_bytes(b"x")
+    line = refusal(shards)
+    assert "and images, such as" in line and "preview/1.jpg" in line and f"'{shards}/*.tar'" in line
+
+
+def test_folders_inside_tars_that_are_splits_are_no_classes_and_a_leading_dot_is_none(tmp_path):
+    for name, folders in ("split", ("train", "test")), ("dotted", ("./cat", "./dog")):
+        (tmp_path / name).mkdir()
+        members = [(f"{folder}/{n}.jpg", b"x") for folder in folders for n in range(2)]
+        write_tar(tmp_path / name / "a.tar", members)
+    split, dotted = opened(tmp_path / "split"), opened(tmp_path / "dotted")
+    assert split.labels is None and "are splits (test, train), all of which" in split.why_none
+    assert dotted.class_names == ["cat", "dog"] and dotted.labels is not None
+    assert dotted.labels.tolist() == [0, 0, 1, 1]
+
+
 def test_shards_survive_pickling_and_are_closed_with_their_set(shards):
     found = opened(shards)
     expected = [found.read(number).tobytes() for number in range(len(found))]

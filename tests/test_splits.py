@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from pipeline.sources.folder import list_images
-from pipeline.sources.splits import split_root, tell_unused, why_no_labels
+from pipeline.sources.splits import split_root, tell_inner, tell_unused, why_no_labels
 from train.config import DataConfig
 from train.distributed import start
 from train.run.data import RunData, open_data
@@ -44,6 +44,11 @@ def open_root(root: Path | str, out: Path, val: str | None = None) -> RunData:
         (["cat", "dog"], ("", None)),
         (["bus", "car", "train"], ("", None)),  # classes
         (["data", "set"], ("", None)),
+        (["seg_train", "seg_test", "seg_pred"], ("seg_train", "seg_test")),
+        (["images-train", "images-holdout"], ("images-train", "images-holdout")),
+        (["train", "hold_out"], ("train", "hold_out")),
+        (["steam_train", "bullet_train", "bus"], ("", None)),  # classes
+        (["steam_train", "blood_test"], ("", None)),
     ],
 )
 def test_splits_are_known_by_their_usual_names_in_any_case(tmp_path, folders, expected):
@@ -65,6 +70,41 @@ def test_a_split_may_be_a_link_and_is_no_file(tmp_path):
     assert split_root(str(tmp_path)) == (str(tmp_path / "train"), None)
     (tmp_path / "test").mkdir()
     assert split_root(str(tmp_path)) == (str(tmp_path / "train"), str(tmp_path / "test"))
+
+
+def test_a_split_unpacked_into_a_folder_of_its_own_name_is_the_inner_one(tmp_path):
+    write(tmp_path, "seg_train/seg_train/a/1.png", "seg_train/seg_train/b/1.png")
+    write(tmp_path, "seg_test/seg_test/a/1.png", "seg_test/seg_test/b/1.png", "seg_pred/1.png")
+    train, val = split_root(str(tmp_path))
+    assert (train, val) == (f"{tmp_path}/seg_train/seg_train", f"{tmp_path}/seg_test/seg_test")
+    (line,) = tell_unused(str(tmp_path), train, val)
+    assert line.startswith(f"{tmp_path}/seg_pred (1 images) is not used")
+    data = open_root(tmp_path, tmp_path / "out")
+    assert data.class_names == ["a", "b"] and data.queries is not None
+
+
+def test_splits_one_folder_down_that_are_trained_on_are_named(tmp_path):
+    write(tmp_path, "archive/train/a/1.png", "archive/test/a/1.png", "archive/test/b/1.png")
+    (line,) = tell_inner(list_images(str(tmp_path)))
+    inner = f"{tmp_path}/archive"
+    assert line.startswith(f"{inner}/test (2 images) is trained on: ")
+    assert line.endswith(f"give {inner} as --data.root")
+    write(tmp_path, "bottle/train/good/1.png", "bottle/test/bad/1.png", "cable/1.png")
+    (line,) = tell_inner(list_images(str(tmp_path)))
+    assert "is trained on, as are 1 folders like it" in line and line.endswith("move it out")
+    write(tmp_path, "plain/cat/test/1.png", "plain/dog/test/1.png")
+    assert tell_inner(list_images(f"{tmp_path}/plain")) == []
+
+
+@pytest.mark.parametrize(
+    ("root", "val"), [("root", "root/cat"), ("root/cat", "root"), ("root", "root")]
+)
+def test_images_to_validate_on_that_are_trained_on_too_are_refused(tmp_path, root, val):
+    write(tmp_path, "root/cat/a/1.png", "root/cat/b/1.png", "root/dog/1.png")
+    with pytest.raises(ValueError, match="images that are also in .*: move them apart"):
+        open_root(tmp_path / root, tmp_path / "out", val=f"{tmp_path}/{val}")
+    write(tmp_path, "root/.held/cat/1.png", "root/.held/dog/1.png")  # hidden, so not trained on
+    assert open_root(tmp_path / "root", tmp_path / "out", val=f"{tmp_path}/root/.held").queries
 
 
 def test_two_splits_to_train_on_are_refused_with_both_names(tmp_path):

@@ -11,6 +11,7 @@ import numpy as np
 from pipeline.sources.folder import printable
 from pipeline.sources.index import ShardIndex, sorted_classes
 from pipeline.sources.scan import TAR
+from pipeline.sources.splits import role_of
 
 
 def labels_of(
@@ -38,6 +39,12 @@ def labels_of(
     if any(other != names for other, _ in classes):
         union = {name for others, _ in classes for name in others}
         names = sorted_classes(union) if by_folder is None else sorted(union, key=os.fsencode)
+    if by_folder is not None and {"train", "held out"} <= set(map(role_of, names)):
+        return (
+            None,
+            [],
+            f"their folders are splits ({', '.join(names)}), all of which are trained on",
+        )
     numbers = {name: number for number, name in enumerate(names)}
     tables = [np.array([*(numbers[name] for name in others), -1]) for others, _ in classes]
     parts = [table[labels] for table, (_, labels) in zip(tables, classes, strict=True)]
@@ -65,7 +72,7 @@ def _by_folder(indices: list[ShardIndex]) -> list[tuple[list[str], np.ndarray]] 
             continue
         if index.kind != TAR or b"/" not in index.listing[: index.ends[0]].tobytes():
             return None
-        parts = [name.partition(b"/") for name in names_of(index)]
+        parts = [name.removeprefix(b"./").partition(b"/") for name in names_of(index)]
         if not all(slash for _, slash, _ in parts):
             return None
         texts = [printable(folder) for folder, _, _ in parts]

@@ -169,7 +169,8 @@ ImageSource = ImageFolder | ShardSet
 def open_source(root: str) -> ImageSource:
     """Open a folder of images, a folder of shards, or the shards that a glob names.
 
-    A folder is one of shards if it holds shards and neither images nor folders.
+    A folder is one of shards if it holds shards and neither images nor folders. Images in folders
+    beside one archive or several of different names are taken for its content.
 
     Raises   ValueError when there is no image, or a shard is missing, cut, stale or of another
              kind than the first.
@@ -206,7 +207,7 @@ def find_shards(root: str) -> list[str]:
 
 
 def _shards_of_folder(folder: str) -> list[str]:
-    shards, indexed, image = set(), set(), ""
+    shards, indexed, image, inner = set(), set(), "", []
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
@@ -214,8 +215,8 @@ def _shards_of_folder(folder: str) -> list[str]:
                 if entry.name.startswith("."):
                     continue
                 if entry.is_dir():
-                    return []
-                if os.fsencode(extension) in IMAGE_EXTENSIONS:
+                    inner.append(entry.path)
+                elif os.fsencode(extension) in IMAGE_EXTENSIONS:
                     image = entry.name
                 elif extension == SUFFIX:
                     indexed.add(entry.path.removesuffix(SUFFIX))
@@ -223,7 +224,13 @@ def _shards_of_folder(folder: str) -> list[str]:
                     shards.add(entry.path)
     except OSError:  # list_images says what is wrong with the folder
         return []
-    if image and not shards:
+    sets = sorted({_unnumbered(shard) for shard in shards})
+    if inner and (len(shards) < 2 or len(sets) > 1):  # the archive of what was unpacked beside it
+        return []
+    if not shards and image:
+        return []
+    image = image or next(filter(None, map(_image_in, inner)), "")
+    if inner and not image:
         return []
     if image:
         some, extension = os.path.basename(min(shards)), os.path.splitext(min(shards))[1]
@@ -236,14 +243,26 @@ def _shards_of_folder(folder: str) -> list[str]:
             f"{lost[0]} is missing, though its index is there: restore the shard, or remove "
             f"{index_path(lost[0])} to go without it"
         )
-    # numbers aside: TFDS keeps cifar10-train and cifar10-test in one folder
-    sets = sorted({re.sub(r"\d+", "*", os.path.basename(shard)) for shard in shards})
     if len(sets) > 1:
         raise ValueError(
             f"{folder} holds several sets of shards ({sets[0]}, {sets[1]}): name one with a "
             f"glob, such as '{folder}/{sets[0]}', or all with '{folder}/*'"
         )
     return sorted(shards)
+
+
+def _unnumbered(shard: str) -> str:
+    """The name without its numbers: TFDS keeps cifar10-train and cifar10-test in one folder."""
+    return re.sub(r"\d+", "*", os.path.basename(shard))
+
+
+def _image_in(folder: str) -> str:
+    """The first image of a folder; "" where there is none."""
+    for path, _, names in os.walk(folder):
+        for name in names:
+            if os.fsencode(os.path.splitext(name)[1].lower()) in IMAGE_EXTENSIONS:
+                return os.path.join(path, name)
+    return ""
 
 
 def open_shards(root: str, shards: list[str]) -> ShardSet:

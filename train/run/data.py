@@ -17,10 +17,10 @@ import numpy as np
 
 from pipeline.order import Purpose, keyed_rng
 from pipeline.sources.digits import write_digits
-from pipeline.sources.folder import READERS
+from pipeline.sources.folder import READERS, ImageFolder
 from pipeline.sources.reader import ImageReader, hash_images
 from pipeline.sources.shards import ImageSource, ShardSet, open_source
-from pipeline.sources.splits import split_root, tell_unused, why_no_labels
+from pipeline.sources.splits import split_root, tell_inner, tell_unused, why_no_labels
 from train.config import DataConfig
 from train.distributed import World, from_main, gather
 
@@ -65,6 +65,8 @@ def open_data(config: DataConfig, *, out: Path, seed: int, world: World) -> RunD
     """
     train, val = list_on_main(lambda: _list(config, out), world)
     notes = unused(config) if world.is_main else []
+    if world.is_main and isinstance(train, ImageFolder):
+        notes += tell_inner(train)
     reader = ImageReader(train, config.max_pixels)
     if train.labels is None:
         if config.val is not None:
@@ -221,11 +223,37 @@ def _list(config: DataConfig, out: Path) -> tuple[ImageSource, ImageSource | Non
     check_apart(out, train_root, val_root)
     val = open_source(val_root) if val_root is not None else None
     train = open_source(train_root)
+    if val is not None:
+        check_held_out(train, val)
     if config.val is not None and val is not None and val.labels is None:
         raise ValueError(
             f"--data.val {config.val} has no class labels, which kNN needs: {why_none(val)}"
         )
     return train, val
+
+
+def check_held_out(train: ImageSource, val: ImageSource) -> None:
+    """Raise ValueError where images to validate on are among those to train on, by their files."""
+    if isinstance(train, ShardSet) and isinstance(val, ShardSet):
+        inside = bool({*map(os.path.realpath, train.shards)} & {*map(os.path.realpath, val.shards)})
+    elif isinstance(train, ImageFolder) and isinstance(val, ImageFolder):
+        pairs = (train, val), (val, train)
+        inside = any(_holds(outer, Path(inner.root).resolve()) for outer, inner in pairs)
+    else:
+        return
+    if inside:
+        raise ValueError(
+            f"{val.root} has images that are also in {train.root}, which is trained on: move them "
+            "apart, or leave --data.val out, and a tenth of the images is held out of the vote"
+        )
+
+
+def _holds(folder: ImageFolder, inner: Path) -> bool:
+    root = Path(folder.root).resolve()
+    if not inner.is_relative_to(root):
+        return False
+    part = os.fsencode(inner.relative_to(root))
+    return part == b"." or any(path.startswith(part + b"/") for path in folder.paths)
 
 
 def content_hash(source: ImageSource, world: World, log: Callable[[str], None]) -> str:
