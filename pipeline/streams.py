@@ -8,6 +8,7 @@ Every entry script calls `protect_output` before main(), and so does a pilot's w
 import errno
 import io
 import json
+import locale
 import os
 import select
 import sys
@@ -39,13 +40,30 @@ def protect_output() -> None:
     """Replace sys.stdout and sys.stderr, and open /dev/null where descriptors 0 to 2 are closed.
 
     A file that is opened next would else have such a number, and receive what libraries print.
+    Where the locale's encoding is not UTF-8 the program starts again in Python's UTF-8 mode.
     """
+    _use_utf8()
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:  # the lowest free number is this one
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     sys.stdout, sys.stderr = _protected(sys.stdout, 1), _protected(sys.stderr, 2)
+
+
+def _use_utf8() -> None:
+    """Start this program again where text files would be written in ASCII or Latin-1.
+
+    Names of files in any alphabet go into log.txt, YAML, JSON lines and TensorBoard's files, and a
+    run folder may be read under another locale.
+    """
+    if (
+        sys.flags.utf8_mode
+        or sys.getfilesystemencoding() == locale.getencoding().lower() == "utf-8"
+    ):
+        return
+    os.environ["PYTHONUTF8"] = "1"  # for the processes that it starts
+    os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
 
 
 def _protected(stream: Any, number: int) -> Any:

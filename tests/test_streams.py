@@ -205,6 +205,26 @@ def test_print_config_fails_where_stdout_is_full_and_doctor_says_its_verdict_all
     assert subprocess.run(words, cwd=ROOT, timeout=120, check=False).returncode == 0
 
 
+def test_of_several_ranks_the_first_alone_prints_the_config():
+    words = [sys.executable, "train/main.py", "--data.root=x", "--print_config"]
+    for rank in "01":
+        env = os.environ | {"RANK": rank, "WORLD_SIZE": "2"}
+        done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0 and ("root: x" in done.stdout) == (rank == "0")
+
+
+def test_under_an_ascii_locale_names_of_any_alphabet_are_written(tiny_images, tmp_path):
+    root = tmp_path / "Bilder \u65e5\u672c"
+    shutil.copytree(tiny_images, root)
+    (root / sorted(p.name for p in root.iterdir())[0] / "\u00e4.jpg").write_bytes(b"no image")
+    env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    words = [sys.executable, "train/main.py", *TINY, f"--data.root={root}", f"--out={tmp_path}/run"]
+    words += ["--data.max_bad_fraction=0.1"]
+    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    assert "\u00e4.jpg" in (tmp_path / "run/log.txt").read_text("utf-8")
+
+
 def test_packing_into_a_pipe_that_nobody_reads_makes_all_shards(tiny_images, tmp_path):
     words = ["sh", "-c", 'exec "$0" "$@" 2>/dev/full >&2', sys.executable, "pipeline/pack.py"]
     words += [str(tiny_images), str(tmp_path / "packed")]

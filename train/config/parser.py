@@ -3,9 +3,11 @@
 import argparse
 import dataclasses
 import difflib
+import os
 import re
 import sys
 from collections.abc import Collection, Sequence
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -80,7 +82,10 @@ class FlagParser(ArgumentParser):
         Raises: ValueError for a path or an `out` that cannot be meant.
         """
         words = list(sys.argv[1:] if args is None else args)
-        values = super().parse_args(words, *more, **options)
+        with open(os.devnull, "w") as nowhere:  # what --help and --print_config print, once
+            is_main = os.environ.get("RANK", "0") == "0"
+            with nullcontext() if is_main else redirect_stdout(nowhere):
+                values = super().parse_args(words, *more, **options)
         if values.get("config"):
             values["out"] = self.chosen_out(words, values)
         for flag in PATHS:
