@@ -1,6 +1,7 @@
 """Probes on made-up features: against scikit-learn, plain SGD, LARS by hand and timm's LARS."""
 
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from train.evaluation.linear_probe import (
     LinearProbe,
     PartOrder,
     build_lars,
+    check_losses,
     fit_batch,
     images_a_pass,
 )
@@ -99,6 +101,24 @@ def test_a_learning_rate_that_explodes_spoils_no_other_and_is_not_picked():
     assert found["lr"] == 0.1 and (guesses == same).float().mean() > 0.99
     assert found["held_out_top1_by_lr"]["0.1"] == alone["held_out_top1_by_lr"]["0.1"] > 90
     assert found["held_out_top1_by_lr"]["1e+38"] < 50
+
+
+def test_a_probe_that_diverges_at_every_learning_rate_is_an_error_and_at_one_a_warning(capsys):
+    x, labels, *_ = problem(0.3)
+    train, config = encoded(x, labels), FastProbeConfig(lrs=(1e38, 1e37), epochs=5)
+    with pytest.raises(FloatingPointError, match=r"diverged at all of --fast.lrs 1e\+38,1e\+37"):
+        fast_probe(train, train, config=config, num_classes=7, top=5, seed=0)
+    rates = LinearProbeConfig(lrs=(0.1, 30.0))
+    probe = LinearProbe(rates, features=4, classes=2, **NEW | {"log": Log(Path(os.devnull))})
+    assert check_losses(probe, [0.5, math.nan], set()) == {30.0}
+    assert (
+        "warning: the linear probe diverged in epoch 1 at --linear.lrs 30.0"
+        in capsys.readouterr().err
+    )
+    assert check_losses(probe, [0.5, math.inf], {30.0}) == {30.0}
+    assert capsys.readouterr().err == ""
+    with pytest.raises(FloatingPointError, match=r"in epoch 1 at --linear.lrs 0.1,30.0: lower"):
+        check_losses(probe, [math.inf, math.nan], set())
 
 
 def test_few_labels_are_the_same_share_of_each_class_and_at_least_one():

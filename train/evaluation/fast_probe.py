@@ -56,8 +56,9 @@ def fast_probe(
     """The learning rate picked, the accuracy of all, and the guesses (M, top) for M test images.
 
     labelled: rows of the training images to train on; None: all that are not held out.
+    Raises: FloatingPointError where every learning rate diverges.
     """
-    features, labels = train.features, train.labels
+    features, labels, rates = train.features, train.labels, ",".join(map(str, config.lrs))
     fit, held = (torch.from_numpy(rows).to(features.device) for rows in split(train, seed))
     if labelled is not None:
         fit = labelled.to(features.device)
@@ -66,7 +67,12 @@ def fast_probe(
     for rows in held.split(ROWS):
         correct += (heads.logits(features[rows]).argmax(2) == labels[rows, None]).sum(0)
     top1 = 100 * correct / len(held)
-    best = int(top1.argmax())
+    is_finite = heads.weight.isfinite().all(0).all(1) & heads.bias.isfinite().all(1)
+    if not is_finite.any():
+        raise FloatingPointError(
+            f"the fast probe diverged at all of --fast.lrs {rates}: lower them"
+        )
+    best = int(top1.where(is_finite, -1).argmax())
     picked = heads._replace(weight=heads.weight[:, best, None], bias=heads.bias[best, None])
     guesses = [picked.logits(x)[:, 0].topk(top).indices for x in test.features.split(ROWS)]
     by_lr = dict(zip(map(str, config.lrs), top1.tolist(), strict=True))

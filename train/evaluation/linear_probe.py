@@ -13,6 +13,7 @@ Source: SimSiam appendix A and the official main_lincls.py.
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -177,10 +178,12 @@ def train_probe(
             f"linear probe: {steps} steps in all, but the recipe's learning rates are for "
             "ImageNet's 28,000: try --linear.lrs 0.1,1,10,30, or use the fast probe's figure"
         )
+    diverged: set[float] = set()
     log.start_bar(last, first)
     try:
         while probe.epochs_done < last:
             losses = train_epoch(probe, backbone, images, config).tolist()
+            diverged = check_losses(probe, losses, diverged)
             probe.epochs_done += 1
             probe.save()
             guesses = probe.guesses(test.features, top=1)
@@ -195,6 +198,26 @@ def train_probe(
             )
     finally:
         log.stop_bar()
+
+
+def check_losses(probe: LinearProbe, losses: list[float], before: set[float]) -> set[float]:
+    """The learning rates that have diverged; the log names those that had not before.
+
+    Raises: FloatingPointError where all have: the checkpoint of the previous epoch stays.
+    """
+    diverged = {
+        lr for lr, loss in zip(probe.config.lrs, losses, strict=True) if not math.isfinite(loss)
+    }
+    which = f"in epoch {probe.epochs_done + 1} at --linear.lrs"
+    if len(diverged) == len(set(probe.config.lrs)):
+        rates = ",".join(map(str, probe.config.lrs))
+        raise FloatingPointError(
+            f"the linear probe diverged {which} {rates}: lower them, and give another --out or "
+            f"remove {probe.folder}"
+        )
+    if new := sorted(diverged - before):
+        probe.log.warn(f"the linear probe diverged {which} {','.join(map(str, new))}")
+    return diverged
 
 
 def train_epoch(probe: LinearProbe, backbone: nn.Module, images: EvalSet, config: Config) -> Tensor:
