@@ -114,8 +114,8 @@ def print_counts(result: dict) -> None:
 
 def main() -> None:
     """Read the flags, profile, print the table and one JSON line."""
-    config, _ = read_flags("profiling/launches.py", "Count the kernels of a training step.")
-    with errors_in_one_line(), distributed.start(config.device, config) as world:
+    config, m = read_flags("profiling/launches.py", "Count the kernels of a training step.")
+    with errors_in_one_line(), distributed.start(config.device, config, options=m) as world:
         if world.device.type != "cuda":
             raise ValueError("--device cpu launches no kernel: a CUDA device is needed")
         _, train = open_step(config, world)

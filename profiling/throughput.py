@@ -210,7 +210,7 @@ def main() -> None:
         if m.dry_run:
             print_result(forecast(config, gpu=m.gpu, gpus=m.gpus))
             return
-        with distributed.start(config.device, config) as world:
+        with distributed.start(config.device, config, options=m) as world:
             check_machine(config, world)
             m = m.filled(world.device)
             result = Bench(config, m, world).run()

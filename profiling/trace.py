@@ -27,11 +27,11 @@ from train.run.program import refuse
 
 def main() -> None:
     """Read the flags, train some steps under the profiler, write the trace."""
-    config, _ = read_flags("profiling/trace.py", "Write a profiler trace of training steps.")
+    config, m = read_flags("profiling/trace.py", "Write a profiler trace of training steps.")
     out = Path(config.out or "trace.json.gz")
     if out.is_dir() or not os.access(out.parent, os.W_OK):
         refuse(f"--out {out} cannot be written: name a file, such as trace.json.gz")
-    with errors_in_one_line(), distributed.start(config.device, config) as world:
+    with errors_in_one_line(), distributed.start(config.device, config, options=m) as world:
         loader = OurLoader(open_images(config, world), config, world)
         _, train = open_step(config, world)
         batches = loader.next_batches(8)

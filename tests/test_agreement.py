@@ -6,6 +6,7 @@ import threading
 import pytest
 import torch.distributed as dist
 
+from measure.harness import MeasureConfig
 from train.config import Config, DataConfig
 from train.distributed import agreement
 from train.distributed.agreement import agree, disagreement, process_facts, small_shm
@@ -31,6 +32,15 @@ def test_every_source_file_and_flag_counts_but_out():
     assert {"train/main.py", "train/methods/simsiam.py", "kernels/choose.py"} <= own["file"].keys()
     assert own["flag"]["--optim.lr"] == "0.05" and own["flag"]["--timeout_s"] == "60.0"
     assert "--out" not in own["flag"]
+
+
+def test_a_programs_own_flags_count_but_save_beside_those_of_the_run():
+    def facts(**given) -> dict:
+        return process_facts(CONFIG, "cpu", options=MeasureConfig(**given)) | {"shm": 1 << 30}
+
+    assert facts()["flag"]["--steps"] == "0" and facts()["flag"]["--epochs"] == "100"
+    assert disagreement([facts(save="a"), facts(save="b")]) is None
+    assert "--steps is 3 on host" in (disagreement([facts(), facts(steps=3)]) or "")
 
 
 @pytest.mark.parametrize(

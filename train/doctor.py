@@ -16,6 +16,7 @@ import importlib.util
 import json
 import resource
 import socket
+from dataclasses import dataclass
 
 import torch
 from rich.console import Console
@@ -36,6 +37,14 @@ FILES_A_RANK = 128
 """NCCL opens sockets to other ranks: 1,024 files ran out at 32 ranks on 4 nodes
 (github.com/goodfire-ai/spd, pull request 957), 4,096 sufficed in NVIDIA/nccl issue 127."""
 STYLE = {True: ("ok", "green"), False: ("FAIL", "bold red"), None: ("skipped", "dim")}
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Those of the program, the same on all hosts."""
+
+    device: str
+    seconds: float
 
 
 def cuda(device: torch.device) -> Finding:
@@ -181,11 +190,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Check a machine, or under torchrun a cluster.")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--seconds", type=float, default=5.0, help="of all-reduce and decoding")
-    arguments = parser.parse_args()
+    arguments = Flags(**vars(parser.parse_args()))
     if not 0 < arguments.seconds <= 600:
         refuse(f"--seconds must be above 0 and at most 600, got {arguments.seconds}")
     try:
-        with distributed.start(arguments.device) as world:
+        with distributed.start(arguments.device, options=arguments) as world:
             ok = check_ranks(world, arguments.seconds)
     except (ValueError, RuntimeError, ConnectionError) as error:
         # ranks do not reach each other: each reports its own

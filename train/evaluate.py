@@ -246,7 +246,7 @@ def main() -> None:
         warn = partial(print, "warning:", file=sys.stderr)
         saved = run_folder.newest_checkpoint(run, log=warn)
         config = run_config(run, options)
-        with distributed.start(config.device, config) as world:
+        with distributed.start(config.device, config, options=options) as world:
             if world.is_main:
                 check_apart(out, *split_root(config.data.root), config.data.val)
                 if any((out / "checkpoints").glob("step-*")):  # keep its config.yaml

@@ -189,7 +189,7 @@ def main() -> None:
         warn = partial(print, "warning:", file=sys.stderr)
         saved = run_folder.newest_checkpoint(run, log=warn)
         config = run_config(run, options)
-        with distributed.start(config.device, config) as world:
+        with distributed.start(config.device, config, options=options) as world:
             distributed.stop_at_once(world)
             if world.is_main:
                 check_apart(out, config.data.root)

@@ -6,7 +6,7 @@ properties.
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from pipeline.augment import AugmentConfig
 from pipeline.decode import DecodeOptions
@@ -190,8 +190,8 @@ class Config:
         return self.optim.lr * self.data.batch_size / 256
 
 
-def flat(config: Config) -> dict[str, str]:
-    """Every setting as text, by flag name."""
+def flat(config: Any) -> dict[str, str]:
+    """Every setting of a Config, or of another dataclass of flags, as text by flag name."""
 
     def flatten(prefix: str, value: object) -> dict[str, str]:
         if not isinstance(value, dict):

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from torch.distributed import Store
 
@@ -27,20 +28,26 @@ REMEDIES = {
     "device": "fix the driver on that host, or give all hosts --device cpu",
     "flag": "start all hosts with the same flags",
 }
+OF_RANK_0 = ("out", "save")  # flags that the others do not use
 SHARED_MEMORY = 1 << 30
 """Bytes free in /dev/shm. Source: NCCL's troubleshooting page, which asks containers for
 --shm-size=1g."""
 
 
 def process_facts(
-    config: Config | None, device: str, fault: str | None = None, mistake: str | None = None
+    config: Config | None,
+    device: str,
+    fault: str | None = None,
+    mistake: str | None = None,
+    options: Any = None,
 ) -> dict:
     """What this process runs. device: "cpu" or "cuda"; fault: why it cannot run on its device.
 
-    config: None where there is none to compare. --out is left out: rank 0's is used on all.
-    mistake: in its flags, if there is one.
+    config: None where there is none to compare. --out and --save are left out: rank 0's are used.
+    mistake: in its flags, if there is one. options: a dataclass of the program's other flags.
     """
-    settings = flat(config) if config is not None else {}
+    given = (flat(part) for part in (config, options) if part is not None)
+    settings = {name: value for part in given for name, value in part.items()}
     shm = os.statvfs("/dev/shm") if os.path.isdir("/dev/shm") else None
     return {
         "host": socket.gethostname(),
@@ -50,7 +57,7 @@ def process_facts(
         "device": {"the device": device},
         "package": versions(PACKAGES),
         "file": source_hashes(),
-        "flag": {f"--{name}": value for name, value in settings.items() if name != "out"},
+        "flag": {f"--{name}": value for name, value in settings.items() if name not in OF_RANK_0},
     }
 
 

@@ -33,12 +33,16 @@ ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
 
 
 def start(
-    device: str, config: Config | None = None, *, mistake: str | None = None
+    device: str,
+    config: Config | None = None,
+    *,
+    mistake: str | None = None,
+    options: Any = None,
 ) -> AbstractContextManager[World]:
     """Join the other processes that torchrun started, if any; leave them at the end.
 
-    device: as --device. config: of a run, the same on all ranks. mistake: in this process's flags;
-    if set, every rank exits.
+    device: as --device. config: of a run, the same on all ranks, as are `options`, a dataclass of a
+    program's other flags. mistake: in this process's flags; if set, every rank exits.
 
     Raises: ValueError when --device cuda is asked for where there is none, for a part of torchrun's
     environment, or when processes differ (train/distributed/agreement.py); ConnectionError, in
@@ -49,7 +53,7 @@ def start(
     if "WORLD_SIZE" in os.environ:
         follow_launcher()
     if size > 1:
-        return join(ranks, device, config, mistake)
+        return join(ranks, device, config, mistake, options)
     precision: Precision = "fp32" if config is None else config.precision
     taken = take_device(device, local_rank, local_size, precision)
     return nullcontext(World(*ranks, taken, None))
@@ -57,7 +61,11 @@ def start(
 
 @contextmanager
 def join(
-    ranks: tuple[int, int, int, int], device: str, config: Config | None, mistake: str | None
+    ranks: tuple[int, int, int, int],
+    device: str,
+    config: Config | None,
+    mistake: str | None,
+    options: Any,
 ) -> Iterator[World]:
     """start() for several ranks."""
     rank, size, local_rank, local_size = ranks
@@ -72,7 +80,7 @@ def join(
             taken = take_device(device, local_rank, local_size, precision)
         except ValueError as error:
             fault = str(error)
-        mine = process_facts(config, taken.type, fault, mistake)
+        mine = process_facts(config, taken.type, fault, mistake, options)
         if warning := agree(store, mine, rank=rank, size=size):
             report(f"warning: {warning}")
         common = {"store": dist.PrefixStore("groups", store), "rank": rank, "world_size": size}

@@ -100,7 +100,7 @@ def diagnose(
         first = max(dead, key=lambda rank: rank.silent_s)
         return Failure(
             f"{first.name} exited without an error: killed, probably by the OOM killer (dmesg on "
-            f"{first.host})"
+            f"{first.host}), or crashed, as the output there says"
         )
     if broken_s < GRACE_S:
         return None
