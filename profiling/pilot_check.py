@@ -100,11 +100,11 @@ def finish_all(pilot: Pilot, folder: Path, jobs: int, log: Log) -> list[dict]:
             copy.rename(trials[-1].folder)
     rows = []
     with Workers(plan_places(jobs, with_gpus=resolve_device(pilot.base.device) == "cuda")) as pool:
-        began = time.time()
+        began = time.monotonic()
         for trial, judged in pool.map(finish, trials, pilot.saved_plan()):
             early = trial.read()["judged"][0]["score"]
             rows.append({"setting": vars(trial.setting), "early_score": early, **judged})
-            left = (time.time() - began) * (len(trials) / len(rows) - 1) / 60
+            left = (time.monotonic() - began) * (len(trials) / len(rows) - 1) / 60
             log(f"{trial.setting}: kNN {judged['knn']:.1f} %; about {left:.1f} min left")
     return rows
 

@@ -122,7 +122,7 @@ def train_steps(
             current.guard.check(current.step)  # waits for the device
             curve.append([current.step, loss.item(), scalars["z_std"].item()])
         marks.append(time.monotonic())
-        if workers.is_stopping() or time.time() > until:
+        if workers.is_stopping() or time.monotonic() > until:
             break
     timed = marks[WARM_UP:]
     return (timed[-1] - timed[0]) / (len(timed) - 1) if len(timed) > 1 else 0.0
@@ -168,7 +168,7 @@ class Pilot:
         made = plan(
             own.settings,
             workers=pool.count,
-            seconds=until - time.time(),
+            seconds=until - time.monotonic(),
             step_s=max(step_s, 1e-4),
             fixed_s=fixed_s,
         )
@@ -189,7 +189,7 @@ class Pilot:
         alive = [self.trial(setting, plan.total) for setting in settings]
         untrained = self.trial(settings[0], plan.total, UNTRAINED)
         list(pool.map(advance, [untrained] if untrained.judged(0) is None else [], (0, 0), until))
-        began, done, skipped = time.time(), 0, 0  # steps of all trials
+        began, done, skipped = time.monotonic(), 0, 0  # steps of all trials
         log.start_bar(plan.all_steps, 0)
         try:
             for kept, (begin, to_step) in zip(plan.counts, plan.parts, strict=True):
@@ -202,7 +202,7 @@ class Pilot:
                     done += steps
                     log.advance(skipped + done, "steps")
                     share = done / (plan.all_steps - skipped)
-                    eta = (time.time() - began) * (1 / share - 1) / 60
+                    eta = (time.monotonic() - began) * (1 / share - 1) / 60
                     log(
                         f"{trial.setting}: score {found['score']:.1f} at step {to_step}; "
                         f"about {eta:.1f} min left"
@@ -331,7 +331,7 @@ def run_pilot(own: PilotConfig, words: Sequence[str], folder: RunFolder, log: Lo
     words: the command line. Raises: ValueError for images that cannot be used;
     KeyboardInterrupt once running trials were saved and what is known was written.
     """
-    began = time.time()
+    began = time.monotonic()
     pilot, images = prepare(words, folder, log)
     device = resolve_device(pilot.base.device)
     folder.write("env.json", environment(1, torch.device(device)))
