@@ -188,6 +188,7 @@ def test_out_of_memory_and_a_full_disk_are_known_by_whom_they_come_from():
     texts = ("DefaultCPUAllocator: can't allocate memory", "std::bad_alloc", "CUDA out of memory")
     assert all(is_out_of_memory(RuntimeError(f"x {text} y")) for text in texts)
     assert is_out_of_memory(MemoryError()) and not is_out_of_memory(RuntimeError("shape"))
+    assert is_disk_full(OSError(errno.EFBIG, "of ulimit -f"))
     assert is_disk_full(FULL) and not is_disk_full(OSError(errno.EIO, "x"))
 
 

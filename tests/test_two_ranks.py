@@ -2,11 +2,16 @@
 
 import json
 import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from forked import forked
+from forked import ROOT, forked
 from test_sync_norm import free_port
+from test_train import TINY
 
 pytestmark = pytest.mark.dist
 
@@ -34,3 +39,44 @@ def test_a_rank_whose_weights_differ_in_one_bit_is_named(ranks):
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(ranks):
     assert [rank["stopped_at"] for rank in ranks] == [rank["signalled"] + 1 for rank in ranks]
+
+
+@pytest.mark.slow
+def test_a_closed_pipe_a_tilde_a_copied_run_and_an_edited_image_are_to_two_ranks_as_to_one(
+    tiny_images, tmp_path
+):
+    shutil.copytree(tiny_images, tmp_path / "images")
+    run, copy = tmp_path / "run", tmp_path / "copy"
+
+    def torchrun(*flags: str, output: int = subprocess.PIPE) -> subprocess.CompletedProcess:
+        words = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        words += ["--nproc-per-node=2", "train/main.py", *TINY, *flags]
+        streams: dict = {"stdout": output, "stderr": output, "text": True, "cwd": ROOT}
+        env = os.environ | {"HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+        return subprocess.run(words, env=env, timeout=300, check=False, **streams)
+
+    def status(folder: Path) -> dict:
+        return json.loads((folder / "status.json").read_text())
+
+    reader, writer = os.pipe()
+    os.close(reader)
+    flags = "--data.root=~/images", "--out=~/run", "--data.verify=true"
+    assert torchrun(*flags, "--max_steps=2", output=writer).returncode == 0
+    os.close(writer)
+    assert status(run) == {"state": "finished", "step": 2} and not Path(ROOT, "~").exists()
+    assert "stderr cannot be written (Broken pipe)" in (run / "log.txt").read_text()
+
+    shutil.copytree(run, copy)
+    done = torchrun(f"--config={copy}/config.yaml", "--max_steps=3")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (status(copy)["step"], status(run)["step"]) == (3, 2)
+
+    image = next((tmp_path / "images").rglob("*.*g"))
+    content = bytearray(image.read_bytes())
+    content[-5] ^= 1
+    image.write_bytes(content)
+    done = torchrun(f"--config={copy}/config.yaml", "--max_steps=4")
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 1 and len(errors) == 1, done.stderr
+    assert "was trained on other images" in errors[0]
+    assert status(copy) == {"state": "finished", "step": 3}

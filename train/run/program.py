@@ -25,8 +25,9 @@ def first_line(error: BaseException) -> str:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an OSError is of a full disk or quota: its text names no file."""
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    """Whether an OSError is of a full disk, a quota or ulimit -f: its text names no file."""
+    full = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
+    return isinstance(error, OSError) and error.errno in full
 
 
 def error_text(error: BaseException, out: Path) -> str:
