@@ -37,6 +37,18 @@ def test_a_rank_whose_weights_differ_in_one_bit_is_named(ranks):
     assert line.startswith(f"the weights of rank 1 on host {os.uname().nodename} are not")
 
 
+def test_a_variant_that_fails_on_one_rank_is_left_out_on_all(ranks):
+    for rank, rate in zip(ranks, (10, 5), strict=True):
+        assert rank["turns"]["fails"] == {"not_measured": "ValueError: no such peer"}
+        assert rank["turns"]["ours"]["images_per_s"]["p50"] == rate
+
+
+def test_a_failure_that_others_wait_for_in_a_collective_is_raised_after_the_time_limit(ranks):
+    waiting, failing = ranks[0]["failed"]
+    assert waiting == "out of memory"
+    assert failing.startswith("out of memory; 0 s (--timeout_s) later")
+
+
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(ranks):
     assert [rank["stopped_at"] for rank in ranks] == [rank["signalled"] + 1 for rank in ranks]
 

@@ -5,15 +5,18 @@ import os
 import signal
 import sys
 import types
+from typing import Any
 
 if not __package__:  # run as a script, like those of profiling/
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    sys.path.insert(1, os.path.join(sys.path[0], "profiling"))
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from train.distributed import StopSignal, World, gather
+from measure.turns import take_turns
+from train.distributed import StopSignal, World, failure_of_any, gather
 from train.run.optim import GuardedStep
 from train.run.state import TrainState, warn_of_differing_ranks
 
@@ -33,12 +36,40 @@ def stopped_at(world: World) -> int:
     return step
 
 
+def turns(world: World) -> dict:
+    """Summaries of variants, of which one fails on rank 1 alone."""
+
+    def fails() -> float:
+        if world.rank == 1:
+            raise ValueError("no such peer")
+        return 1.0
+
+    variants = {"fails": fails, "ours": lambda: 1.0 + world.rank}
+    found = take_turns(variants, images=10, n=2, world=world)
+    return {name: timing.summary() for name, timing in found.items()}
+
+
+def failed(world: World) -> list[str | None]:
+    """What each rank learns of a failure of rank 1, for which rank 0 waits in a collective."""
+    found, one = None, torch.ones(1)
+    if world.rank == 1:
+        try:
+            failure_of_any(world, "step", "out of memory")
+        except RuntimeError as error:
+            found = str(error)
+    dist.all_reduce(one)
+    if world.rank == 0:
+        found = failure_of_any(world, "step", None)
+    return gather(world, found)
+
+
 def on_rank(rank: int, port: int) -> None:
     """Rank 0 prints what both have found."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
-    watch = types.SimpleNamespace(progress=0)
-    world = World(rank, 2, rank, 2, CPU, dist.group.WORLD, watch)  # type: ignore[arg-type]
+    watch: Any = types.SimpleNamespace(progress=0, timeout_s=0.5)
+    store = dist.distributed_c10d._get_default_store()
+    world = World(rank, 2, rank, 2, CPU, dist.group.WORLD, watch, store=store)
     torch.manual_seed(0)
     model = torch.nn.Linear(3, 2)
     ddp = DistributedDataParallel(model)
@@ -57,6 +88,7 @@ def on_rank(rank: int, port: int) -> None:
                 model.bias[1] = torch.nextafter(model.bias[1], torch.tensor(9.0))
         found["warnings"].append(lines := [])
         warn_of_differing_ranks(state, world, lines.append)
+    found |= {"turns": turns(world), "failed": failed(world)}
     everywhere = gather(world, found | {"signalled": SIGNALLED, "stopped_at": stopped_at(world)})
     if rank == 0:
         print(json.dumps(everywhere))

@@ -19,7 +19,7 @@ from pipeline.loader import Batch
 from pipeline.order import SampleOrder
 from pipeline.sources.reader import ImageReader
 from train.config import Config
-from train.distributed import World
+from train.distributed import World, gather
 from train.loop import train_step
 from train.main import build_state
 from train.run.folder import has_fast_bf16
@@ -102,7 +102,8 @@ def measure_step(config: Config, m: MeasureConfig, world: World) -> dict[str, Ti
         for view in batch.images[:2]
     )
     for name in PEERS if m.peers else ():
-        reason = why_not(name, config, world)
+        reasons = gather(world, why_not(name, config, world))
+        reason = next((reason for reason in reasons if reason is not None), None)
         try:
             if reason is None:
                 steps[name] = peer_step(name, config, world, (first, second))

@@ -5,6 +5,7 @@ per turn, and only ratios within one run are printed. A variant that fails is ke
 and the others continue.
 """
 
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,9 +13,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from train.distributed import World, gather
+from train.distributed import World, failure_of_any, gather, is_lost_connection
 from train.run.program import first_line
 
+CALLS = itertools.count()  # of take_turns, the same on all ranks
 Repetition = Callable[[], float]
 """Does a fixed amount of work once and returns its seconds."""
 
@@ -59,7 +61,10 @@ def take_turns(
 
     All ranks call it with the same variants and stop together. What a variant raises is kept in its
     Timing.
+
+    Raises: RuntimeError where a variant fails on some ranks while others wait for them within it.
     """
+    call = next(CALLS)
     timings = {name: Timing(images) for name in variants}
     begin = time.perf_counter()
     for turn in range(warmup + n):
@@ -74,11 +79,12 @@ def take_turns(
                 reason = "out of GPU memory: lower --data.batch_size"
                 torch.cuda.empty_cache()
             except (RuntimeError, ValueError, OSError, ImportError) as error:
+                if is_lost_connection(error):
+                    raise
                 reason = f"{type(error).__name__}: {first_line(error)}"
-            reasons = [reason for reason in gather(world, reason) if reason is not None]
-            if reasons:
-                timing.not_measured = reasons[0]
-            elif turn >= warmup:
+            key = f"turns/{call}/{turn}/{name}"
+            timing.not_measured = failure_of_any(world, key, reason)
+            if timing.not_measured is None and turn >= warmup:
                 timing.seconds.append(seconds)
         is_over = turn >= warmup and time.perf_counter() - begin > budget_s
         if any(gather(world, is_over)):

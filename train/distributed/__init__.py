@@ -6,9 +6,11 @@ config/, methods/ and network/.
 
 from train.distributed.devices import resolve_device, take_device
 from train.distributed.startup import start
+from train.distributed.watch import is_lost_connection
 from train.distributed.world import (
     StopSignal,
     World,
+    failure_of_any,
     from_main,
     gather,
     mean,
@@ -19,8 +21,10 @@ from train.distributed.world import (
 __all__ = [
     "StopSignal",
     "World",
+    "failure_of_any",
     "from_main",
     "gather",
+    "is_lost_connection",
     "mean",
     "own_buffers",
     "resolve_device",

@@ -86,7 +86,7 @@ def join(
         common = {"store": dist.PrefixStore("groups", store), "rank": rank, "world_size": size}
         out = "" if config is None else config.out
         sums, host_group = open_groups(common, device=taken, timeout_s=timeout_s, out=out)
-        yield World(*ranks, taken, host_group, watch, sums)
+        yield World(*ranks, taken, host_group, watch, sums, store)
         watch.close()
         dist.barrier(group=host_group)  # rank 0 keeps the store until no watch needs it
         dist.destroy_process_group()  # not after an error: it could wait for a rank that exited

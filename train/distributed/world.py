@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,8 @@ class World:
     """Detects failed ranks; None in a world of one."""
     sums: Any = None
     """The group of synchronised batch norm, with its own communicator; None in a world of one."""
+    store: Any = None
+    """Keys and values of all ranks; None in a world of one."""
 
     @property
     def is_main(self) -> bool:
@@ -80,6 +83,33 @@ def gather(world: World, value: Any) -> list:
     values: list = [None] * world.size
     dist.all_gather_object(values, value, group=world.host_group)
     return values
+
+
+def failure_of_any(world: World, key: str, reason: str | None) -> str | None:
+    """Why a rank could not do what `key` names, on every rank; None if all did. reason: this one's.
+
+    Not over the process group: the others may wait inside it for this rank.
+
+    Raises: RuntimeError on a rank that failed where others have not ended after --timeout_s.
+    """
+    if world.size == 1:
+        return reason
+    assert world.watch is not None
+    keys = [f"{key}/{rank}" for rank in range(world.size)]
+    world.store.set(keys[world.rank], reason or "")
+    try:
+        if reason is None:
+            world.store.wait(keys)
+        else:
+            world.store.wait(keys, timedelta(seconds=world.watch.timeout_s))
+    except dist.DistStoreError:
+        if reason is None:
+            raise
+        raise RuntimeError(
+            f"{reason}; {world.watch.timeout_s:.0f} s (--timeout_s) later other ranks had not "
+            "ended this step: they may wait for this one"
+        ) from None
+    return next((text.decode() for text in world.store.multi_get(keys) if text), None)
 
 
 def mean(world: World, value: Tensor) -> Tensor:
