@@ -50,11 +50,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     )  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def processes_that_end(request) -> Iterator[None]:
-    """A test whose processes hang fails with their stacks, before its own limit is reached."""
-    with limited(float(request.config.getini("faulthandler_timeout"))):
-        yield
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """A test, or its module's fixture, whose processes hang fails with their stacks."""
+    with limited(float(item.config.getini("faulthandler_timeout"))):
+        return (yield)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -27,11 +27,13 @@ STEPS, SIGNALLED = 12, 4
 def stopped_at(world: World) -> int:
     """The step after which this rank stops; rank 1 alone gets SIGTERM, in the SIGNALLED-th."""
     stop = StopSignal(world)
-    for step in range(STEPS):
+    step = 0
+    while step < STEPS:
         if (step, world.rank) == (SIGNALLED, 1):
             os.kill(os.getpid(), signal.SIGTERM)
         if stop.agreed():
             break
+        step += 1
     stop.close()
     return step
 
@@ -63,13 +65,11 @@ def failed(world: World) -> list[str | None]:
     return gather(world, found)
 
 
-def on_rank(rank: int, port: int) -> None:
-    """Rank 0 prints what both have found."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
-    watch: Any = types.SimpleNamespace(progress=0, timeout_s=0.5)
-    store = dist.distributed_c10d._get_default_store()
-    world = World(rank, 2, rank, 2, CPU, dist.group.WORLD, watch, store=store)
+def steps(world: World) -> dict:
+    """What training with DDP has found on this rank. The group outlives the DDP.
+
+    DDP's reducer would end it holding the GIL, for which the group's threads wait (torch 2.13).
+    """
     torch.manual_seed(0)
     model = torch.nn.Linear(3, 2)
     ddp = DistributedDataParallel(model)
@@ -77,18 +77,29 @@ def on_rank(rank: int, port: int) -> None:
     guard = GuardedStep(optimizer, torch.amp.GradScaler("cpu", enabled=False), CPU)
     weights = [model.weight.tolist()]
     for step in range(3):
-        x = torch.full((4, 3), float("nan") if (step, rank) == (1, 1) else 1.0 + rank)
+        bad = (step, world.rank) == (1, 1)
+        x = torch.full((4, 3), float("nan") if bad else 1.0 + world.rank)
         guard(ddp(x).square().sum())
         weights.append(model.weight.tolist())
-    found = {"weights": weights, "skipped": guard.check(3), "warnings": []}
+    warnings: list[list[str]] = []
     state = TrainState(model, ddp, optimizer, guard)  # type: ignore[arg-type] - of any module
     for changed in (None, 1):
-        if rank == changed:
+        if world.rank == changed:
             with torch.no_grad():
                 model.bias[1] = torch.nextafter(model.bias[1], torch.tensor(9.0))
-        found["warnings"].append(lines := [])
-        warn_of_differing_ranks(state, world, lines.append)
-    found |= {"turns": turns(world), "failed": failed(world)}
+        warnings.append([])
+        warn_of_differing_ranks(state, world, warnings[-1].append)
+    return {"weights": weights, "skipped": guard.check(3), "warnings": warnings}
+
+
+def on_rank(rank: int, port: int) -> None:
+    """Rank 0 prints what both have found."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
+    watch: Any = types.SimpleNamespace(progress=0, timeout_s=0.5)
+    store = dist.distributed_c10d._get_default_store()
+    world = World(rank, 2, rank, 2, CPU, dist.group.WORLD, watch, store=store)
+    found = steps(world) | {"turns": turns(world), "failed": failed(world)}
     everywhere = gather(world, found | {"signalled": SIGNALLED, "stopped_at": stopped_at(world)})
     if rank == 0:
         print(json.dumps(everywhere))
