@@ -92,3 +92,35 @@ def test_a_closed_pipe_a_tilde_a_copied_run_and_an_edited_image_are_to_two_ranks
     assert done.returncode == 1 and len(errors) == 1, done.stderr
     assert "was trained on other images" in errors[0]
     assert status(copy) == {"state": "finished", "step": 3}
+
+
+@pytest.mark.slow
+def test_hosts_that_find_another_or_no_checkpoint_end_with_one_line(tiny_images, tmp_path):
+    run = tmp_path / "run"
+    flags = f"--data.root={tiny_images}", f"--out={run}", "--checkpoint_every=1", "--max_steps=2"
+    assert forked(["train/main.py", *TINY, *flags]).returncode == 0
+    shutil.copytree(run, tmp_path / "older")
+    shutil.rmtree(max((tmp_path / "older/checkpoints").iterdir()))
+
+    def evaluated(*runs: Path) -> list[str]:
+        """Errors that both ranks print; each has its own run folder, as on two hosts."""
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        address |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        words = [sys.executable, "train/features.py", f"--data.root={tiny_images}"]
+        words += [f"--out={tmp_path}/features"]
+        ranks = [
+            subprocess.Popen(
+                [*words, str(folder)], env=os.environ | address | {"RANK": str(rank)}, cwd=ROOT,
+                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            )
+            for rank, folder in enumerate(runs)
+        ]  # fmt: skip
+        ends = [rank.communicate(timeout=120)[1] for rank in ranks]
+        assert [rank.returncode for rank in ranks] == [1, 1], ends
+        lines = "".join(ends).splitlines()
+        return [line for line in lines if line.startswith("error: ")]
+
+    (error,) = evaluated(run, tmp_path / "older")
+    assert "is of step 1 on host" in error and "and of step 2 on host" in error
+    (error,) = evaluated(run, tmp_path / "none")
+    assert "is not a run folder" in error and "host " in error

@@ -18,7 +18,6 @@ import json
 import time
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,7 +31,7 @@ from train import distributed
 from train.config import Config
 from train.distributed import World, from_main
 from train.evaluation import encoded, linear_probe, pictures
-from train.evaluation.config import EvaluateConfig, read_flags, run_config
+from train.evaluation.config import EvaluateConfig, read_flags
 from train.evaluation.embed import nearest, ranked
 from train.evaluation.encoded import Encoded, accuracy
 from train.evaluation.fast_probe import fast_probe, few_labels
@@ -243,10 +242,7 @@ def main() -> None:
     sizes = "lower --eval.batch_size, --eval.size or --fast.batch_size"
     distributed.stop_at_once()
     with exit_on_error(out, memory_remedy=sizes, stopped=STOPPED), ExitStack() as opened:
-        warn = partial(print, "warning:", file=sys.stderr)
-        saved = run_folder.newest_checkpoint(run, log=warn)
-        config = run_config(run, options)
-        with distributed.start(config.device, config, options=options) as world:
+        with encoded.open_run(run, options) as (saved, config, world):
             if world.is_main:
                 check_apart(out, *split_root(config.data.root), config.data.val)
                 if any((out / "checkpoints").glob("step-*")):  # keep its config.yaml

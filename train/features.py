@@ -16,7 +16,6 @@ import dataclasses
 import time
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -27,7 +26,7 @@ from train import distributed
 from train.config import Config
 from train.distributed import StopSignal, World, from_main
 from train.evaluation import encoded, similar
-from train.evaluation.config import FeaturesConfig, read_flags, run_config
+from train.evaluation.config import FeaturesConfig, read_flags
 from train.evaluation.embed import PROGRESS_S, EvaluationStopped
 from train.evaluation.feature_files import Countdown, FeatureFiles
 from train.evaluation.feature_report import Described
@@ -186,10 +185,7 @@ def main() -> None:
     out, folder, result = Path(options.out), None, None
     sizes = "lower --eval.batch_size or --eval.size"
     with exit_on_error(out, memory_remedy=sizes, stopped=STOPPED), ExitStack() as opened:
-        warn = partial(print, "warning:", file=sys.stderr)
-        saved = run_folder.newest_checkpoint(run, log=warn)
-        config = run_config(run, options)
-        with distributed.start(config.device, config, options=options) as world:
+        with encoded.open_run(run, options) as (saved, config, world):
             distributed.stop_at_once(world)
             if world.is_main:
                 check_apart(out, config.data.root)

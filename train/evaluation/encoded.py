@@ -6,6 +6,12 @@ follows is the same on every rank.
 
 import dataclasses
 import hashlib
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -15,14 +21,15 @@ from torch import Tensor, nn
 from train import distributed
 from train.config import Config
 from train.distributed import World
-from train.evaluation.config import EvaluateConfig
+from train.evaluation.config import EvaluateConfig, FeaturesConfig, run_config
 from train.evaluation.embed import embed, gather_rows
 from train.evaluation.health import rankme
 from train.methods.method import collapse_meter
 from train.network.resnet import ResNet
 from train.run.checkpoint import Checkpoint
 from train.run.data import EvalSet, RunData, split_bank
-from train.run.folder import Log
+from train.run.folder import Log, newest_checkpoint
+from train.run.program import tell_ranks
 from train.run.report import COLLAPSED
 from train.run.state import build_method, check_fits
 
@@ -33,6 +40,31 @@ NOT_FINITE = (
 MANY_IMAGES = 2**40  # more than any queue of a method holds
 PARTS = ("backbone", "projector")  # the encoder; what else a checkpoint holds is for training
 RANKME_IMAGES = 25600  # as in the paper; more change nothing (its appendix G)
+
+
+@contextmanager
+def open_run(
+    run: Path, options: EvaluateConfig | FeaturesConfig
+) -> Iterator[tuple[Checkpoint, Config, World]]:
+    """The newest checkpoint of a run, its configuration with the options, and the joined ranks.
+
+    Raises: ValueError, on all ranks, where one finds no checkpoint, or another than rank 0.
+    """
+    try:
+        saved = newest_checkpoint(run, log=partial(print, "warning:", file=sys.stderr))
+        config = run_config(run, options)
+    except (ValueError, OSError) as error:
+        tell_ranks(str(error))
+        raise
+    with distributed.start(config.device, config, options=options) as world:
+        steps = distributed.gather(world, (saved.step, socket.gethostname()))
+        for step, host in steps:
+            if step != steps[0][0]:
+                raise ValueError(
+                    f"the newest checkpoint of {run} is of step {step} on host {host} and of step "
+                    f"{steps[0][0]} on host {steps[0][1]}: give all hosts the same run folder"
+                )
+        yield saved, config, world
 
 
 class Encoded(NamedTuple):

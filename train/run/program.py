@@ -88,10 +88,9 @@ def refuse(message: str, *, code: int = USAGE_ERROR) -> NoReturn:
     A stop by signal (130), which all ranks receive, is printed once a host. A mistake in the flags
     of one host of several is printed by rank 0, with the host, and all ranks exit.
     """
-    if code == USAGE_ERROR and os.environ.get("WORLD_SIZE", "1") != "1":
+    if code == USAGE_ERROR:
         try:
-            with start("cpu", mistake=message):
-                pass
+            tell_ranks(message)
         except (ValueError, OSError) as error:
             refuse(str(error), code=1)
     if code not in (USAGE_ERROR, 130) or os.environ.get("LOCAL_RANK", "0") == "0":
@@ -99,6 +98,16 @@ def refuse(message: str, *, code: int = USAGE_ERROR) -> NoReturn:
     if code == USAGE_ERROR:
         end_torchrun()
     raise SystemExit(code)
+
+
+def tell_ranks(mistake: str) -> None:
+    """Where other ranks wait for this one to join, end them all. One alone is left to its caller.
+
+    Raises: ValueError on rank 0, with the host of the mistake; SystemExit on the others.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        with start("cpu", mistake=mistake):
+            pass
 
 
 def read_config(arguments: Sequence[str] | None = None) -> Config:
